@@ -1,0 +1,98 @@
+"""From stored examples to batches. Batch k is a pure function of k, so a position in the data is one number.
+
+Examples that fit (every data set of this library so far) are kept as arrays, on the device; a batch is then a row of
+indices. The order is Grain's: ``rows(k)`` are the indices that ``MapDataset.source(…).shuffle(seed).repeat().batch(B)``
+would read for batch k, computed without reading. The shift from tokens to (inputs, labels) happens here, once.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from distill.shapes import Array, Bool, Int
+
+
+class Batch(NamedTuple):
+    """What a step sees. ``labels[i]`` is the token after ``inputs[i]``; only positions where ``mask`` count."""
+
+    inputs: Int[Array, "*batch L"]
+    labels: Int[Array, "*batch L"]
+    mask: Bool[Array, "*batch L"]
+    positions: Int[Array, "*batch L"]
+    segments: Int[Array, "*batch L"]
+    """Tokens attend within their segment only; 0 is padding."""
+
+
+def shift(tokens: np.ndarray, counts: np.ndarray, segments: np.ndarray | None = None) -> Batch:
+    """The one place where labels become the next tokens.
+
+    Args:
+      tokens: ``[B, L+1]`` ids.
+      counts: ``[B, L+1]`` bool, True where a token is to be predicted (answer, not prompt or padding).
+      segments: ``[B, L+1]`` documents numbered from 1, 0 for padding; None: one document a row.
+
+    Returns:
+      Arrays ``[B, L]``. A label counts if its token counts and lies in the same segment as its input; positions start
+      at 0 in every segment.
+    """
+    segments = np.ones_like(tokens) if segments is None else segments
+    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    starts = np.concatenate([np.ones_like(tokens[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    index = np.arange(tokens.shape[1])[None]
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    return Batch(
+        inputs=tokens[:, :-1].astype(np.int32),
+        labels=tokens[:, 1:].astype(np.int32),
+        mask=counts[:, 1:].astype(bool) & inside,
+        positions=positions[:, :-1].astype(np.int32),
+        segments=segments[:, :-1].astype(np.int32),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _epoch_order(examples: int, seed: int) -> np.ndarray:
+    """Grain's order of one epoch; about 5 µs an example, so kept."""
+    from grain.experimental import index_shuffle
+
+    indices = (index_shuffle(i, max_index=examples - 1, seed=seed, rounds=4) for i in range(examples))
+    return np.fromiter(indices, np.int32, examples)
+
+
+class Loader:
+    """Batches of examples held as arrays.
+
+    Args:
+      examples: a ``Batch`` of all examples, ``[examples, L]`` each.
+      batch_size: global batch B; more than there are examples means that a batch holds some twice.
+      seed: of the order.
+
+    Raises:
+      ValueError: no examples, or a batch size below 1.
+
+    Example:
+      >>> tokens = np.arange(8).reshape(4, 2)
+      >>> loader = Loader(shift(tokens, np.ones_like(tokens)), batch_size=2, seed=0)
+      >>> bool((loader.batch(5).inputs == loader.batch(5).inputs).all())
+      True
+    """
+
+    def __init__(self, examples: Batch, batch_size: int, seed: int):
+        if not len(examples.inputs) or batch_size < 1:
+            raise ValueError(
+                f"Loader: {len(examples.inputs)} examples in batches of {batch_size}; expected ≥ 1 of both."
+            )
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Indices ``[count, B]`` of the batches first … first + count − 1."""
+        examples = len(self.examples.inputs)
+        start, stop = first * self.batch_size, (first + count) * self.batch_size
+        epochs = range(start // examples, -(-stop // examples))
+        order = np.concatenate([_epoch_order(examples, (self.seed + epoch) % 2**32) for epoch in epochs])
+        offset = epochs.start * examples
+        return order[start - offset : stop - offset].reshape(count, self.batch_size)
+
+    def batch(self, k: int) -> Batch:
+        """Batch k."""
+        return Batch(*(field[self.rows(k, 1)[0]] for field in self.examples))

@@ -1,0 +1,44 @@
+"""The task loss: cross-entropy with hard labels."""
+
+import jax
+import jax.numpy as jnp
+
+from distill.shapes import Labels, Logits, Nats
+
+
+def cross_entropy(student_logits: Logits, labels: Labels, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Nats:
+    """Cross-entropy −log Q(label), optionally with smoothed labels and a z-loss.
+
+    With ε = ``label_smoothing`` and Z = Σ_v exp(logit_v):  −(1−ε)·log Q_label − (ε/V)·Σ_v log Q_v + z_loss·(log Z)².
+    Label smoothing: arXiv 1512.00567. z-loss: PaLM, arXiv 2204.02311 (there 1e-4).
+
+    Args:
+      student_logits: ``[..., V]``, any float type, read as float32. With ``label_smoothing`` no logit may be −inf.
+      labels: ``[...]`` integers in [0, V). A label outside is NaN: mask such positions before averaging.
+      label_smoothing: ε in [0, 1).
+      z_loss: weight of (log Z)², ≥ 0.
+
+    Returns:
+      ``[...]`` nats, float32.
+
+    Raises:
+      ValueError: label_smoothing outside [0, 1) or a negative z_loss.
+
+    Example:
+      >>> logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
+      >>> cross_entropy(logits, jnp.array([0])).round(4)  # −log 0.7
+      Array([0.3567], dtype=float32)
+    """
+    if not 0.0 <= label_smoothing < 1.0 or z_loss < 0.0:
+        raise ValueError(
+            f"cross_entropy: label_smoothing={label_smoothing}, z_loss={z_loss}; expected label_smoothing in [0, 1) "
+            "and z_loss ≥ 0."
+        )
+    logits = student_logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    index = jnp.where(labels < 0, logits.shape[-1], labels)  # a negative label must not wrap round to a real word
+    picked = jnp.take_along_axis(logits, index[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+    nats = log_z - picked
+    if label_smoothing:
+        nats = (1.0 - label_smoothing) * nats + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
+    return nats + z_loss * jnp.square(log_z) if z_loss else nats

@@ -1,0 +1,7 @@
+"""Networks as pure functions: ``init(key) -> params``, ``apply(params, tokens) -> Output``, ``unembed(params, hidden)``."""
+
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
+from distill.models.model import Cache, Model, Output, from_linen, from_nnx
+
+__all__ = ["Cache", "DecoderConfig", "Model", "Output", "decoder", "from_linen", "from_nnx"]

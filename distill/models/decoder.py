@@ -1,0 +1,78 @@
+"""The decoder: embedding, a scan over stacked layers, final norm, head."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from distill.models.config import DecoderConfig
+from distill.models.layers import Block, Norm
+from distill.models.model import Cache, Model, Output, from_linen, parameter
+from distill.shapes import Array
+
+
+class Decoder(nn.Module):
+    """A Llama-like decoder. Use it through ``decoder(config)``."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        c = self.config
+        table = (c.vocab_size, c.width)
+        self.embedding = self.param(
+            "embedding", parameter(("vocab", "embed"), std=c.width**-0.5 if c.tied else 1.0), table
+        )
+        if not c.tied:
+            self.head = self.param("head", parameter(("embed", "vocab"), std=c.width**-0.5), table[::-1])
+        self.layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.norm = Norm(c.norm_epsilon)
+
+    def __call__(self, tokens_BL: Array, positions=None, segments=None, cache: Cache | None = None) -> Output:
+        batch, length = tokens_BL.shape
+        start = jnp.int32(0) if cache is None else cache.length
+        slots_L = start + jnp.arange(length)
+        positions_BL = jnp.broadcast_to(slots_L, (batch, length)) if positions is None else positions
+        segments_BL = jnp.ones((batch, length), jnp.int32) if segments is None else segments
+        seen = _write_segments(cache, segments_BL)
+        segments_BS = segments_BL if seen is None else seen.segments_BS
+        earlier_LS = jnp.arange(segments_BS.shape[1])[None, :] <= slots_L[:, None]
+        mask_BLS = earlier_LS[None] & (segments_BL[:, :, None] == segments_BS[:, None, :])
+
+        x_BLD = self.embedding.astype(self.config.dtype)[tokens_BL]
+        kv = None if cache is None else (cache.keys_NBGSK, cache.values_NBGSK)
+        x_BLD, kv = self.layers(x_BLD, positions_BL, mask_BLS, start, kv)
+        hidden_BLD = self.norm(x_BLD)
+        if self.is_initializing():
+            self.unembed(hidden_BLD)
+        return Output(hidden_BLD, None if seen is None else seen._replace(keys_NBGSK=kv[0], values_NBGSK=kv[1]))
+
+    def unembed(self, hidden_BLD: Array) -> Array:
+        """Logits ``[..., V]``; the matmul accumulates in float32."""
+        kernel = self.embedding.T if self.config.tied else self.head
+        return jnp.matmul(hidden_BLD, kernel.astype(hidden_BLD.dtype), preferred_element_type=jnp.float32)
+
+
+def _write_segments(cache: Cache | None, segments_BL: Array) -> Cache | None:
+    if cache is None:
+        return None
+    written = jnp.zeros_like(cache.segments_BS).at[:, : segments_BL.shape[1]].set(segments_BL)
+    slots = jnp.arange(cache.segments_BS.shape[1])
+    new = (slots >= cache.length) & (slots < cache.length + segments_BL.shape[1])
+    segments_BS = jnp.where(new[None], jnp.roll(written, cache.length, axis=1), cache.segments_BS)
+    return cache._replace(segments_BS=segments_BS, length=cache.length + segments_BL.shape[1])
+
+
+def decoder(config: DecoderConfig) -> Model:
+    """The pure functions of a decoder with this configuration."""
+
+    def init_cache(batch: int, length: int) -> Cache:
+        shape = (config.layers, batch, config.groups, length, config.key_size)
+        zeros = jnp.zeros(shape, config.dtype)
+        return Cache(zeros, zeros, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
+
+    return from_linen(Decoder(config), config.vocab_size, config=config, init_cache=init_cache)

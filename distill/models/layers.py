@@ -1,0 +1,136 @@
+"""The layers of a decoder, in Linen, and the functions they are made of."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from distill.models.config import DecoderConfig
+from distill.models.model import parameter
+from distill.shapes import Array
+
+
+def rms_norm(x_BLD: Array, scale_D: Array, epsilon: float) -> Array:
+    """x / sqrt(mean(x²) + ε) · scale, in float32 (arXiv 1910.07467)."""
+    x32 = x_BLD.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(variance + epsilon) * scale_D).astype(x_BLD.dtype)
+
+
+def rotate(x_BHLK: Array, positions_BL: Array, theta: float) -> Array:
+    """Rotary positions (arXiv 2104.09864): the pair (i, i + K/2) turns by position · theta^(−2i/K)."""
+    half = x_BHLK.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BL[:, None, :, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x_BHLK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLK.dtype)
+
+
+def attend(q_BHLK: Array, k_BGSK: Array, v_BGSK: Array, mask_BLS: Array) -> Array:
+    """Softmax attention of H query heads over G key/value groups, scores and softmax in float32. Returns ``[B,H,L,K]``.
+
+    A row that sees no key (none exists in a causal model: a token sees itself) would be uniform, not NaN.
+    """
+    batch, heads, length, size = q_BHLK.shape
+    groups = k_BGSK.shape[1]
+    q_BGRLK = q_BHLK.reshape(batch, groups, heads // groups, length, size)
+    scores = jnp.einsum("bgrlk,bgsk->bgrls", q_BGRLK, k_BGSK, preferred_element_type=jnp.float32) * size**-0.5
+    scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
+    return jnp.einsum("bgrls,bgsk->bgrlk", weights, v_BGSK).reshape(batch, heads, length, size)
+
+
+class Projection(nn.Module):
+    """One einsum with its kernel, and a bias if asked."""
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    fan_in: int
+    bias_axes: int = 0
+    """How many trailing axes the bias has; 0: no bias."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", parameter(self.axes, std=self.fan_in**-0.5), self.shape)
+        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if not self.bias_axes:
+            return y
+        bias = self.param("bias", parameter(self.axes[-self.bias_axes :]), self.shape[-self.bias_axes :])
+        bias = bias[:, None] if self.bias_axes == 2 else bias  # [H, K] meets [B, H, L, K]
+        return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim)).astype(x.dtype)
+
+
+class Norm(nn.Module):
+    """RMSNorm with its scale."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        scale = self.param("scale", parameter(("norm",), mean=1.0), x_BLD.shape[-1:])
+        return rms_norm(x_BLD, scale, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions (arXiv 2305.13245)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, cache):
+        c = self.config
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            shape, axes = (c.width, heads, c.key_size), ("embed", axis, "head")
+            bias_axes = 2 if c.qkv_bias else 0
+            return Projection("bld,dhk->bhlk", shape, axes, c.width, bias_axes, name=name)(x_BLD)
+
+        q_BHLK = rotate(project("query", c.heads, "heads"), positions_BL, c.rope_theta)
+        k_BGLK = rotate(project("key", c.groups, "kv"), positions_BL, c.rope_theta)
+        v_BGLK = project("value", c.groups, "kv")
+        if cache is not None:
+            keys, values, start = cache
+            k_BGLK = jax.lax.dynamic_update_slice_in_dim(keys, k_BGLK.astype(keys.dtype), start, axis=2)
+            v_BGLK = jax.lax.dynamic_update_slice_in_dim(values, v_BGLK.astype(values.dtype), start, axis=2)
+        y_BHLK = attend(q_BHLK, k_BGLK, v_BGLK, mask_BLS)
+        shape, fan_in = (c.heads, c.key_size, c.width), c.heads * c.key_size
+        axes, bias_axes = ("heads", "head", "embed"), int(c.output_bias)
+        out = Projection("bhlk,hkd->bld", shape, axes, fan_in, bias_axes, name="output")(y_BHLK)
+        return out, (k_BGLK, v_BGLK)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        c = self.config
+        bias_axes = int(c.mlp_bias)
+
+        def widen(name: str) -> Array:
+            shape, axes = (c.width, c.feed_forward), ("embed", "mlp")
+            return Projection("bld,df->blf", shape, axes, c.width, bias_axes, name=name)(x_BLD)
+
+        y_BLF = nn.silu(widen("gate")) * widen("up")
+        shape, axes = (c.feed_forward, c.width), ("mlp", "embed")
+        return Projection("blf,fd->bld", shape, axes, c.feed_forward, bias_axes, name="down")(y_BLF)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). Shaped for ``nn.scan``: carry, broadcasts, cache."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, start, cache):
+        c = self.config
+        cache = None if cache is None else (*cache, start)
+        attended, kv = Attention(c, name="attention")(
+            Norm(c.norm_epsilon, name="attention_norm")(x_BLD), positions_BL, mask_BLS, cache
+        )
+        x_BLD = x_BLD + attended
+        x_BLD = x_BLD + SwiGLU(c, name="mlp")(Norm(c.norm_epsilon, name="mlp_norm")(x_BLD))
+        return x_BLD, None if cache is None else kv

@@ -1,0 +1,150 @@
+"""``Model``: what every network looks like from outside, and the adapters that make one."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from distill.shapes import Array, Float, Int, Params
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer for the tokens seen so far, and which slots they fill."""
+
+    keys_NBGSK: Float[Array, "N B G S K"]
+    values_NBGSK: Float[Array, "N B G S K"]
+    segments_BS: Int[Array, "B S"]
+    """Segment of each slot; −1 where nothing has been written yet."""
+    length: Int[Array, ""]
+
+
+class Output(NamedTuple):
+    """What ``apply`` returns; ``hidden`` is after the final norm, as the head wants it."""
+
+    hidden: Float[Array, "B L D"]
+    cache: Cache | None = None
+
+
+class Parameter(nn.Partitioned):
+    """One entry of the parameter specification: shape, logical axes and initial distribution, declared where it is used.
+
+    A parameter starts as ``mean + std · normal``.
+    """
+
+    std: float = struct.field(pytree_node=False, default=0.0)
+    mean: float = struct.field(pytree_node=False, default=0.0)
+
+
+def parameter(axes: tuple[str, ...], *, std: float = 0.0, mean: float = 0.0) -> Callable[..., Parameter]:
+    """The Linen initialiser that declares a ``Parameter`` with these logical axis names."""
+    return lambda _, shape: Parameter(jnp.zeros(shape, jnp.float32), names=axes, std=std, mean=mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as pure functions over plain nested dicts of arrays.
+
+    Example:
+      >>> from distill.models import DecoderConfig, decoder
+      >>> model = decoder(DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16))
+      >>> params = model.init(jax.random.key(0))
+      >>> output = model.apply(params, jnp.array([[1, 2, 3]]))
+      >>> output.hidden.shape, model.unembed(params, output.hidden).shape
+      ((1, 3, 8), (1, 3, 14))
+    """
+
+    init: Callable[[Array], Params]
+    """``init(key) -> params``."""
+    apply: Callable[..., Output]
+    """``apply(params, tokens, positions=None, segments=None, cache=None) -> Output``."""
+    unembed: Callable[[Params, Array], Array]
+    """``unembed(params, hidden) -> logits``, float32."""
+    vocab_size: int
+    axes: Params | None = None
+    """Logical axis names of each parameter (``parallel.py`` maps them to the mesh); None: replicate."""
+    init_cache: Callable[[int, int], Cache] | None = None
+    """``init_cache(batch, length) -> Cache`` with room for ``length`` tokens; None: the model has no cache."""
+    config: Any = None
+
+    def logits(self, params: Params, tokens: Array, **inputs: Any) -> Array:
+        """``unembed(apply(tokens))``: ``[B, L, V]`` float32."""
+        return self.unembed(params, self.apply(params, tokens, **inputs).hidden)
+
+    def parameter_count(self) -> int:
+        """Number of parameters."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
+    """A ``Model`` from a Linen module with ``__call__(tokens, …) -> Output`` and ``unembed(hidden)``.
+
+    Parameters declared with ``parameter`` are drawn from ONE stream of normals cut into leaves: one small program
+    whatever the depth (a draw per leaf costs seconds of compilation), and the same bits however they are sharded.
+    """
+    specification = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    boxes, structure = jax.tree.flatten(specification, is_leaf=lambda leaf: isinstance(leaf, Parameter))
+    axes = jax.tree.unflatten(structure, [box.names for box in boxes])
+
+    @jax.jit
+    def init(key: Array) -> Params:
+        sizes = [math.prod(box.value.shape) for box in boxes]
+        stream = jax.random.normal(key, (sum(sizes),), jnp.float32)
+        leaves, start = [], 0
+        for box, size in zip(boxes, sizes, strict=True):
+            normal = stream[start : start + size].reshape(box.value.shape)
+            leaves.append(box.mean + box.std * normal)
+            start += size
+        return jax.tree.unflatten(structure, leaves)
+
+    def apply(params: Params, tokens: Array, **inputs: Any) -> Output:
+        return module.apply({"params": params}, tokens, **inputs)
+
+    def unembed(params: Params, hidden: Array) -> Array:
+        return jnp.asarray(module.apply({"params": params}, hidden, method="unembed"))
+
+    return Model(init, apply, unembed, vocab_size, axes=axes, **fields)
+
+
+def from_nnx(construct: Callable[..., nnx.Module], vocab_size: int) -> Model:
+    """A ``Model`` from an NNX module class: the same pure functions, its state as a plain nested dict.
+
+    Args:
+      construct: called as ``construct(rngs=nnx.Rngs(key))``. The module must offer
+        ``__call__(tokens, positions=None, segments=None) -> hidden [B, L, D]`` and ``unembed(hidden) -> logits``.
+      vocab_size: V.
+
+    Example:
+      >>> class Bigram(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.table = nnx.Embed(14, 8, rngs=rngs)
+      ...     def __call__(self, tokens, positions=None, segments=None):
+      ...         return self.table(tokens)
+      ...     def unembed(self, hidden):
+      ...         return self.table.attend(hidden)
+      >>> model = from_nnx(Bigram, vocab_size=14)
+      >>> model.logits(model.init(jax.random.key(0)), jnp.array([[1, 2]])).shape
+      (1, 2, 14)
+    """
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: construct(rngs=nnx.Rngs(0))))
+
+    def rebuild(params: Params) -> nnx.Module:
+        state = jax.tree.map(lambda leaf: leaf, abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+    def init(key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.split(construct(rngs=nnx.Rngs(key)))[1])
+
+    def apply(params: Params, tokens: Array, **inputs: Any) -> Output:
+        return Output(rebuild(params)(tokens, **inputs))
+
+    def unembed(params: Params, hidden: Array) -> Array:
+        return rebuild(params).unembed(hidden).astype(jnp.float32)
+
+    return Model(init, apply, unembed, vocab_size)

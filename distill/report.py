@@ -1,0 +1,411 @@
+"""A run folder → tables, plots (PNG) and one self-contained HTML page.
+
+    write_report([Path("runs/addition")])    # writes runs/addition/report.html and the PNGs beside it
+
+Reading, numbers and figures stand here; words and tables in `report.html.jinja`. Nothing here imports jax, and matplotlib
+only loads to draw. Every number of the page comes from the run folder; one that is missing or NaN is shown as –.
+"""
+
+import base64
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+MODELS = ("teacher", "student", "baseline")
+# Okabe and Ito's palette, and a marker of its own for each series: told apart without colour too.
+COLOURS = {"teacher": "#3d434b", "student": "#0072B2", "baseline": "#D55E00"}
+MARKERS = {"teacher": "s", "student": "o", "baseline": "^"}
+ARMS = {  # arm of the protocol -> name on the page, colour, marker; in the order of the table
+    "alone": ("Alone, on labels", "#D55E00", "^"),
+    "same_prompts": ("Distilled, same prompts", "#56B4E9", "D"),
+    "unlabelled": ("Distilled, unlabelled prompts", "#0072B2", "o"),
+    "skyline": ("Skyline, all true labels", "#009E73", "P"),
+    "permuted_teacher": ("Control, permuted teacher", "#CC79A7", "X"),
+    "independent_teacher": ("Control, independent teacher", "#E69F00", "d"),
+}
+PROBABILITY_FLOOR = 1e-12  # what a logarithmic axis shows for anything smaller
+INK = ("axes.labelcolor", "xtick.color", "ytick.color")
+STYLE = {
+    **{"font.size": 12, "legend.fontsize": 11.5, "xtick.labelsize": 11.5, "ytick.labelsize": 11.5},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a9099"},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8eaed", **dict.fromkeys(INK, "#24282d")},
+    **{"legend.frameon": False, "legend.handletextpad": 0.5, "legend.columnspacing": 1.2},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was read from one run folder; a file that need not be there reads as empty."""
+
+    folder: Path
+    config: dict[str, Any]
+    evaluation: dict[str, Any]
+    summary: dict[str, Any]
+    arms: dict[str, Any]
+    metrics: dict[str, list[dict]]  # by model
+
+    @property
+    def name(self) -> str:
+        """The experiment's name, or the folder's where the configuration has none."""
+        return str(self.config.get("name") or self.folder.resolve().name)
+
+    @property
+    def models(self) -> list[str]:
+        """The models that were evaluated, in the order teacher, student, baseline."""
+        return [model for model in MODELS if self.evaluation.get(model)]
+
+
+def write_report(runs: Sequence[Path]) -> Path:
+    """Write `report.html` and its PNGs into the first run folder, compared with the others; return the page's path.
+
+    Raises FileNotFoundError for a missing folder or file, ValueError for no run or a file that lacks what is needed.
+    """
+    if not runs:
+        raise ValueError("no run folder was given; expected one or more, as in scripts/report.py --run runs/addition")
+    read = [_read_run(Path(folder)) for folder in runs]
+    page = _template().render(_context(read, _draw_figures(read)))
+    path = read[0].folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+# ---- reading
+
+
+def _read_run(folder: Path) -> Run:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run folder {folder} does not exist; run scripts/distill.py --run {folder} first")
+    train, evaluate = f"run scripts/distill.py --run {folder} first", f"run scripts/evaluate.py --run {folder} first"
+    where = {"teacher": folder / "teacher", "student": folder, "baseline": folder / "baseline"}
+    run = Run(
+        folder,
+        config=_read_json(folder / "config.json", train),
+        evaluation=_read_json(folder / "evaluation.json", evaluate),
+        summary=_read_json(folder / "summary.json", train, optional=True),
+        arms=_read_json(folder / "arms.json", "run scripts/reproduce.py again", optional=True),
+        metrics={model: _read_metrics(path / "metrics.jsonl") for model, path in where.items()},
+    )
+    if not run.metrics["student"]:
+        raise FileNotFoundError(f"{folder / 'metrics.jsonl'} is missing or empty; {train}")
+    _check_evaluation(run.evaluation, folder / "evaluation.json", evaluate)
+    return run
+
+
+def _read_json(path: Path, remedy: str, optional: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        if optional:
+            return {}
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; {remedy}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; {remedy}")
+    return value
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append({"step": None, **json.loads(line)})
+        except (ValueError, TypeError) as error:
+            if number == len(lines):  # a run killed in the middle of a line is still worth a report
+                break
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}; remove it") from error
+    return records
+
+
+def _check_evaluation(evaluation: dict, path: Path, remedy: str) -> None:
+    for model in ("teacher", "student", *(["baseline"] if evaluation.get("baseline") else [])):
+        scores = evaluation.get(model)
+        known = isinstance(scores, dict) and isinstance(scores.get("exact_match", "absent"), int | float | None)
+        if not known or not _number(scores.get("parameters")) > 0:
+            raise ValueError(
+                f"{path}: expected {model!r} to hold the numbers 'parameters' (1 or more) and 'exact_match', "
+                f"got {json.dumps(scores)[:120]}; {remedy}"
+            )
+
+
+# ---- numbers
+
+
+def _number(value: object) -> float:
+    """The value as a float; NaN for everything that is not a finite number."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
+def _ratio(numerator: object, denominator: object) -> float:
+    return _number(numerator) / _number(denominator) if denominator else math.nan
+
+
+def _plain(value: object) -> str:
+    number = _number(value)
+    if math.isnan(number):
+        return "–"
+    return f"{number:,.0f}" if abs(number) >= 1000 or number == int(number) else f"{number:.3g}"
+
+
+def _percent(value: object, decimals: int = 1) -> str:
+    number = 100 * _number(value)
+    return "–" if math.isnan(number) else f"{number:.{decimals}f} %"
+
+
+def _scientific(value: object) -> str:
+    number = _number(value)
+    if math.isnan(number) or number == 0 or 1e-3 <= abs(number) < 1e6:
+        return _plain(number)
+    mantissa, exponent = f"{number:.2e}".split("e")
+    return f"{mantissa} × 10" + str(int(exponent)).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
+
+
+def _times(value: object) -> str:
+    number = _number(value)
+    return f"{number:.1f}×" if 1 <= number < 1000 else f"{_plain(number)}×" if number == number else "–"
+
+
+def _series(records: list[dict], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    # A resumed run writes some steps again: the later record of a step is the one that led to the weights.
+    by_step = {
+        record["step"]: _number(record[key]) for record in records if record.get("kind") == kind and key in record
+    }
+    steps = sorted(step for step in by_step if not math.isnan(_number(step)))
+    return np.array(steps, float), np.array([by_step[step] for step in steps], float)
+
+
+def _dark_knowledge(soft: dict) -> dict[str, Any]:
+    """The facts the caption of the soft targets tells: about the digits that are wrong, which a label gives zero."""
+    symbols, teacher = soft["symbols"], soft["teacher"]
+    wrong = [i for i, symbol in enumerate(symbols) if symbol.isdigit() and symbol != soft["truth"]]
+    likely = sorted(wrong, key=lambda i: -teacher[i])
+    ranks = {m: _rank_correlation(np.take(teacher, wrong), np.take(soft[m], wrong)) for m in MODELS[1:] if soft.get(m)}
+    return {
+        "truth": symbols.index(soft["truth"]),
+        "first": likely[0],
+        "last": likely[-1],
+        "slip": symbols[likely[0]] == _carry_slip(soft),
+        "ranks": {model: rank for model, rank in ranks.items() if not math.isnan(rank)},
+    }
+
+
+def _carry_slip(soft: dict) -> str | None:
+    """The digit a missed or a needless carry would write there; None where the prompt is no addition."""
+    terms = re.fullmatch(r"(\d+)\+(\d+)=", soft["prompt"])
+    if not terms or not soft["truth"].isdigit():
+        return None
+    unit = 10 ** soft["position"]
+    carried = sum(int(term) % unit for term in terms.groups()) >= unit
+    return str((int(soft["truth"]) + (-1 if carried else 1)) % 10)
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, ties at their mean rank; NaN where one side has no order or holds a NaN."""
+    ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (a, b)]
+    ordered = np.isfinite([a, b]).all() and min(np.std(rank) for rank in ranks) > 0
+    return float(np.corrcoef(*ranks)[0, 1]) if ordered else math.nan
+
+
+# ---- figures
+
+
+def _draw_figures(runs: list[Run]) -> dict[str, str]:
+    """Draw every figure whose data is there; name -> data URI of the PNG."""
+    evaluation, student = runs[0].evaluation, runs[0].evaluation["student"]
+    figures: dict[str, tuple[object, Callable[[list[Run], Path], None]]] = {
+        "curves": (True, _draw_curves),
+        "parameters": (True, _draw_parameters),
+        "carries": (student.get("exact_match_by_carries"), _draw_carries),
+        "soft_targets": (evaluation.get("soft_targets"), _draw_soft_targets),
+        "calibration": (student.get("calibration"), _draw_calibration),
+        "arms": (runs[0].arms.get("rows"), _draw_arms),
+    }
+    return {name: _data_uri(name, draw, runs) for name, (data, draw) in figures.items() if data}
+
+
+def _data_uri(name: str, draw: Callable[[list[Run], Path], None], runs: list[Run]) -> str:
+    path = runs[0].folder / f"{name}.png"
+    try:
+        draw(runs, path)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        source = {"curves": "metrics.jsonl", "arms": "arms.json"}.get(name, "evaluation.json")
+        raise ValueError(
+            f"{path.with_name(source)} lacks what the figure {name!r} shows ({type(error).__name__}: {error}); "
+            f"expected the format of scripts/evaluate.py: run it with --run {path.parent} again"
+        ) from error
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+@contextmanager
+def _canvas(path: Path, height: float, rows: int = 1) -> Iterator[Any]:
+    """Axes to draw on, written to `path`: same bytes for same numbers, whatever the user's matplotlibrc."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize=(5.6, height), layout="constrained")
+        yield figure.subplots(rows, sharex=True)
+        figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+
+
+def _look(model: str, **more: Any) -> dict[str, Any]:
+    return {"color": COLOURS[model], "marker": MARKERS[model], "label": model, **more}
+
+
+def _legend(axes: Any, columns: int = 3) -> None:
+    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
+    axes.legend(entries.values(), entries, ncols=columns, **place)
+
+
+def _draw_curves(runs: list[Run], path: Path) -> None:
+    with _canvas(path, 5.6, rows=2) as (above, below):
+        for model, records in runs[0].metrics.items():
+            line = _look(model, linestyle="--" if model == "baseline" else "-")
+            if records:
+                steps, scores = _series(records, "eval", "exact_match")
+                above.plot(steps, 100 * scores, markersize=4, **line)
+                steps, losses = _series(records, "train", "loss")
+                below.plot(steps, np.where(losses > 0, losses, np.nan), **line | {"marker": "", "linewidth": 1.2})
+        above.set(ylabel="exact match (%)", ylim=(-4, 104))
+        below.set(ylabel="training loss (nats)", xlabel="optimizer step")
+        if any((line.get_ydata() > 0).any() for line in below.lines):
+            below.set_yscale("log")
+        _legend(above)
+
+
+def _draw_parameters(runs: list[Run], path: Path) -> None:
+    with _canvas(path, 3.5) as axes:
+        points = [(run, model, run.evaluation[model]) for run in reversed(runs) for model in run.models]
+        for run, model, scores in points:
+            size, score = scores["parameters"], 100 * _number(scores["exact_match"])
+            fill = COLOURS[model] if run is runs[0] else "white"
+            axes.plot(size, score, **_look(model, markersize=10, markerfacecolor=fill))
+            if run is runs[0] and not math.isnan(score):
+                below = {"xytext": (0, -9), "va": "top"} if model == "baseline" else {"xytext": (0, 9), "va": "bottom"}
+                axes.annotate(f"{model} {score:.1f}", (size, score), textcoords="offset points", ha="center", **below)
+        axes.set(xscale="log", xlabel="parameters", ylabel="exact match (%)", ylim=(-16, 118), yticks=range(0, 101, 25))
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 2, high * 2)
+
+
+def _draw_carries(runs: list[Run], path: Path) -> None:
+    evaluation, models = runs[0].evaluation, runs[0].models
+    carries = sorted(evaluation["student"]["exact_match_by_carries"], key=int)
+    with _canvas(path, 3.5) as axes:
+        for place, model in enumerate(models):
+            by_carries = evaluation[model].get("exact_match_by_carries") or {}
+            scores = [100 * _number(by_carries.get(count, {}).get("exact_match")) for count in carries]
+            x = np.arange(len(carries)) + (place - (len(models) - 1) / 2) * 0.27
+            bars = axes.bar(x, scores, width=0.25, color=COLOURS[model], label=model)
+            axes.bar_label(bars, ["" if math.isnan(s) else f"{s:.3g}" for s in scores], padding=2, fontsize=11)
+        axes.set(ylabel="exact match (%)", xlabel="number of carries", ylim=(0, 112), yticks=range(0, 101, 25))
+        axes.set_xticks(range(len(carries)), carries)
+        axes.grid(axis="x", visible=False)
+        _legend(axes)
+
+
+def _draw_soft_targets(runs: list[Run], path: Path) -> None:
+    soft = runs[0].evaluation["soft_targets"]
+    x, truth = np.arange(len(soft["symbols"])), soft["symbols"].index(soft["truth"])
+    with _canvas(path, 5.6, rows=2) as (above, below):
+        for key, shift, colour, heat in (
+            ("teacher", -0.2, COLOURS["teacher"], 1),
+            ("teacher_softened", 0.2, "#a9b1bb", soft["temperature"]),
+        ):
+            above.bar(x + shift, soft[key], width=0.38, color=colour, label=f"teacher, T = {_plain(heat)}")
+        for place, model in enumerate(model for model in MODELS if soft.get(model)):
+            heights = np.maximum(np.array(soft[model], float), PROBABILITY_FLOOR)
+            below.plot(x + 0.22 * (place - 1), heights, **_look(model, linestyle="", markersize=6))
+        above.set(ylabel="probability", ylim=(0, 1.04))
+        below.set(ylabel="probability at T = 1", yscale="log", xlabel="next symbol (shaded: the truth)")
+        below.set_xticks(x, [symbol.strip("<>") for symbol in soft["symbols"]])
+        for axes in (above, below):
+            axes.axvspan(truth - 0.5, truth + 0.5, color="#fff1cc", zorder=0)
+            axes.grid(axis="x", visible=False)
+            _legend(axes)
+
+
+def _draw_calibration(runs: list[Run], path: Path) -> None:
+    with _canvas(path, 4.4) as axes:
+        axes.plot([0, 100], [0, 100], color="#8a9099", linewidth=1, linestyle=":")
+        for model in runs[0].models:
+            bins = (runs[0].evaluation[model].get("calibration") or {}).get("bins", [])
+            full = [b for b in bins if _number(b["count"]) > 0]
+            share = np.array([b["count"] for b in full]) / sum(b["count"] for b in full)
+            x, y = ([100 * _number(b[key]) for b in full] for key in ("confidence", "accuracy"))
+            axes.plot(x, y, color=COLOURS[model], linewidth=1.2)
+            axes.scatter(x, y, 18 + 160 * share, **_look(model, alpha=0.85))
+        axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(-3, 104), ylim=(-3, 104))
+        _legend(axes)
+
+
+def _draw_arms(runs: list[Run], path: Path) -> None:
+    rows, teacher = runs[0].arms["rows"], runs[0].arms.get("teacher") or {}
+    sizes = sorted({row["parameters"] for row in rows})
+    with _canvas(path, 5.0) as axes:
+        if teacher.get("seeds"):
+            axes.axhline(100 * np.mean(teacher["seeds"]), color=COLOURS["teacher"], linewidth=1, label="Teacher")
+        for slot, size in enumerate(sizes):
+            here = _in_order(row for row in rows if row["parameters"] == size)
+            for place, row in enumerate(here):
+                _draw_arm(axes, row, slot + 0.8 * ((place + 0.5) / len(here) - 0.5))
+        axes.set_xticks(range(len(sizes)), [_plain(size) for size in sizes])
+        axes.set(xlabel="parameters of the student", ylabel="exact match (%)", ylim=(-4, 104))
+        _legend(axes, columns=2)
+
+
+def _draw_arm(axes: Any, row: dict, x: float) -> None:
+    name, colour, marker = ARMS[row["arm"]]
+    axes.plot([x] * len(row["seeds"]), 100 * np.array(row["seeds"], float), ".", color=colour, alpha=0.35)
+    axes.vlines(x, *(100 * _number(bound) for bound in row["interval"]), color=colour, linewidth=2)
+    axes.plot(x, 100 * _number(row["mean"]), marker, color=colour, markersize=8, label=name)
+
+
+# ---- the page
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"plain": _plain, "percent": _percent, "scientific": _scientific, "times": _times}
+    environment.globals |= {
+        "number": _number,
+        "ratio": _ratio,
+        "arm_names": {arm: look[0] for arm, look in ARMS.items()},
+    }
+    return environment.get_template("report.html.jinja")
+
+
+def _context(runs: list[Run], figures: dict[str, str]) -> dict[str, Any]:
+    evaluation, arms = runs[0].evaluation, runs[0].arms.get("rows") or []
+    ledger = (evaluation.get("ledger") or {}).get("rows") or []
+    return {
+        "runs": runs,
+        "figures": figures,
+        "knowledge": _dark_knowledge(evaluation["soft_targets"]) if "soft_targets" in figures else {},
+        "total": {
+            key: sum(_number(row.get(key)) for row in ledger) for key in ("flops", "seconds", "cpu_seconds", "joules")
+        },
+        "arm_groups": [
+            _in_order(row for row in arms if row["student"] == student)
+            for student in dict.fromkeys(row["student"] for row in arms)
+        ],
+        "config_text": json.dumps(runs[0].config, indent=2, ensure_ascii=False),
+    }
+
+
+def _in_order(rows: Iterator[dict]) -> list[dict]:
+    order = list(ARMS)
+    return sorted(rows, key=lambda row: (order.index(row["arm"]), row.get("labels") or 0))

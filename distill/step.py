@@ -1,0 +1,147 @@
+"""One update of the student, as a pure function.
+
+    train_step(state, teacher_params, batch) -> (state, metrics)
+
+The teacher is a separate argument: not in the state, the optimizer, the gradient or the checkpoint. ``parallel.py``
+wraps this function for one device, a mesh or ``pmap``; ``vmap`` over it trains several students at once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distill.data.loader import Batch
+from distill.losses.reduce import Pair, masked_sum
+from distill.models.model import Model
+from distill.objective import Term, evaluate_terms
+from distill.shapes import Array, Int, Params
+
+Metrics = dict[str, Pair]
+TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Metrics]]
+
+
+class TrainState(NamedTuple):
+    """All that changes while the student learns."""
+
+    step: Int[Array, ""]
+    """Optimizer steps done: the one counter from which schedules and the position in the data derive."""
+    params: Params
+    opt_state: optax.OptState
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def make_train_step(
+    student: Model,
+    terms: Sequence[Term],
+    optimizer: optax.GradientTransformation,
+    *,
+    teacher: Model | None = None,
+    micro_batches: int = 1,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """The train step of a student.
+
+    The loss is Σ weight · sum / W with W the number of counted tokens of the WHOLE global batch: over micro-batches
+    and, with ``axis_name``, over devices. W does not depend on the parameters, so gradients of sums are added.
+
+    Args:
+      student: what is trained.
+      terms: of the objective.
+      optimizer: an optax transformation.
+      teacher: gives ``teacher_logits``; None: no term may need them, and ``teacher_params`` is ignored.
+      micro_batches: the batch is worked through in so many parts, one update at the end; must divide it.
+      axis_name: of the ``pmap`` or ``shard_map`` around the step, each device holding its part of the batch.
+
+    Returns:
+      ``train_step(state, teacher_params, batch) -> (state, metrics)``; metrics are (sum, weight) pairs, global:
+      ``loss``, every term by its name, ``agreement`` (share of top-1 tokens equal to the teacher's) and
+      ``teacher_cross_entropy`` when there is a teacher, ``gradient_norm``.
+    """
+    if not terms:
+        raise ValueError("make_train_step: no terms; expected at least one, such as objective.task_term().")
+
+    def global_sum(tree):
+        return jax.lax.psum(tree, axis_name) if axis_name else tree
+
+    def loss_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array):
+        student_logits = student.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments)
+        teacher_logits = None
+        if teacher is not None:
+            frozen = jax.lax.stop_gradient(teacher_params)
+            teacher_logits = teacher.logits(frozen, batch.inputs, positions=batch.positions, segments=batch.segments)
+        pairs = evaluate_terms(terms, student_logits, teacher_logits, batch)
+        loss = sum(term.weight * pairs[term.name][0] for term in terms) / jnp.where(weight > 0, weight, 1.0)
+        return loss, {"loss": (loss * weight, pairs[terms[0].name][1])} | pairs | _beside(
+            student_logits, teacher_logits, batch
+        )
+
+    def gradients_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array):
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, teacher_params, batch, weight)
+        return gradients, metrics
+
+    def train_step(state: TrainState, teacher_params: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
+        weight = global_sum(jnp.sum(batch.mask, dtype=jnp.float32))
+        if micro_batches == 1:
+            gradients, metrics = gradients_of(state.params, teacher_params, batch, weight)
+        else:
+            parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
+            gradients, metrics = _accumulate(
+                lambda part: gradients_of(state.params, teacher_params, part, weight), parts
+            )
+        gradients, metrics = global_sum((gradients, metrics))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics["gradient_norm"] = (optax.global_norm(gradients), jnp.float32(1.0))
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return train_step
+
+
+def _beside(student_logits: Array, teacher_logits: Array | None, batch: Batch) -> Metrics:
+    """What is logged of student and teacher side by side; no gradient."""
+    if teacher_logits is None:
+        return {}
+    same = jnp.argmax(student_logits, axis=-1) == jnp.argmax(teacher_logits, axis=-1)
+    log_p = jax.nn.log_softmax(teacher_logits.astype(jnp.float32), axis=-1)
+    labels = jnp.where(batch.mask, batch.labels, 0)
+    nats = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    return {
+        "agreement": masked_sum(same.astype(jnp.float32), batch.mask),
+        "teacher_cross_entropy": masked_sum(nats, batch.mask),
+    }
+
+
+def _split(x: Array, parts: int) -> Array:
+    """``[B, …] -> [parts, B / parts, …]``, rows dealt in turn so that a batch sharded over devices stays where it is."""
+    if x.shape[0] % parts:
+        raise ValueError(f"a batch of {x.shape[0]} cannot be split into {parts} equal micro-batches.")
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _accumulate(function: Callable, parts: Batch):
+    """Sum of ``function(part)`` over the leading axis, one part in memory at a time."""
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, parts)[0]
+
+
+def scan_steps(train_step: TrainStep) -> Callable:
+    """Several steps in one program: ``(state, teacher_params, examples, rows [K, B]) -> (state, metrics [K])``.
+
+    ``examples`` is a ``Batch`` of all examples; step k trains on ``examples[rows[k]]``. One dispatch for K small
+    steps: on tiny models Python would otherwise be the bottleneck.
+    """
+
+    def steps(state: TrainState, teacher_params: Params | None, examples: Batch, rows: Array):
+        def one(state: TrainState, row: Array):
+            return train_step(state, teacher_params, jax.tree.map(lambda field: field[row], examples))
+
+        return jax.lax.scan(one, state, rows)
+
+    return steps

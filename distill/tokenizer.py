@@ -1,0 +1,60 @@
+"""Text ↔ ids."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class CharacterTokenizer:
+    """One id per character, plus ``<pad>`` = 0 and ``<eos>`` = 1.
+
+    Example:
+      >>> tokenizer = CharacterTokenizer("0123456789+=")
+      >>> tokenizer.encode("7+5=")
+      [9, 12, 7, 13]
+      >>> tokenizer.decode([9, 12, 7, 13, 1, 0])
+      '7+5='
+    """
+
+    characters: str
+    pad_id: int = 0
+    eos_id: int = 1
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Every id's text, in order of id."""
+        return ("<pad>", "<eos>", *self.characters)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return len(self.characters) + 2
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Raises ValueError on a character outside the alphabet."""
+        unknown = sorted(set(text) - set(self.characters))
+        if unknown:
+            raise ValueError(f"cannot encode {text!r}: unknown {unknown}; expected only {self.characters!r}.")
+        return [self.characters.index(character) + 2 for character in text]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text up to the first ``<eos>``; ``<pad>`` writes nothing."""
+        text = ""
+        for token in ids:
+            if token == self.eos_id:
+                break
+            text += "" if token == self.pad_id else self.symbols[token]
+        return text
+
+    def fingerprint(self) -> str:
+        """Hash of the id → text map: equal exactly when two tokenizers read the same ids the same way."""
+        return hashlib.sha256(json.dumps(self.symbols).encode()).hexdigest()[:16]
+
+
+def decode_all(tokenizer: CharacterTokenizer, rows: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
+    """``decode`` of every row."""
+    return [tokenizer.decode(row) for row in rows]
