@@ -2,8 +2,8 @@
 
     write_report([Path("runs/addition")])    # writes runs/addition/report.html and the PNGs beside it
 
-Reading, numbers and figures stand here; words and tables in `report.html.jinja`. Nothing here imports jax, and matplotlib
-only loads to draw. Every number of the page comes from the run folder; one that is missing or NaN is shown as –.
+Reading, numbers and figures stand here, words and tables in `report.html.jinja`. No jax is imported, and matplotlib
+only to draw. Every number of the page comes from the run folder; one that is missing or not finite is shown as –.
 """
 
 import base64
@@ -185,25 +185,24 @@ def _series(records: list[dict], kind: str, key: str) -> tuple[np.ndarray, np.nd
 
 def _dark_knowledge(soft: dict) -> dict[str, Any]:
     """The facts the caption of the soft targets tells: about the digits that are wrong, which a label gives zero."""
-    symbols, teacher = soft["symbols"], soft["teacher"]
-    wrong = [i for i, symbol in enumerate(symbols) if symbol.isdigit() and symbol != soft["truth"]]
-    likely = sorted(wrong, key=lambda i: -teacher[i])
-    ranks = {m: _rank_correlation(np.take(teacher, wrong), np.take(soft[m], wrong)) for m in MODELS[1:] if soft.get(m)}
-    return {
-        "truth": symbols.index(soft["truth"]),
-        "first": likely[0],
-        "last": likely[-1],
-        "slip": symbols[likely[0]] == _carry_slip(soft),
-        "ranks": {model: rank for model, rank in ranks.items() if not math.isnan(rank)},
-    }
+    symbols, truth = soft["symbols"], soft["symbols"].index(soft["truth"])
+    others = [i for i in range(len(symbols)) if i != truth]
+    wrong = [i for i in others if symbols[i].isdigit()] or others
+    chances = {model: np.array([_number(soft[model][i]) for i in wrong]) for model in MODELS if soft.get(model)}
+    order = np.argsort(-chances["teacher"], kind="stable")
+    first, last = wrong[order[0]], wrong[order[-1]]
+    ranks = {model: _rank_correlation(chances["teacher"], chances[model]) for model in chances if model != "teacher"}
+    known = {model: rank for model, rank in ranks.items() if not math.isnan(rank)}
+    slip = symbols[first] == _carry_slip(soft)
+    return {"truth": truth, "first": first, "last": last, "slip": slip, "ranks": known}
 
 
 def _carry_slip(soft: dict) -> str | None:
     """The digit a missed or a needless carry would write there; None where the prompt is no addition."""
-    terms = re.fullmatch(r"(\d+)\+(\d+)=", soft["prompt"])
+    terms = re.fullmatch(r"(\d+)\+(\d+)=", soft.get("prompt", ""))
     if not terms or not soft["truth"].isdigit():
         return None
-    unit = 10 ** soft["position"]
+    unit = 10 ** soft.get("position", 0)
     carried = sum(int(term) % unit for term in terms.groups()) >= unit
     return str((int(soft["truth"]) + (-1 if carried else 1)) % 10)
 
@@ -369,7 +368,7 @@ def _draw_arms(runs: list[Run], path: Path) -> None:
 def _draw_arm(axes: Any, row: dict, x: float) -> None:
     name, colour, marker = ARMS[row["arm"]]
     axes.plot([x] * len(row["seeds"]), 100 * np.array(row["seeds"], float), ".", color=colour, alpha=0.35)
-    axes.vlines(x, *(100 * _number(bound) for bound in row["interval"]), color=colour, linewidth=2)
+    axes.vlines(x, *(100 * _number(bound) for bound in row.get("interval") or (None, None)), color=colour, linewidth=2)
     axes.plot(x, 100 * _number(row["mean"]), marker, color=colour, markersize=8, label=name)
 
 

@@ -55,7 +55,8 @@ def make_train_step(
       student: what is trained.
       terms: of the objective.
       optimizer: an optax transformation.
-      teacher: gives ``teacher_logits``; None: no term may need them, and ``teacher_params`` is ignored.
+      teacher: gives ``teacher_logits``; None: ``batch.teacher_logits`` are used if there are any, and
+        ``teacher_params`` is ignored.
       micro_batches: the batch is worked through in so many parts, one update at the end; must divide it.
       axis_name: of the ``pmap`` or ``shard_map`` around the step, each device holding its part of the batch.
 
@@ -72,7 +73,7 @@ def make_train_step(
 
     def loss_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array):
         student_logits = student.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments)
-        teacher_logits = None
+        teacher_logits = batch.teacher_logits
         if teacher is not None:
             frozen = jax.lax.stop_gradient(teacher_params)
             teacher_logits = teacher.logits(frozen, batch.inputs, positions=batch.positions, segments=batch.segments)
@@ -118,7 +119,7 @@ def _beside(student_logits: Array, teacher_logits: Array | None, batch: Batch) -
 
 
 def _split(x: Array, parts: int) -> Array:
-    """``[B, …] -> [parts, B / parts, …]``, rows dealt in turn so that a batch sharded over devices stays where it is."""
+    """``[B, …] -> [parts, B / parts, …]``, rows dealt in turn: a batch sharded over devices stays where it is."""
     if x.shape[0] % parts:
         raise ValueError(f"a batch of {x.shape[0]} cannot be split into {parts} equal micro-batches.")
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill.shapes import Array, Bool, Int
+from distill.shapes import Array, Bool, Float, Int
 
 
 class Batch(NamedTuple):
@@ -22,6 +22,8 @@ class Batch(NamedTuple):
     positions: Int[Array, "*batch L"]
     segments: Int[Array, "*batch L"]
     """Tokens attend within their segment only; 0 is padding."""
+    teacher_logits: Float[Array, "*batch L V"] | None = None
+    """The teacher's logits, where they were computed beforehand (small vocabularies)."""
 
 
 def shift(tokens: np.ndarray, counts: np.ndarray, segments: np.ndarray | None = None) -> Batch:
@@ -95,4 +97,5 @@ class Loader:
 
     def batch(self, k: int) -> Batch:
         """Batch k."""
-        return Batch(*(field[self.rows(k, 1)[0]] for field in self.examples))
+        rows = self.rows(k, 1)[0]
+        return Batch(*(None if field is None else field[rows] for field in self.examples))

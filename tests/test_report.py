@@ -1,0 +1,595 @@
+"""The report: its numbers are those of the run folder, its page needs nothing but itself, its errors say what to do."""
+
+import ast
+import base64
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill import report
+
+ROOT = Path(__file__).resolve().parents[1]
+SYMBOLS = [*"0123456789+=", "<eos>", "<pad>"]
+FIGURES = ("curves", "parameters", "carries", "soft_targets", "calibration")
+
+
+# ---- a run folder like the ones scripts/distill.py and scripts/evaluate.py leave behind
+
+
+def softmax(logits):
+    return np.exp(logits - np.max(logits)) / np.exp(logits - np.max(logits)).sum()
+
+
+def scores(parameters, flops, carries, nll, ece, latency, throughput, **more):
+    counts = (1310, 2440, 1250)
+    rng = np.random.default_rng(parameters)
+    confidence = np.linspace(0.15, 0.995, 10)
+    bins = [
+        {"confidence": c, "accuracy": min(1.0, max(0.0, c + rng.normal(0, 0.02) - 3 * ece * (1 - c))), "count": int(n)}
+        for c, n in zip(confidence, np.geomspace(20, 12000, 10), strict=True)
+    ]
+    return {
+        "parameters": parameters,
+        "flops_per_token": flops,
+        "exact_match": sum(c * n for c, n in zip(carries, counts, strict=True)) / sum(counts),
+        "examples": sum(counts),
+        "exact_match_by_carries": {
+            str(i): {"exact_match": c, "count": n} for i, (c, n) in enumerate(zip(carries, counts, strict=True))
+        },
+        "nll": nll,
+        "calibration": {"ece": ece, "bins": bins},
+        "latency_seconds": latency,
+        "tokens_per_second": throughput,
+        **more,
+    }
+
+
+def soft_targets():
+    teacher = np.array([-3, -2.5, 5.1, 12, 4.2, -1, -2, -3.5, -4, -2.8, -9, -9, -8.5, -11.0])
+    student = teacher * 0.9 + np.array([0.3, -0.2, 0.1, 0, 0.2, 0.4, -0.3, 0.1, 0, 0.2, 0, 0.5, 0, 0])
+    baseline = np.array([1.0, 2.2, 1.4, 2.0, 0.7, 1.9, 2.4, 1.1, 0.3, 1.6, -6, -6, -5, -8])
+    return {
+        "prompt": "47+85=",
+        "written": "231",
+        "position": 1,
+        "truth": "3",
+        "symbols": SYMBOLS,
+        "temperature": 4.0,
+        "teacher": softmax(teacher).tolist(),
+        "teacher_softened": softmax(teacher / 4).tolist(),
+        "student": softmax(student).tolist(),
+        "baseline": softmax(baseline).tolist(),
+    }
+
+
+def evaluation():
+    chosen = {"learning_rate": 0.01, "weight_decay": 1.0, "steps": 1500}
+    return {
+        "teacher": scores(100864, 199936, (1.0, 1.0, 0.9992), 0.0009, 0.0004, 0.0113, 8150.0),
+        "student": scores(
+            6864, 13216, (1.0, 0.9996, 0.9984), 0.0021, 0.0011, 0.0041, 31200.0, agreement=0.9997, kl=0.0013
+        ),
+        "baseline": scores(
+            *(6864, 13216, (0.0412, 0.0131, 0.0032), 2.31, 0.4127, 0.0042, 30900.0),
+            **{"agreement": 0.4312, "kl": 2.274, "labels": 100, "chosen": chosen, "runs": 12},
+        ),
+        "soft_targets": soft_targets(),
+        "ledger": {
+            "rows": [
+                {"what": "teacher training", "flops": 4.61e11, "seconds": 9.6, "cpu_seconds": 17.4, "joules": 174.0},
+                {
+                    "what": "student distillation",
+                    "flops": 5.52e11,
+                    "seconds": 13.1,
+                    "cpu_seconds": 21.0,
+                    "joules": 210.0,
+                },
+                {
+                    "what": "baseline sweep (12 runs)",
+                    "flops": 1.83e12,
+                    "seconds": 88.2,
+                    "cpu_seconds": 141.0,
+                    "joules": 1410.0,
+                },
+                {"what": "evaluation", "flops": 2.3e10, "seconds": 3.2, "cpu_seconds": 4.9, "joules": 49.0},
+            ],
+            "watts_per_core": 10.0,
+            "uncertainty": 0.4,
+        },
+    }
+
+
+def arms():
+    rng = np.random.default_rng(0)
+
+    def row(student, parameters, arm, labels, mean, spread, **more):
+        seeds = np.clip(rng.normal(mean, spread, 5), 0, 1).tolist()
+        half = 1.96 * np.std(seeds) / 5**0.5
+        return {
+            **{"student": student, "parameters": parameters, "arm": arm, "labels": labels, "seeds": seeds},
+            **{"mean": np.mean(seeds), "interval": [np.mean(seeds) - half, np.mean(seeds) + half], "worst": min(seeds)},
+            **{
+                "gap_closed": None,
+                "agreement": None,
+                "kl": None,
+                "runs": 12,
+                "cpu_seconds": 140.0,
+                "flops": 1e12,
+                **more,
+            },
+        }
+
+    rows = []
+    for student, parameters, kept in (("15x", 6864, 1.0), ("29x", 3440, 0.995), ("71x", 1428, 0.97)):
+        for labels, alone in ((100, 0.015), (300, 0.62), (600, 0.9)):
+            rows.append(row(student, parameters, "alone", labels, alone * kept, 0.05 * alone))
+            rows.append(
+                row(student, parameters, "same_prompts", labels, alone * kept + 0.03, 0.06, agreement=0.7, kl=0.9)
+            )
+        full = {"agreement": 0.999, "kl": 0.002, "gap_closed": 0.998}
+        rows.append(row(student, parameters, "unlabelled", None, kept, 0.002, **full))
+        rows.append(row(student, parameters, "skyline", 5000, kept, 0.001))
+        rows.append(row(student, parameters, "permuted_teacher", None, 0.01, 0.004, agreement=0.12, kl=3.1))
+        rows.append(row(student, parameters, "independent_teacher", None, kept, 0.003, agreement=0.99, kl=0.01))
+    teacher = {"parameters": 100864, "seeds": [1.0, 1.0, 0.9998, 1.0, 1.0]}
+    return {"teacher": teacher, "rows": rows, "sweep": {"runs": 108, "cpu_seconds": 1260.0}}
+
+
+def records(steps, speed, last, seed):
+    rng = np.random.default_rng(seed)
+    for step in range(10, steps + 1, 10):
+        loss = float(2.6 * math.exp(-step / speed) + 2e-3) * math.exp(rng.normal(0, 0.15))
+        yield {"kind": "train", "step": step, "loss": loss, "seconds": step * 0.01, "tokens_per_second": 9e4}
+        if step % 50 == 0:
+            match = last / (1 + math.exp(-(step - 3 * speed) / (0.4 * speed)))
+            yield {"kind": "eval", "step": step, "exact_match": match, "seconds": step * 0.01}
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def write_run(folder):
+    result = evaluation()
+    write_json(folder / "config.json", {"name": "addition", "student": {"width": 16}, "objective": {"forward_kl": 1.0}})
+    write_lines(folder / "metrics.jsonl", records(1500, 130, 0.9996, 0))
+    write_lines(folder / "teacher" / "metrics.jsonl", records(500, 60, 0.9998, 1))
+    write_lines(folder / "baseline" / "metrics.jsonl", records(1500, 300, 0.018, 2))
+    write_json(folder / "evaluation.json", result)
+    summary = {m: {key: result[m][key] for key in ("parameters", "exact_match")} for m in report.MODELS}
+    write_json(folder / "summary.json", {**summary, "gap_closed": 0.9994, "agreement": 0.9997, "seconds": 118.0})
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def change(path, edit):
+    value = json.loads(path.read_text(encoding="utf-8"))
+    edit(value)
+    write_json(path, value)
+
+
+def page(*runs):
+    return report.write_report(runs).read_text(encoding="utf-8")
+
+
+class Reader(HTMLParser):
+    """Every attribute, and the text a reader sees."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.attributes, self.images, self.headers, self.words = [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag == "th":
+            self.headers.append(dict(attrs))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def text(*runs):
+    return Reader(page(*runs)).text
+
+
+# ---- the page
+
+
+def test_page_needs_nothing_but_itself(run):
+    write_json(run / "arms.json", arms())
+    html = page(run)
+    read = Reader(html)
+    for word in ("http:", "https:", "<script", "@import", "url(", "javascript:"):
+        assert word not in html
+    addresses = [value for name, value in read.attributes if name in ("src", "href", "srcset", "action", "poster")]
+    assert len(addresses) >= 7
+    assert all(address.startswith("data:") for address in addresses)
+    assert not [name for name, _ in read.attributes if name.startswith("on")]
+
+
+def test_every_figure_is_beside_the_page_and_the_same_one_inside_it(run):
+    write_json(run / "arms.json", arms())
+    html = page(run)
+    for name in (*FIGURES, "arms"):
+        png = (run / f"{name}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert base64.b64encode(png).decode() in html
+
+
+def test_page_is_accessible(run):
+    write_json(run / "arms.json", arms())
+    html = page(run)
+    read = Reader(html)
+    assert all(len(image["alt"]) > 40 for image in read.images)
+    assert read.headers
+    assert all("scope" in header for header in read.headers)
+    assert '<html lang="en">' in html
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_same_run_gives_the_same_bytes(tmp_path):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    report.write_report([first])
+    report.write_report([second])
+    for name in ("report.html", *(f"{name}.png" for name in FIGURES)):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_users_matplotlibrc_does_not_change_the_figures(run):
+    import matplotlib
+
+    report.write_report([run])
+    before = (run / "curves.png").read_bytes()
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
+        report.write_report([run])
+    assert (run / "curves.png").read_bytes() == before
+
+
+def test_page_is_standing_on_the_first_run_and_compares_the_others(run, tmp_path):
+    other = write_run(tmp_path / "other")
+    change(other / "config.json", lambda c: c.update(name="second try"))
+    change(other / "evaluation.json", lambda e: e["student"].update(parameters=3440, exact_match=0.4321))
+    alone, both = text(run), text(run, other)
+    assert "second try" not in alone
+    assert "second try" in both and "3,440" in both and "43.21 %" in both
+    assert not (other / "report.html").exists()
+
+
+# ---- the numbers
+
+
+def test_verdict(run):
+    change(
+        run / "evaluation.json", lambda e: (e["teacher"].update(exact_match=0.8), e["student"].update(exact_match=0.6))
+    )
+    assert "A student with 14.7× fewer parameters keeps 75.0 % of its teacher’s exact match; " in text(run)
+    assert "the same student trained alone on 100 labels reaches 1.8 %." in text(run)
+
+
+@pytest.mark.parametrize("model", report.MODELS)
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("exact_match", 0.32123, "32.12 %"),
+        ("parameters", 54321, "54,321"),
+        ("flops_per_token", 9.87e8, "9.87 × 10⁸"),
+        ("nll", 0.3217, "0.322"),
+        ("latency_seconds", 0.00777, "7.77"),
+        ("tokens_per_second", 7654321.0, "7,654,321"),
+    ],
+)
+def test_a_number_of_the_page_is_the_number_of_the_file(run, model, key, value, shown):
+    assert shown not in text(run)
+    change(run / "evaluation.json", lambda e: e[model].update({key: value}))
+    assert shown in text(run)
+
+
+@pytest.mark.parametrize(
+    ("edit", "shown"),
+    [
+        (lambda e: e["student"].update(agreement=0.8765), "87.65 %"),
+        (lambda e: e["student"].update(kl=0.04321), "0.0432"),
+        (lambda e: e["student"]["calibration"].update(ece=0.0765), "7.65 %"),
+        (lambda e: e["student"]["exact_match_by_carries"]["2"].update(exact_match=0.5439), "54.4 %"),
+        (lambda e: e["student"]["exact_match_by_carries"]["1"].update(count=7777), "7,777"),
+        (lambda e: e["baseline"].update(labels=250), "alone on 250 labels"),
+        (lambda e: e["baseline"].update(runs=77), "the best of 77 runs"),
+        (lambda e: e["baseline"]["chosen"].update(weight_decay=0.37), "weight decay 0.37"),
+        (lambda e: e["ledger"]["rows"][2].update(flops=7.7e13), "7.70 × 10¹³"),
+        (lambda e: e["ledger"].update(watts_per_core=13.0), "13 W per core"),
+        (lambda e: e["ledger"].update(uncertainty=0.55), "±55 %"),
+        (lambda e: e["soft_targets"].update(temperature=8.0), "at T = 8"),
+    ],
+)
+def test_the_other_numbers_are_those_of_the_file(run, edit, shown):
+    assert shown not in text(run)
+    change(run / "evaluation.json", edit)
+    assert shown in text(run)
+
+
+def test_gap_closed_is_that_of_the_summary(run):
+    change(run / "summary.json", lambda s: s.update(gap_closed=0.6543))
+    assert "65.4 %" in text(run)
+
+
+def test_ledger_is_summed(run):
+    read = text(run)
+    for total in ("2.87 × 10¹²", "114", "184", "1,843"):
+        assert f" {total} " in read
+    assert "76.5 %" in read  # the sweep's share of the energy
+    change(run / "evaluation.json", lambda e: e["ledger"]["rows"][0].pop("joules"))
+    assert "1,843" not in text(run)  # and no total of a part
+
+
+def test_files_that_disagree_are_told(run):
+    assert "summary.json has" not in text(run)
+    change(run / "summary.json", lambda s: s["student"].update(exact_match=0.5))
+    assert "summary.json has 50.00 % exact match for the student" in text(run)
+
+
+def test_the_later_record_of_a_step_counts():
+    lines = [
+        {"kind": "train", "step": step, "loss": loss} for step, loss in ((10, 3.0), (20, 2.0), (30, 9.0), (20, 1.0))
+    ]
+    steps, losses = report._series([*lines, {"kind": "eval", "step": 20, "exact_match": 0.5}], "train", "loss")
+    assert steps.tolist() == [10, 20, 30]
+    assert losses.tolist() == [3.0, 1.0, 9.0]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_follow_the_numbers(run, name):
+    report.write_report([run])
+    before = (run / f"{name}.png").read_bytes()
+
+    def edit(e):
+        e["student"]["exact_match"] = 0.5
+        e["student"]["exact_match_by_carries"]["1"]["exact_match"] = 0.5
+        e["student"]["calibration"]["bins"][3]["accuracy"] = 0.9
+        e["soft_targets"]["student"] = e["soft_targets"]["teacher_softened"]
+
+    change(run / "evaluation.json", edit)
+    write_lines(run / "metrics.jsonl", records(1500, 200, 0.5, 0))
+    report.write_report([run])
+    assert (run / f"{name}.png").read_bytes() != before
+
+
+# ---- dark knowledge
+
+
+def test_caption_of_the_soft_targets_is_true_of_the_numbers(run):
+    read = text(run)
+    soft = soft_targets()
+    assert "after writing 2 " in read
+    assert f"the true digit 3 a probability of {100 * soft['teacher'][3]:.1f} %" in read
+    assert "finds 2 the most likely, the one a slip of the carry would write" in read
+    assert f"{soft['teacher'][2] / soft['teacher'][8]:,.0f}× the probability of 8" in read
+    assert f"its share becomes {100 * soft['teacher_softened'][2]:.1f} %" in read
+
+
+def test_caption_follows_the_numbers(run):
+    def edit(e):
+        e["soft_targets"]["teacher"][5] = 0.2
+        e["soft_targets"]["student"] = e["soft_targets"]["teacher"]
+        e["soft_targets"]["baseline"] = [1 - p for p in e["soft_targets"]["teacher"]]
+
+    change(run / "evaluation.json", edit)
+    read = text(run)
+    assert "finds 5 the most likely (20.0 %" in read  # and 5 is no slip of the carry
+    assert "1 for the student and -1 for the baseline" in read
+
+
+@pytest.mark.parametrize(
+    ("prompt", "position", "truth", "slip"),
+    [
+        ("47+85=", 1, "3", "2"),
+        ("41+32=", 1, "7", "8"),
+        ("47+85=", 0, "2", "3"),
+        ("47+85=", 2, "1", "0"),
+        ("hello", 0, "3", None),
+    ],
+)
+def test_carry_slip(prompt, position, truth, slip):
+    assert report._carry_slip({"prompt": prompt, "position": position, "truth": truth}) == slip
+
+
+def test_rank_correlation():
+    a = np.array([1.0, 2.0, 3.0, 4.0])
+    assert report._rank_correlation(a, np.exp(a)) == pytest.approx(1)
+    assert report._rank_correlation(a, -a) == pytest.approx(-1)
+    assert report._rank_correlation(a, np.array([1.0, 2.0, 2.0, 3.0])) == pytest.approx(0.9486833)  # scipy's spearmanr
+    assert math.isnan(report._rank_correlation(a, np.ones(4)))
+    assert math.isnan(report._rank_correlation(a, np.array([1, np.nan, 2, 3])))
+
+
+# ---- what is absent, broken or hostile
+
+
+def test_without_a_baseline(run):
+    change(run / "evaluation.json", lambda e: (e.pop("baseline"), e["soft_targets"].pop("baseline")))
+    (run / "baseline" / "metrics.jsonl").unlink()
+    (run / "summary.json").unlink()
+    read = text(run)
+    assert "keeps 99.9 % of its teacher’s exact match." in read
+    assert "baseline" not in read.split("baseline sweep (12 runs)")[0]
+    assert "gap closed" not in read
+
+
+@pytest.mark.parametrize(
+    ("remove", "heading", "image"),
+    [
+        (lambda e: e.pop("soft_targets"), "Soft targets", "soft_targets"),
+        (lambda e: e.pop("ledger"), "What it cost", None),
+        (lambda e: e["student"].pop("calibration"), "Calibration", "calibration"),
+        (lambda e: e["student"].pop("exact_match_by_carries"), "number of carries", "carries"),
+    ],
+)
+def test_sections_without_data_are_left_out(run, remove, heading, image):
+    assert heading in text(run)
+    for old in run.glob("*.png"):
+        old.unlink()
+    change(run / "evaluation.json", remove)
+    assert heading not in text(run)
+    assert image is None or not (run / f"{image}.png").exists()
+
+
+def test_arms_are_shown_when_they_were_run(run):
+    assert "Arms of the protocol" not in text(run)
+    value = arms()
+    value["rows"][0].update(worst=0.1234, interval=[0.0511, 0.0722])
+    write_json(run / "arms.json", value)
+    read = text(run)
+    assert "Arms of the protocol" in read and "12.34 %" in read and "5.1 % to 7.2 %" in read
+    for name, _, _ in report.ARMS.values():
+        assert read.count(name) in (3, 9)  # once for each student, or for each number of labels
+
+
+def test_numbers_that_are_not_finite_are_shown_as_a_dash(run):
+    def edit(e):
+        e["student"].update(exact_match=math.nan, agreement=math.inf, kl=None, nll=math.nan)
+        e["student"]["calibration"].update(ece=math.nan)
+        e["student"]["calibration"]["bins"][0].update(accuracy=math.nan)
+        e["student"]["exact_match_by_carries"]["1"].update(exact_match=None)
+        e["soft_targets"]["student"] = [math.nan] * len(SYMBOLS)
+        e["soft_targets"]["teacher"][8] = 0.0
+        e["ledger"]["rows"][0].update(joules=math.nan)
+
+    change(run / "evaluation.json", edit)
+    losses = [{"kind": "train", "step": 1, "loss": math.nan}, {"kind": "eval", "step": 1, "exact_match": None}]
+    write_lines(run / "metrics.jsonl", losses)
+    write_lines(run / "teacher" / "metrics.jsonl", [{"kind": "train", "step": 1, "loss": -1.0}])
+    (run / "baseline" / "metrics.jsonl").unlink()
+    read = text(run)
+    assert not re.search(r"\b(nan|inf|None|Undefined)\b", read, re.IGNORECASE)
+    assert "keeps of its teacher’s exact match is not known" in read
+
+
+def test_teacher_that_is_always_wrong(run):
+    change(run / "evaluation.json", lambda e: e["teacher"].update(exact_match=0.0))
+    assert "is not known" in text(run)
+
+
+def test_whatever_the_files_hold_is_escaped(run):
+    bad = "<script>alert('x')</script>"
+    change(run / "config.json", lambda c: c.update(name=bad, note={bad: '"&<'}))
+    value = arms()
+    value["rows"][0]["student"] = bad
+    write_json(run / "arms.json", value)
+    change(
+        run / "evaluation.json",
+        lambda e: (e["ledger"]["rows"][0].update(what=bad), e["soft_targets"].update(prompt=bad)),
+    )
+    html = page(run)
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") >= 6
+    assert bad in Reader(html).text
+
+
+@pytest.mark.parametrize(("name", "script"), [("evaluation.json", "evaluate"), ("config.json", "distill")])
+def test_missing_file(run, name, script):
+    (run / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{name} does not exist; run scripts/{script}\.py --run .*run first"):
+        report.write_report([run])
+
+
+def test_missing_metrics(run):
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl is missing or empty; run scripts/distill\.py"):
+        report.write_report([run])
+
+
+def test_missing_folder_and_no_run(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere does not exist; run scripts/distill\.py --run .*nowhere first"
+    ):
+        report.write_report([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="no run folder was given"):
+        report.write_report([])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda e: e.pop("student"),
+        lambda e: e.update(student=[1]),
+        lambda e: e["student"].pop("exact_match"),
+        lambda e: e["student"].pop("parameters"),
+        lambda e: e["student"].update(parameters=0),
+        lambda e: e["student"].update(exact_match="high"),
+    ],
+)
+def test_scores_that_are_missing_or_no_numbers(run, edit):
+    change(run / "evaluation.json", edit)
+    with pytest.raises(
+        ValueError, match=r"evaluation\.json: expected 'student' to hold .*; run scripts/evaluate\.py --run"
+    ):
+        report.write_report([run])
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("soft_targets", lambda e: e["soft_targets"]["student"].pop()),
+        ("soft_targets", lambda e: e["soft_targets"].pop("truth")),
+        ("soft_targets", lambda e: e["soft_targets"].update(truth="?")),
+        ("calibration", lambda e: e["student"]["calibration"]["bins"][0].pop("confidence")),
+        ("carries", lambda e: e["student"].update(exact_match_by_carries=[1, 2])),
+    ],
+)
+def test_broken_data_of_a_figure(run, name, edit):
+    change(run / "evaluation.json", edit)
+    with pytest.raises(
+        ValueError, match=rf"evaluation\.json lacks what the figure '{name}' shows .* scripts/evaluate\.py"
+    ):
+        report.write_report([run])
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [("{", "is not JSON"), ("[1]", "holds a list, expected a JSON object")]
+)
+def test_broken_json(run, content, complaint):
+    (run / "evaluation.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"evaluation\.json {re.escape(complaint)}.*; run scripts/evaluate"):
+        report.write_report([run])
+
+
+def test_broken_metrics_are_named_by_line_and_a_cut_last_line_is_forgiven(run):
+    lines = (run / "metrics.jsonl").read_text()
+    whole = page(run)
+    (run / "metrics.jsonl").write_text(lines + '{"kind": "tra')
+    assert page(run) == whole
+    (run / "metrics.jsonl").write_text("oops\n" + lines)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: expected a JSON object, got 'oops'"):
+        report.write_report([run])
+
+
+def test_imports_neither_jax_nor_pyplot():
+    tree = ast.parse((ROOT / "distill" / "report.py").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [alias.name if isinstance(node, ast.Import) else node.module for node in imports for alias in node.names]
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "numpy", "matplotlib", "jinja2"}
+    assert "matplotlib.pyplot" not in names
+    assert not any("matplotlib" in name for node in tree.body if node in imports for name in [ast.unparse(node)])
