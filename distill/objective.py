@@ -56,7 +56,7 @@ class ObjectiveConfig:
             raise ValueError(f"objective: beta={self.beta}; expected a number in [0, 1].")
         if min(self.kd_weight, self.task_weight) < 0.0 or self.kd_weight + self.task_weight <= 0.0:
             raise ValueError(
-                f"objective: kd_weight={self.kd_weight}, task_weight={self.task_weight}; expected both ≥ 0, one above 0."
+                f"objective: kd_weight={self.kd_weight}, task_weight={self.task_weight}; expected ≥ 0, one above."
             )
 
 

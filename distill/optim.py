@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import optax
 
-from distill.shapes import Params
+from distill.shapes import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,25 @@ def decay_mask(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
-def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def optimizer(
+    config: OptimizerConfig,
+    steps: int,
+    *,
+    learning_rate: float | Array | None = None,
+    weight_decay: float | Array | None = None,
+) -> optax.GradientTransformation:
     """Clip, Adam, decoupled decay, schedule (arXiv 1711.05101).
 
-    ``learning_rate`` and ``weight_decay`` may be traced: under ``vmap`` a sweep is one program.
+    ``learning_rate`` and ``weight_decay`` stand in for the configuration's, and may be traced: under ``vmap`` a sweep
+    over them is one program.
     """
+    peak = config.learning_rate if learning_rate is None else learning_rate
+    decay = config.weight_decay if weight_decay is None else weight_decay
+    shape = schedule(dataclasses.replace(config, learning_rate=1.0), steps)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(
         *clip,
         optax.scale_by_adam(config.beta1, config.beta2),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(schedule(config, steps)),
+        optax.add_decayed_weights(decay, mask=decay_mask),
+        optax.scale_by_learning_rate(lambda step: peak * shape(step)),
     )

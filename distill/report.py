@@ -1,7 +1,5 @@
 """A run folder → tables, plots (PNG) and one self-contained HTML page.
 
-    write_report([Path("runs/addition")])    # writes runs/addition/report.html and the PNGs beside it
-
 Reading, numbers and figures stand here, words and tables in `report.html.jinja`. No jax is imported, and matplotlib
 only to draw. Every number of the page comes from the run folder; one that is missing or not finite is shown as –.
 """
@@ -26,18 +24,15 @@ MARKERS = {"teacher": "s", "student": "o", "baseline": "^"}
 ARMS = {  # arm of the protocol -> name on the page, colour, marker; in the order of the table
     "alone": ("Alone, on labels", "#D55E00", "^"),
     "same_prompts": ("Distilled, same prompts", "#56B4E9", "D"),
-    "unlabelled": ("Distilled, unlabelled prompts", "#0072B2", "o"),
-    "skyline": ("Skyline, all true labels", "#009E73", "P"),
-    "permuted_teacher": ("Control, permuted teacher", "#CC79A7", "X"),
-    "independent_teacher": ("Control, independent teacher", "#E69F00", "d"),
+    "unlabelled": ("Distilled, unlabelled", "#0072B2", "o"),
+    "skyline": ("Skyline, true labels", "#009E73", "P"),
+    "permuted_teacher": ("Permuted teacher", "#CC79A7", "X"),
+    "independent_teacher": ("Independent teacher", "#E69F00", "d"),
 }
-PROBABILITY_FLOOR = 1e-12  # what a logarithmic axis shows for anything smaller
-INK = ("axes.labelcolor", "xtick.color", "ytick.color")
 STYLE = {
     **{"font.size": 12, "legend.fontsize": 11.5, "xtick.labelsize": 11.5, "ytick.labelsize": 11.5},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a9099"},
-    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8eaed", **dict.fromkeys(INK, "#24282d")},
-    **{"legend.frameon": False, "legend.handletextpad": 0.5, "legend.columnspacing": 1.2},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8eaed", "legend.frameon": False},
 }
 
 
@@ -131,10 +126,8 @@ def _check_evaluation(evaluation: dict, path: Path, remedy: str) -> None:
         scores = evaluation.get(model)
         known = isinstance(scores, dict) and isinstance(scores.get("exact_match", "absent"), int | float | None)
         if not known or not _number(scores.get("parameters")) > 0:
-            raise ValueError(
-                f"{path}: expected {model!r} to hold the numbers 'parameters' (1 or more) and 'exact_match', "
-                f"got {json.dumps(scores)[:120]}; {remedy}"
-            )
+            wanted = f"expected {model!r} to hold the numbers 'parameters' (1 or more) and 'exact_match'"
+            raise ValueError(f"{path}: {wanted}, got {json.dumps(scores)[:120]}; {remedy}")
 
 
 # ---- numbers
@@ -158,6 +151,8 @@ def _plain(value: object) -> str:
 
 def _percent(value: object, decimals: int = 1) -> str:
     number = 100 * _number(value)
+    while decimals < 3 and number < 100 and round(number, decimals) == 100:  # what is not all is not shown as all
+        decimals += 1
     return "–" if math.isnan(number) else f"{number:.{decimals}f} %"
 
 
@@ -171,20 +166,24 @@ def _scientific(value: object) -> str:
 
 def _times(value: object) -> str:
     number = _number(value)
-    return f"{number:.1f}×" if 1 <= number < 1000 else f"{_plain(number)}×" if number == number else "–"
+    return "–" if math.isnan(number) else f"{number:.1f}×" if 1 <= number < 1000 else f"{_scientific(number)}×"
+
+
+def _total(rows: list[dict], key: str) -> str:
+    known = [number for number in (_number(row.get(key)) for row in rows) if not math.isnan(number)]
+    return ("≥ " if len(known) < len(rows) else "") + _scientific(sum(known)) if known else "–"
 
 
 def _series(records: list[dict], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     # A resumed run writes some steps again: the later record of a step is the one that led to the weights.
-    by_step = {
-        record["step"]: _number(record[key]) for record in records if record.get("kind") == kind and key in record
-    }
+    by_step = {r["step"]: _number(r[key]) for r in records if r.get("kind") == kind and key in r}
     steps = sorted(step for step in by_step if not math.isnan(_number(step)))
     return np.array(steps, float), np.array([by_step[step] for step in steps], float)
 
 
-def _dark_knowledge(soft: dict) -> dict[str, Any]:
+def _dark_knowledge(run: Run) -> dict[str, Any]:
     """The facts the caption of the soft targets tells: about the digits that are wrong, which a label gives zero."""
+    soft, reverse = run.evaluation["soft_targets"], (run.config.get("data") or {}).get("reverse", True)
     symbols, truth = soft["symbols"], soft["symbols"].index(soft["truth"])
     others = [i for i in range(len(symbols)) if i != truth]
     wrong = [i for i in others if symbols[i].isdigit()] or others
@@ -193,8 +192,8 @@ def _dark_knowledge(soft: dict) -> dict[str, Any]:
     first, last = wrong[order[0]], wrong[order[-1]]
     ranks = {model: _rank_correlation(chances["teacher"], chances[model]) for model in chances if model != "teacher"}
     known = {model: rank for model, rank in ranks.items() if not math.isnan(rank)}
-    slip = symbols[first] == _carry_slip(soft)
-    return {"truth": truth, "first": first, "last": last, "slip": slip, "ranks": known}
+    slip = reverse and symbols[first] == _carry_slip(soft)
+    return {"truth": truth, "first": first, "last": last, "slip": slip, "ranks": known, "reverse": reverse}
 
 
 def _carry_slip(soft: dict) -> str | None:
@@ -269,7 +268,7 @@ def _legend(axes: Any, columns: int = 3) -> None:
 
 
 def _draw_curves(runs: list[Run], path: Path) -> None:
-    with _canvas(path, 5.6, rows=2) as (above, below):
+    with _canvas(path, 5.0, rows=2) as (above, below):
         for model, records in runs[0].metrics.items():
             line = _look(model, linestyle="--" if model == "baseline" else "-")
             if records:
@@ -279,21 +278,20 @@ def _draw_curves(runs: list[Run], path: Path) -> None:
                 below.plot(steps, np.where(losses > 0, losses, np.nan), **line | {"marker": "", "linewidth": 1.2})
         above.set(ylabel="exact match (%)", ylim=(-4, 104))
         below.set(ylabel="training loss (nats)", xlabel="optimizer step")
-        if any((line.get_ydata() > 0).any() for line in below.lines):
-            below.set_yscale("log")
+        below.set_yscale("log" if any((line.get_ydata() > 0).any() for line in below.lines) else "linear")
         _legend(above)
 
 
 def _draw_parameters(runs: list[Run], path: Path) -> None:
     with _canvas(path, 3.5) as axes:
-        points = [(run, model, run.evaluation[model]) for run in reversed(runs) for model in run.models]
-        for run, model, scores in points:
-            size, score = scores["parameters"], 100 * _number(scores["exact_match"])
-            fill = COLOURS[model] if run is runs[0] else "white"
-            axes.plot(size, score, **_look(model, markersize=10, markerfacecolor=fill))
-            if run is runs[0] and not math.isnan(score):
+        for run, model in [(each, model) for each in reversed(runs) for model in each.models]:
+            size, match = (run.evaluation[model][key] for key in ("parameters", "exact_match"))
+            point, fill = (size, 100 * _number(match)), COLOURS[model] if run is runs[0] else "white"
+            axes.plot(*point, **_look(model, markersize=10, markerfacecolor=fill))
+            if run is runs[0] and not math.isnan(point[1]):
                 below = {"xytext": (0, -9), "va": "top"} if model == "baseline" else {"xytext": (0, 9), "va": "bottom"}
-                axes.annotate(f"{model} {score:.1f}", (size, score), textcoords="offset points", ha="center", **below)
+                name = f"{model} {_percent(match)}"
+                axes.annotate(name, point, textcoords="offset points", ha="center", **below)
         axes.set(xscale="log", xlabel="parameters", ylabel="exact match (%)", ylim=(-16, 118), yticks=range(0, 101, 25))
         low, high = axes.get_xlim()
         axes.set_xlim(low / 2, high * 2)
@@ -308,7 +306,8 @@ def _draw_carries(runs: list[Run], path: Path) -> None:
             scores = [100 * _number(by_carries.get(count, {}).get("exact_match")) for count in carries]
             x = np.arange(len(carries)) + (place - (len(models) - 1) / 2) * 0.27
             bars = axes.bar(x, scores, width=0.25, color=COLOURS[model], label=model)
-            axes.bar_label(bars, ["" if math.isnan(s) else f"{s:.3g}" for s in scores], padding=2, fontsize=11)
+            texts = ["" if math.isnan(s) else "100" if s >= 100 else f"{min(s, 99.9):.1f}" for s in scores]
+            axes.bar_label(bars, texts, padding=2, fontsize=11)
         axes.set(ylabel="exact match (%)", xlabel="number of carries", ylim=(0, 112), yticks=range(0, 101, 25))
         axes.set_xticks(range(len(carries)), carries)
         axes.grid(axis="x", visible=False)
@@ -319,17 +318,15 @@ def _draw_soft_targets(runs: list[Run], path: Path) -> None:
     soft = runs[0].evaluation["soft_targets"]
     x, truth = np.arange(len(soft["symbols"])), soft["symbols"].index(soft["truth"])
     with _canvas(path, 5.6, rows=2) as (above, below):
-        for key, shift, colour, heat in (
-            ("teacher", -0.2, COLOURS["teacher"], 1),
-            ("teacher_softened", 0.2, "#a9b1bb", soft["temperature"]),
-        ):
-            above.bar(x + shift, soft[key], width=0.38, color=colour, label=f"teacher, T = {_plain(heat)}")
+        above.bar(x - 0.2, soft["teacher"], width=0.38, color=COLOURS["teacher"], label="teacher, T = 1")
+        softened = f"teacher, T = {_plain(soft['temperature'])}"
+        above.bar(x + 0.2, soft["teacher_softened"], width=0.38, color="#a9b1bb", label=softened)
         for place, model in enumerate(model for model in MODELS if soft.get(model)):
-            heights = np.maximum(np.array(soft[model], float), PROBABILITY_FLOOR)
+            heights = np.maximum(np.array(soft[model], float), 1e-12)  # a logarithm wants more than 0
             below.plot(x + 0.22 * (place - 1), heights, **_look(model, linestyle="", markersize=6))
         above.set(ylabel="probability", ylim=(0, 1.04))
         below.set(ylabel="probability at T = 1", yscale="log", xlabel="next symbol (shaded: the truth)")
-        below.set_xticks(x, [symbol.strip("<>") for symbol in soft["symbols"]])
+        below.set_xticks(x, [symbol.strip("<>") for symbol in soft["symbols"]], fontsize=10)
         for axes in (above, below):
             axes.axvspan(truth - 0.5, truth + 0.5, color="#fff1cc", zorder=0)
             axes.grid(axis="x", visible=False)
@@ -344,7 +341,7 @@ def _draw_calibration(runs: list[Run], path: Path) -> None:
             full = [b for b in bins if _number(b["count"]) > 0]
             share = np.array([b["count"] for b in full]) / sum(b["count"] for b in full)
             x, y = ([100 * _number(b[key]) for b in full] for key in ("confidence", "accuracy"))
-            axes.plot(x, y, color=COLOURS[model], linewidth=1.2)
+            axes.plot(x, y, color=COLOURS[model], linewidth=1, alpha=0.4)
             axes.scatter(x, y, 18 + 160 * share, **_look(model, alpha=0.85))
         axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(-3, 104), ylim=(-3, 104))
         _legend(axes)
@@ -360,8 +357,10 @@ def _draw_arms(runs: list[Run], path: Path) -> None:
             here = _in_order(row for row in rows if row["parameters"] == size)
             for place, row in enumerate(here):
                 _draw_arm(axes, row, slot + 0.8 * ((place + 0.5) / len(here) - 0.5))
+            axes.axvline(slot + 0.5, color="#e8eaed", linewidth=1)
         axes.set_xticks(range(len(sizes)), [_plain(size) for size in sizes])
-        axes.set(xlabel="parameters of the student", ylabel="exact match (%)", ylim=(-4, 104))
+        axes.grid(axis="x", visible=False)
+        axes.set(xlabel="student parameters", ylabel="exact match (%)", ylim=(-4, 104), xlim=(-0.5, len(sizes) - 0.5))
         _legend(axes, columns=2)
 
 
@@ -378,33 +377,23 @@ def _draw_arm(axes: Any, row: dict, x: float) -> None:
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"plain": _plain, "percent": _percent, "scientific": _scientific, "times": _times}
-    environment.globals |= {
-        "number": _number,
-        "ratio": _ratio,
-        "arm_names": {arm: look[0] for arm, look in ARMS.items()},
-    }
+    filters = (_number, _plain, _percent, _scientific, _times)
+    environment.filters |= {function.__name__.removeprefix("_"): function for function in filters}
+    environment.globals |= {"number": _number, "ratio": _ratio, "total": _total, "arms": ARMS}
     return environment.get_template("report.html.jinja")
 
 
 def _context(runs: list[Run], figures: dict[str, str]) -> dict[str, Any]:
-    evaluation, arms = runs[0].evaluation, runs[0].arms.get("rows") or []
-    ledger = (evaluation.get("ledger") or {}).get("rows") or []
+    rows = runs[0].arms.get("rows") or []
+    students = dict.fromkeys(row["student"] for row in rows)
     return {
         "runs": runs,
         "figures": figures,
-        "knowledge": _dark_knowledge(evaluation["soft_targets"]) if "soft_targets" in figures else {},
-        "total": {
-            key: sum(_number(row.get(key)) for row in ledger) for key in ("flops", "seconds", "cpu_seconds", "joules")
-        },
-        "arm_groups": [
-            _in_order(row for row in arms if row["student"] == student)
-            for student in dict.fromkeys(row["student"] for row in arms)
-        ],
+        "knowledge": _dark_knowledge(runs[0]) if "soft_targets" in figures else {},
+        "arm_groups": [_in_order(row for row in rows if row["student"] == student) for student in students],
         "config_text": json.dumps(runs[0].config, indent=2, ensure_ascii=False),
     }
 
 
 def _in_order(rows: Iterator[dict]) -> list[dict]:
-    order = list(ARMS)
-    return sorted(rows, key=lambda row: (order.index(row["arm"]), row.get("labels") or 0))
+    return sorted(rows, key=lambda row: (list(ARMS).index(row["arm"]), row.get("labels") or 0))

@@ -14,7 +14,6 @@ import pytest
 
 from distill import report
 
-ROOT = Path(__file__).resolve().parents[1]
 SYMBOLS = [*"0123456789+=", "<eos>", "<pad>"]
 FIGURES = ("curves", "parameters", "carries", "soft_targets", "calibration")
 
@@ -23,30 +22,24 @@ FIGURES = ("curves", "parameters", "carries", "soft_targets", "calibration")
 
 
 def softmax(logits):
-    return np.exp(logits - np.max(logits)) / np.exp(logits - np.max(logits)).sum()
+    return (np.exp(logits) / np.exp(logits).sum()).tolist()
 
 
 def scores(parameters, flops, carries, nll, ece, latency, throughput, **more):
-    counts = (1310, 2440, 1250)
-    rng = np.random.default_rng(parameters)
+    counts, rng = (1310, 2440, 1250), np.random.default_rng(parameters)
     confidence = np.linspace(0.15, 0.995, 10)
-    bins = [
-        {"confidence": c, "accuracy": min(1.0, max(0.0, c + rng.normal(0, 0.02) - 3 * ece * (1 - c))), "count": int(n)}
-        for c, n in zip(confidence, np.geomspace(20, 12000, 10), strict=True)
-    ]
+    accuracy = np.clip(confidence + rng.normal(0, 0.02, 10) - 3 * ece * (1 - confidence), 0, 1)
+    bins = zip(confidence, accuracy, np.geomspace(20, 12000, 10).round(), strict=True)
+    groups = enumerate(zip(carries, counts, strict=True))
     return {
-        "parameters": parameters,
-        "flops_per_token": flops,
-        "exact_match": sum(c * n for c, n in zip(carries, counts, strict=True)) / sum(counts),
-        "examples": sum(counts),
-        "exact_match_by_carries": {
-            str(i): {"exact_match": c, "count": n} for i, (c, n) in enumerate(zip(carries, counts, strict=True))
+        **{"parameters": parameters, "flops_per_token": flops, "examples": sum(counts), "nll": nll},
+        "exact_match": float(np.dot(carries, counts) / sum(counts)),
+        "exact_match_by_carries": {str(i): {"exact_match": match, "count": count} for i, (match, count) in groups},
+        "calibration": {
+            "ece": ece,
+            "bins": [dict(zip(("confidence", "accuracy", "count"), b, strict=True)) for b in bins],
         },
-        "nll": nll,
-        "calibration": {"ece": ece, "bins": bins},
-        "latency_seconds": latency,
-        "tokens_per_second": throughput,
-        **more,
+        **{"latency_seconds": latency, "tokens_per_second": throughput, **more},
     }
 
 
@@ -55,88 +48,54 @@ def soft_targets():
     student = teacher * 0.9 + np.array([0.3, -0.2, 0.1, 0, 0.2, 0.4, -0.3, 0.1, 0, 0.2, 0, 0.5, 0, 0])
     baseline = np.array([1.0, 2.2, 1.4, 2.0, 0.7, 1.9, 2.4, 1.1, 0.3, 1.6, -6, -6, -5, -8])
     return {
-        "prompt": "47+85=",
-        "written": "231",
-        "position": 1,
-        "truth": "3",
-        "symbols": SYMBOLS,
-        "temperature": 4.0,
-        "teacher": softmax(teacher).tolist(),
-        "teacher_softened": softmax(teacher / 4).tolist(),
-        "student": softmax(student).tolist(),
-        "baseline": softmax(baseline).tolist(),
+        **{"prompt": "47+85=", "written": "231", "position": 1, "truth": "3", "symbols": SYMBOLS, "temperature": 4.0},
+        **{"teacher": softmax(teacher), "teacher_softened": softmax(teacher / 4)},
+        **{"student": softmax(student), "baseline": softmax(baseline)},
     }
 
 
 def evaluation():
-    chosen = {"learning_rate": 0.01, "weight_decay": 1.0, "steps": 1500}
+    chosen = {"labels": 100, "runs": 12, "chosen": {"learning_rate": 0.01, "weight_decay": 1.0, "steps": 1500}}
+    near, far = {"agreement": 0.9997, "kl": 0.0013}, {"agreement": 0.4312, "kl": 2.274}
+    costs = {
+        "teacher training": (4.61e11, 9.6, 17.4, 174.0),
+        "student distillation": (5.52e11, 13.1, 21.0, 210.0),
+        "baseline sweep (12 runs)": (1.83e12, 88.2, 141.0, 1410.0),
+        "evaluation": (2.3e10, 3.2, 4.9, 49.0),
+    }
+    columns = ("what", "flops", "seconds", "cpu_seconds", "joules")
+    rows = [dict(zip(columns, (what, *cost), strict=True)) for what, cost in costs.items()]
     return {
         "teacher": scores(100864, 199936, (1.0, 1.0, 0.9992), 0.0009, 0.0004, 0.0113, 8150.0),
-        "student": scores(
-            6864, 13216, (1.0, 0.9996, 0.9984), 0.0021, 0.0011, 0.0041, 31200.0, agreement=0.9997, kl=0.0013
-        ),
-        "baseline": scores(
-            *(6864, 13216, (0.0412, 0.0131, 0.0032), 2.31, 0.4127, 0.0042, 30900.0),
-            **{"agreement": 0.4312, "kl": 2.274, "labels": 100, "chosen": chosen, "runs": 12},
-        ),
+        "student": scores(6864, 13216, (1.0, 0.9996, 0.9984), 0.0021, 0.0011, 0.0041, 31200.0, **near),
+        "baseline": scores(6864, 13216, (0.0412, 0.0131, 0.0032), 2.31, 0.4127, 0.0042, 30900.0, **far, **chosen),
         "soft_targets": soft_targets(),
-        "ledger": {
-            "rows": [
-                {"what": "teacher training", "flops": 4.61e11, "seconds": 9.6, "cpu_seconds": 17.4, "joules": 174.0},
-                {
-                    "what": "student distillation",
-                    "flops": 5.52e11,
-                    "seconds": 13.1,
-                    "cpu_seconds": 21.0,
-                    "joules": 210.0,
-                },
-                {
-                    "what": "baseline sweep (12 runs)",
-                    "flops": 1.83e12,
-                    "seconds": 88.2,
-                    "cpu_seconds": 141.0,
-                    "joules": 1410.0,
-                },
-                {"what": "evaluation", "flops": 2.3e10, "seconds": 3.2, "cpu_seconds": 4.9, "joules": 49.0},
-            ],
-            "watts_per_core": 10.0,
-            "uncertainty": 0.4,
-        },
+        "ledger": {"rows": rows, "watts_per_core": 10.0, "uncertainty": 0.4},
     }
 
 
 def arms():
     rng = np.random.default_rng(0)
-
-    def row(student, parameters, arm, labels, mean, spread, **more):
-        seeds = np.clip(rng.normal(mean, spread, 5), 0, 1).tolist()
-        half = 1.96 * np.std(seeds) / 5**0.5
-        return {
-            **{"student": student, "parameters": parameters, "arm": arm, "labels": labels, "seeds": seeds},
-            **{"mean": np.mean(seeds), "interval": [np.mean(seeds) - half, np.mean(seeds) + half], "worst": min(seeds)},
-            **{
-                "gap_closed": None,
-                "agreement": None,
-                "kl": None,
-                "runs": 12,
-                "cpu_seconds": 140.0,
-                "flops": 1e12,
-                **more,
-            },
-        }
-
+    plan = [("unlabelled", None, 1.0), ("skyline", 5000, 1.0), ("permuted_teacher", None, 0.01)]
+    plan += [("independent_teacher", None, 0.99)]
+    plan += [
+        (arm, n, match) for arm in ("alone", "same_prompts") for n, match in ((100, 0.02), (300, 0.62), (600, 0.9))
+    ]
     rows = []
-    for student, parameters, kept in (("15x", 6864, 1.0), ("29x", 3440, 0.995), ("71x", 1428, 0.97)):
-        for labels, alone in ((100, 0.015), (300, 0.62), (600, 0.9)):
-            rows.append(row(student, parameters, "alone", labels, alone * kept, 0.05 * alone))
-            rows.append(
-                row(student, parameters, "same_prompts", labels, alone * kept + 0.03, 0.06, agreement=0.7, kl=0.9)
-            )
-        full = {"agreement": 0.999, "kl": 0.002, "gap_closed": 0.998}
-        rows.append(row(student, parameters, "unlabelled", None, kept, 0.002, **full))
-        rows.append(row(student, parameters, "skyline", 5000, kept, 0.001))
-        rows.append(row(student, parameters, "permuted_teacher", None, 0.01, 0.004, agreement=0.12, kl=3.1))
-        rows.append(row(student, parameters, "independent_teacher", None, kept, 0.003, agreement=0.99, kl=0.01))
+    for student, parameters in (("15x", 6864), ("29x", 3440), ("71x", 1428)):
+        for arm, labels, match in plan:
+            seeds = np.clip(rng.normal(match, 0.1 * match * (1.02 - match), 5), 0, 1)
+            half = 1.96 * seeds.std() / 5**0.5
+            given = {
+                "student": student,
+                "parameters": parameters,
+                "arm": arm,
+                "labels": labels,
+                "seeds": seeds.tolist(),
+            }
+            found = {"mean": seeds.mean(), "interval": [seeds.mean() - half, seeds.mean() + half], "worst": seeds.min()}
+            other = {"gap_closed": 0.5, "agreement": 0.9, "kl": None, "runs": 12, "cpu_seconds": 140.0, "flops": 1e12}
+            rows.append(given | found | other)
     teacher = {"parameters": 100864, "seeds": [1.0, 1.0, 0.9998, 1.0, 1.0]}
     return {"teacher": teacher, "rows": rows, "sweep": {"runs": 108, "cpu_seconds": 1260.0}}
 
@@ -151,14 +110,17 @@ def records(steps, speed, last, seed):
             yield {"kind": "eval", "step": step, "exact_match": match, "seconds": step * 0.01}
 
 
-def write_json(path, value):
+def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write(path, json.dumps(value))
 
 
 def write_lines(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_run(folder):
@@ -178,10 +140,15 @@ def run(tmp_path):
     return write_run(tmp_path / "run")
 
 
-def change(path, edit):
+def change(path, *edits):
     value = json.loads(path.read_text(encoding="utf-8"))
-    edit(value)
+    for edit in edits:
+        edit(value)
     write_json(path, value)
+
+
+def rescore(run, *edits):
+    change(run / "evaluation.json", *edits)
 
 
 def page(*runs):
@@ -198,24 +165,25 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.attributes += attrs
-        if tag == "img":
-            self.images.append(dict(attrs))
-        if tag == "th":
-            self.headers.append(dict(attrs))
+        self.words += [] if tag == "span" else [" "]
+        self.images += [dict(attrs)] if tag == "img" else []
+        self.headers += [dict(attrs)] if tag == "th" else []
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.words += [] if self.lasttag == "style" else [data]
 
     @property
     def text(self):
-        return re.sub(r"\s+", " ", " ".join(self.words))
+        return re.sub(r"\s+", " ", "".join(self.words))
 
 
 def text(*runs):
     return Reader(page(*runs)).text
 
 
-# ---- the page
+def refused(run, error, message):
+    with pytest.raises(error, match=message):
+        report.write_report([run])
 
 
 def test_page_needs_nothing_but_itself(run):
@@ -230,43 +198,34 @@ def test_page_needs_nothing_but_itself(run):
     assert not [name for name, _ in read.attributes if name.startswith("on")]
 
 
-def test_every_figure_is_beside_the_page_and_the_same_one_inside_it(run):
+def test_figures_are_beside_the_page_and_inside_it_and_described(run):
     write_json(run / "arms.json", arms())
     html = page(run)
     for name in (*FIGURES, "arms"):
         png = (run / f"{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG")
         assert base64.b64encode(png).decode() in html
+    assert all(len(image["alt"]) > 40 for image in Reader(html).images)
 
 
-def test_page_is_accessible(run):
-    write_json(run / "arms.json", arms())
+def test_page_is_accessible_and_fits_its_reader(run):
     html = page(run)
-    read = Reader(html)
-    assert all(len(image["alt"]) > 40 for image in read.images)
-    assert read.headers
-    assert all("scope" in header for header in read.headers)
+    headers = Reader(html).headers
+    assert headers and all("scope" in header for header in headers)
     assert '<html lang="en">' in html
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
     assert "prefers-color-scheme: dark" in html
 
 
-def test_same_run_gives_the_same_bytes(tmp_path):
-    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    report.write_report([first])
-    report.write_report([second])
-    for name in ("report.html", *(f"{name}.png" for name in FIGURES)):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-
-
-def test_users_matplotlibrc_does_not_change_the_figures(run):
+def test_same_run_gives_the_same_bytes_whatever_the_matplotlibrc(tmp_path):
     import matplotlib
 
-    report.write_report([run])
-    before = (run / "curves.png").read_bytes()
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    report.write_report([first])
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
-        report.write_report([run])
-    assert (run / "curves.png").read_bytes() == before
+        report.write_report([second])
+    for name in ("report.html", *(f"{name}.png" for name in FIGURES)):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def test_page_is_standing_on_the_first_run_and_compares_the_others(run, tmp_path):
@@ -279,15 +238,12 @@ def test_page_is_standing_on_the_first_run_and_compares_the_others(run, tmp_path
     assert not (other / "report.html").exists()
 
 
-# ---- the numbers
-
-
 def test_verdict(run):
-    change(
-        run / "evaluation.json", lambda e: (e["teacher"].update(exact_match=0.8), e["student"].update(exact_match=0.6))
-    )
+    rescore(run, lambda e: e["teacher"].update(exact_match=0.8), lambda e: e["student"].update(exact_match=0.6))
     assert "A student with 14.7× fewer parameters keeps 75.0 % of its teacher’s exact match; " in text(run)
     assert "the same student trained alone on 100 labels reaches 1.8 %." in text(run)
+    rescore(run, lambda e: e["teacher"].update(exact_match=0.0))
+    assert "is not known" in text(run)
 
 
 @pytest.mark.parametrize("model", report.MODELS)
@@ -304,7 +260,7 @@ def test_verdict(run):
 )
 def test_a_number_of_the_page_is_the_number_of_the_file(run, model, key, value, shown):
     assert shown not in text(run)
-    change(run / "evaluation.json", lambda e: e[model].update({key: value}))
+    rescore(run, lambda e: e[model].update({key: value}))
     assert shown in text(run)
 
 
@@ -322,18 +278,13 @@ def test_a_number_of_the_page_is_the_number_of_the_file(run, model, key, value, 
         (lambda e: e["ledger"]["rows"][2].update(flops=7.7e13), "7.70 × 10¹³"),
         (lambda e: e["ledger"].update(watts_per_core=13.0), "13 W per core"),
         (lambda e: e["ledger"].update(uncertainty=0.55), "±55 %"),
-        (lambda e: e["soft_targets"].update(temperature=8.0), "at T = 8"),
+        (lambda e: e["soft_targets"].update(temperature=8.0), "with T = 8"),
     ],
 )
 def test_the_other_numbers_are_those_of_the_file(run, edit, shown):
     assert shown not in text(run)
-    change(run / "evaluation.json", edit)
+    rescore(run, edit)
     assert shown in text(run)
-
-
-def test_gap_closed_is_that_of_the_summary(run):
-    change(run / "summary.json", lambda s: s.update(gap_closed=0.6543))
-    assert "65.4 %" in text(run)
 
 
 def test_ledger_is_summed(run):
@@ -341,23 +292,22 @@ def test_ledger_is_summed(run):
     for total in ("2.87 × 10¹²", "114", "184", "1,843"):
         assert f" {total} " in read
     assert "76.5 %" in read  # the sweep's share of the energy
-    change(run / "evaluation.json", lambda e: e["ledger"]["rows"][0].pop("joules"))
-    assert "1,843" not in text(run)  # and no total of a part
+    rescore(run, lambda e: e["ledger"]["rows"][0].pop("joules"), lambda e: e["ledger"]["rows"][1].update(flops=None))
+    assert "≥ 1,669" in text(run) and "≥ 2.31 × 10¹²" in text(run)
 
 
-def test_files_that_disagree_are_told(run):
+def test_numbers_of_the_summary(run):
     assert "summary.json has" not in text(run)
-    change(run / "summary.json", lambda s: s["student"].update(exact_match=0.5))
+    change(run / "summary.json", lambda s: s.update(gap_closed=0.6543), lambda s: s["student"].update(exact_match=0.5))
+    assert "65.4 %" in text(run)
     assert "summary.json has 50.00 % exact match for the student" in text(run)
 
 
 def test_the_later_record_of_a_step_counts():
-    lines = [
-        {"kind": "train", "step": step, "loss": loss} for step, loss in ((10, 3.0), (20, 2.0), (30, 9.0), (20, 1.0))
-    ]
+    logged = ((10, 3.0), (20, 2.0), (30, 9.0), (20, 1.0))
+    lines = [{"kind": "train", "step": step, "loss": loss} for step, loss in logged]
     steps, losses = report._series([*lines, {"kind": "eval", "step": 20, "exact_match": 0.5}], "train", "loss")
-    assert steps.tolist() == [10, 20, 30]
-    assert losses.tolist() == [3.0, 1.0, 9.0]
+    assert steps.tolist() == [10, 20, 30] and losses.tolist() == [3.0, 1.0, 9.0]
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -371,46 +321,40 @@ def test_figures_follow_the_numbers(run, name):
         e["student"]["calibration"]["bins"][3]["accuracy"] = 0.9
         e["soft_targets"]["student"] = e["soft_targets"]["teacher_softened"]
 
-    change(run / "evaluation.json", edit)
+    rescore(run, edit)
     write_lines(run / "metrics.jsonl", records(1500, 200, 0.5, 0))
     report.write_report([run])
     assert (run / f"{name}.png").read_bytes() != before
 
 
-# ---- dark knowledge
-
-
 def test_caption_of_the_soft_targets_is_true_of_the_numbers(run):
-    read = text(run)
-    soft = soft_targets()
-    assert "after writing 2 " in read
-    assert f"the true digit 3 a probability of {100 * soft['teacher'][3]:.1f} %" in read
-    assert "finds 2 the most likely, the one a slip of the carry would write" in read
+    read, soft = text(run), soft_targets()
+    assert "Asked 47+85= and after 2 (answers are written least" in read
+    assert f"The teacher gives it {100 * soft['teacher'][3]:.1f} %; the student" in read
+    assert "Of the wrong digits it finds 2 the most likely, the one a slip of the carry would write (" in read
     assert f"{soft['teacher'][2] / soft['teacher'][8]:,.0f}× the probability of 8" in read
-    assert f"its share becomes {100 * soft['teacher_softened'][2]:.1f} %" in read
+    assert f"softened with T = 4 its share is {100 * soft['teacher_softened'][2]:.1f} %" in read
+    change(run / "config.json", lambda c: c.update(data={"reverse": False}))  # other digits, another carry
+    assert "slip of the carry" not in text(run)
+    assert "least significant" not in text(run)
 
 
 def test_caption_follows_the_numbers(run):
     def edit(e):
-        e["soft_targets"]["teacher"][5] = 0.2
+        e["soft_targets"]["teacher"][3:6] = [0.1, 0.0, 0.9]
         e["soft_targets"]["student"] = e["soft_targets"]["teacher"]
         e["soft_targets"]["baseline"] = [1 - p for p in e["soft_targets"]["teacher"]]
 
-    change(run / "evaluation.json", edit)
+    rescore(run, edit)
     read = text(run)
-    assert "finds 5 the most likely (20.0 %" in read  # and 5 is no slip of the carry
-    assert "1 for the student and -1 for the baseline" in read
+    assert "gives it 10.0 %, and is wrong here" in read
+    assert "finds 5 the most likely (90.0 %" in read  # and 5 is no slip of the carry
+    assert "1.00 for the student and -1.00 for the baseline" in read
 
 
 @pytest.mark.parametrize(
     ("prompt", "position", "truth", "slip"),
-    [
-        ("47+85=", 1, "3", "2"),
-        ("41+32=", 1, "7", "8"),
-        ("47+85=", 0, "2", "3"),
-        ("47+85=", 2, "1", "0"),
-        ("hello", 0, "3", None),
-    ],
+    [("47+85=", 1, "3", "2"), ("41+32=", 1, "7", "8"), ("47+85=", 2, "1", "0"), ("hello", 0, "3", None)],
 )
 def test_carry_slip(prompt, position, truth, slip):
     assert report._carry_slip({"prompt": prompt, "position": position, "truth": truth}) == slip
@@ -425,15 +369,12 @@ def test_rank_correlation():
     assert math.isnan(report._rank_correlation(a, np.array([1, np.nan, 2, 3])))
 
 
-# ---- what is absent, broken or hostile
-
-
 def test_without_a_baseline(run):
-    change(run / "evaluation.json", lambda e: (e.pop("baseline"), e["soft_targets"].pop("baseline")))
+    rescore(run, lambda e: e.pop("baseline"), lambda e: e["soft_targets"].pop("baseline"))
     (run / "baseline" / "metrics.jsonl").unlink()
     (run / "summary.json").unlink()
     read = text(run)
-    assert "keeps 99.9 % of its teacher’s exact match." in read
+    assert "keeps 99.96 % of its teacher’s exact match." in read
     assert "baseline" not in read.split("baseline sweep (12 runs)")[0]
     assert "gap closed" not in read
 
@@ -449,20 +390,18 @@ def test_without_a_baseline(run):
 )
 def test_sections_without_data_are_left_out(run, remove, heading, image):
     assert heading in text(run)
-    for old in run.glob("*.png"):
-        old.unlink()
-    change(run / "evaluation.json", remove)
+    [old.unlink() for old in run.glob("*.png")]
+    rescore(run, remove)
     assert heading not in text(run)
     assert image is None or not (run / f"{image}.png").exists()
 
 
 def test_arms_are_shown_when_they_were_run(run):
     assert "Arms of the protocol" not in text(run)
-    value = arms()
-    value["rows"][0].update(worst=0.1234, interval=[0.0511, 0.0722])
-    write_json(run / "arms.json", value)
+    write_json(run / "arms.json", arms())
+    change(run / "arms.json", lambda a: a["rows"][0].update(worst=0.1234, interval=[0.0511, 0.0722]))
     read = text(run)
-    assert "Arms of the protocol" in read and "12.34 %" in read and "5.1 % to 7.2 %" in read
+    assert "Arms of the protocol" in read and "12.34 %" in read and "5.1 to 7.2 %" in read
     for name, _, _ in report.ARMS.values():
         assert read.count(name) in (3, 9)  # once for each student, or for each number of labels
 
@@ -477,7 +416,7 @@ def test_numbers_that_are_not_finite_are_shown_as_a_dash(run):
         e["soft_targets"]["teacher"][8] = 0.0
         e["ledger"]["rows"][0].update(joules=math.nan)
 
-    change(run / "evaluation.json", edit)
+    rescore(run, edit)
     losses = [{"kind": "train", "step": 1, "loss": math.nan}, {"kind": "eval", "step": 1, "exact_match": None}]
     write_lines(run / "metrics.jsonl", losses)
     write_lines(run / "teacher" / "metrics.jsonl", [{"kind": "train", "step": 1, "loss": -1.0}])
@@ -487,66 +426,41 @@ def test_numbers_that_are_not_finite_are_shown_as_a_dash(run):
     assert "keeps of its teacher’s exact match is not known" in read
 
 
-def test_teacher_that_is_always_wrong(run):
-    change(run / "evaluation.json", lambda e: e["teacher"].update(exact_match=0.0))
-    assert "is not known" in text(run)
-
-
 def test_whatever_the_files_hold_is_escaped(run):
     bad = "<script>alert('x')</script>"
     change(run / "config.json", lambda c: c.update(name=bad, note={bad: '"&<'}))
-    value = arms()
-    value["rows"][0]["student"] = bad
-    write_json(run / "arms.json", value)
-    change(
-        run / "evaluation.json",
-        lambda e: (e["ledger"]["rows"][0].update(what=bad), e["soft_targets"].update(prompt=bad)),
-    )
+    write_json(run / "arms.json", arms())
+    change(run / "arms.json", lambda a: a["rows"][0].update(student=bad))
+    rescore(run, lambda e: e["ledger"]["rows"][0].update(what=bad), lambda e: e["soft_targets"].update(prompt=bad))
     html = page(run)
     assert "<script" not in html
     assert html.count("&lt;script&gt;") >= 6
     assert bad in Reader(html).text
 
 
-@pytest.mark.parametrize(("name", "script"), [("evaluation.json", "evaluate"), ("config.json", "distill")])
-def test_missing_file(run, name, script):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("evaluation.json", r"does not exist; run scripts/evaluate\.py --run .*run first"),
+        ("config.json", r"does not exist; run scripts/distill\.py --run .*run first"),
+        ("metrics.jsonl", r"is missing or empty; run scripts/distill\.py --run .*run first"),
+    ],
+)
+def test_missing_file(run, name, message):
     (run / name).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{name} does not exist; run scripts/{script}\.py --run .*run first"):
-        report.write_report([run])
-
-
-def test_missing_metrics(run):
-    (run / "metrics.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl is missing or empty; run scripts/distill\.py"):
-        report.write_report([run])
+    refused(run, FileNotFoundError, f"{name} {message}")
 
 
 def test_missing_folder_and_no_run(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere does not exist; run scripts/distill\.py --run .*nowhere first"
-    ):
-        report.write_report([tmp_path / "nowhere"])
+    refused(tmp_path / "none", FileNotFoundError, r"none does not exist; run scripts/distill\.py --run .*none first")
     with pytest.raises(ValueError, match="no run folder was given"):
         report.write_report([])
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda e: e.pop("student"),
-        lambda e: e.update(student=[1]),
-        lambda e: e["student"].pop("exact_match"),
-        lambda e: e["student"].pop("parameters"),
-        lambda e: e["student"].update(parameters=0),
-        lambda e: e["student"].update(exact_match="high"),
-    ],
-)
-def test_scores_that_are_missing_or_no_numbers(run, edit):
-    change(run / "evaluation.json", edit)
-    with pytest.raises(
-        ValueError, match=r"evaluation\.json: expected 'student' to hold .*; run scripts/evaluate\.py --run"
-    ):
-        report.write_report([run])
+@pytest.mark.parametrize("scores", [None, [1], {}, {"parameters": 5}, {"parameters": 0, "exact_match": 1.0}])
+def test_scores_that_are_missing_or_no_numbers(run, scores):
+    rescore(run, lambda e: e.update(student=scores))
+    refused(run, ValueError, r"evaluation\.json: expected 'student' to hold .*; run scripts/evaluate\.py --run")
 
 
 @pytest.mark.parametrize(
@@ -560,20 +474,14 @@ def test_scores_that_are_missing_or_no_numbers(run, edit):
     ],
 )
 def test_broken_data_of_a_figure(run, name, edit):
-    change(run / "evaluation.json", edit)
-    with pytest.raises(
-        ValueError, match=rf"evaluation\.json lacks what the figure '{name}' shows .* scripts/evaluate\.py"
-    ):
-        report.write_report([run])
+    rescore(run, edit)
+    refused(run, ValueError, rf"evaluation\.json lacks what the figure '{name}' shows .* scripts/evaluate\.py")
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"), [("{", "is not JSON"), ("[1]", "holds a list, expected a JSON object")]
-)
+@pytest.mark.parametrize(("content", "complaint"), [("{", "is not JSON"), ("[1]", "holds a list, expected a JSON obj")])
 def test_broken_json(run, content, complaint):
     (run / "evaluation.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"evaluation\.json {re.escape(complaint)}.*; run scripts/evaluate"):
-        report.write_report([run])
+    refused(run, ValueError, rf"evaluation\.json {complaint}.*; run scripts/evaluate")
 
 
 def test_broken_metrics_are_named_by_line_and_a_cut_last_line_is_forgiven(run):
@@ -582,14 +490,13 @@ def test_broken_metrics_are_named_by_line_and_a_cut_last_line_is_forgiven(run):
     (run / "metrics.jsonl").write_text(lines + '{"kind": "tra')
     assert page(run) == whole
     (run / "metrics.jsonl").write_text("oops\n" + lines)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: expected a JSON object, got 'oops'"):
-        report.write_report([run])
+    refused(run, ValueError, r"metrics\.jsonl, line 1: expected a JSON object, got 'oops'")
 
 
 def test_imports_neither_jax_nor_pyplot():
-    tree = ast.parse((ROOT / "distill" / "report.py").read_text(encoding="utf-8"))
+    tree = ast.parse(Path(report.__file__).read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [alias.name if isinstance(node, ast.Import) else node.module for node in imports for alias in node.names]
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "numpy", "matplotlib", "jinja2"}
     assert "matplotlib.pyplot" not in names
-    assert not any("matplotlib" in name for node in tree.body if node in imports for name in [ast.unparse(node)])
+    assert "matplotlib" not in "".join(ast.unparse(node) for node in tree.body if node in imports)  # only to draw

@@ -29,9 +29,10 @@ class DecoderConfig:
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "layers", "width", "heads", "feed_forward", "groups", "key_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model: {name}={getattr(self, name)}; expected at least 1.")
+        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "feed_forward"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model: {name}={value}; expected at least 1.")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"model: width={self.width} is no multiple of heads={self.heads}; set head_dim.")
         if self.heads % self.groups:

@@ -13,14 +13,14 @@ def rms_norm(x_BLD: Array, scale_D: Array, epsilon: float) -> Array:
     """x / sqrt(mean(x²) + ε) · scale, in float32 (arXiv 1910.07467)."""
     x32 = x_BLD.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(variance + epsilon) * scale_D).astype(x_BLD.dtype)
+    return (x32 * jax.lax.rsqrt(variance + epsilon) * scale_D[None, None]).astype(x_BLD.dtype)
 
 
 def rotate(x_BHLK: Array, positions_BL: Array, theta: float) -> Array:
     """Rotary positions (arXiv 2104.09864): the pair (i, i + K/2) turns by position · theta^(−2i/K)."""
     half = x_BHLK.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BL[:, None, :, None].astype(jnp.float32) * frequency
+    angle = positions_BL[:, None, :, None].astype(jnp.float32) * frequency[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x_BHLK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLK.dtype)

@@ -45,7 +45,7 @@ def parameter(axes: tuple[str, ...], *, std: float = 0.0, mean: float = 0.0) -> 
     return lambda _, shape: Parameter(jnp.zeros(shape, jnp.float32), names=axes, std=std, mean=mean)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A network as pure functions over plain nested dicts of arrays.
 

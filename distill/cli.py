@@ -1,0 +1,91 @@
+"""The command line of every script: ``--config``, ``--run``, ``--debug``, typed overrides, exit codes.
+
+Exit 0: done, or stopped on request and saved. 2: the user's mistake, one message on stderr. 1: anything else.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """An argument parser that shows a script's docstring and knows ``--debug``."""
+    arguments = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    arguments.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return arguments
+
+
+def parse_config(doc: str, argv: Sequence[str], **extra: Any) -> tuple[argparse.Namespace, Any]:
+    """``--config NAME --run DIR`` and overrides such as ``--student.model.layers 1``.
+
+    Args:
+      doc: the script's docstring.
+      argv: the arguments.
+      **extra: further options, ``name=(default, choices, help)``.
+
+    Returns:
+      The options and the configuration with its overrides.
+    """
+    import tyro
+
+    from distill.config import load_config
+
+    options = parser(doc)
+    options.add_argument("--config", default="addition", help="name in distill/configs, or a .py file")
+    options.add_argument("--run", type=Path, help="run folder (default: runs/CONFIG)")
+    for name, (default, choices, text) in extra.items():
+        options.add_argument(f"--{name}", default=default, choices=choices, help=text)
+    options.epilog = "Every field of the configuration can be overridden; --config-help lists them."
+    options.add_argument("--config-help", action="store_true", help="list the fields of the configuration")
+    known, overrides = options.parse_known_args(argv)
+    config = load_config(known.config)
+    if known.config_help:
+        overrides = ["--help"]
+    config = tyro.cli(type(config), default=config, args=overrides, prog="overrides", description="Configuration")
+    known.run = known.run or Path("runs") / Path(known.config).stem
+    return known, config
+
+
+def set_up_jax() -> None:
+    """Compiled programs are kept in ``$XDG_CACHE_HOME/distill/xla`` and reused by later runs."""
+    import jax
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "xla"
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def run_main(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a script's ``main(argv)`` and turns what it raises into exit codes and one message."""
+    argv = sys.argv[1:]
+    try:
+        main(argv)
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        code, message = explain(error)
+        print(message, file=sys.stderr)
+        sys.exit(code)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Exit code and message of an error."""
+    from distill.train import Stopped
+
+    if isinstance(error, Stopped):
+        return 0, str(error)
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return 2, f"error: the disk is full ({error}). Nothing saved was lost: free some space, run the command again."
+    if isinstance(error, ValueError | FileNotFoundError | PermissionError | NotADirectoryError):
+        return 2, f"error: {error}"
+    return 1, f"error: {type(error).__name__}: {error} (--debug shows where)"

@@ -1,0 +1,209 @@
+"""Configuration: nested frozen dataclasses, built by the files in ``distill/configs``, overridden on the command line."""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from distill.data.addition import TOKENIZER, AdditionConfig
+from distill.models.config import DecoderConfig
+from distill.objective import ObjectiveConfig
+from distill.optim import OptimizerConfig
+from distill.parallel import ParallelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How one model is trained."""
+
+    steps: int = 1500
+    """Optimizer steps in all; a multiple of steps_per_dispatch."""
+    batch_size: int = 256
+    """Global batch, in examples; must be divisible by micro_batches and by the number of devices."""
+    micro_batches: int = 1
+    """Parts in which a batch is worked through; the update is that of the whole batch."""
+    steps_per_dispatch: int = 50
+    """Small steps in one program; evaluation and saving fall on its multiples."""
+    evaluate_every: int = 250
+    """Steps between points of the learning curve."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "micro_batches", "steps_per_dispatch", "evaluate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training: {name}={getattr(self, name)}; expected at least 1.")
+        for name in ("steps", "evaluate_every", "save_every"):
+            if getattr(self, name) % self.steps_per_dispatch:
+                raise ValueError(
+                    f"training: {name}={getattr(self, name)} is no multiple of "
+                    f"steps_per_dispatch={self.steps_per_dispatch}; change one of them."
+                )
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"training: micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}."
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"training: seed={self.seed}; expected 0 … 2³¹ − 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A model and its training."""
+
+    model: DecoderConfig = DecoderConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """The grid over which a student trained alone is tuned; chosen by exact match on a validation split."""
+
+    labels: int = 100
+    """Labelled examples the student alone may train on."""
+    validation: int = 500
+    """Further labelled examples, to choose learning rate, weight decay and steps by."""
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    weight_decays: tuple[float, ...] = (0.0, 0.3, 1.0, 2.0)
+    steps: int = 1500
+    evaluate_every: int = 250
+    """Steps between the points at which a run may be stopped."""
+    batch_size: int = 100
+
+    def __post_init__(self):
+        if min(self.labels, self.validation, self.steps, self.evaluate_every, self.batch_size) < 1:
+            raise ValueError("baseline: labels, validation, steps, evaluate_every and batch_size must be at least 1.")
+        if not self.learning_rates or not self.weight_decays:
+            raise ValueError("baseline: learning_rates and weight_decays need at least one value each.")
+        if self.steps % self.evaluate_every:
+            raise ValueError(
+                f"baseline: steps={self.steps} is no multiple of evaluate_every={self.evaluate_every}; change one."
+            )
+
+    @property
+    def runs(self) -> int:
+        """Trainings in the grid."""
+        return len(self.learning_rates) * len(self.weight_decays)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is shown and written. Never part of a run's identity."""
+
+    progress: bool = True
+    tensorboard: bool = False
+    """Also write RUN/tensorboard (needs the extra ``track``)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment: a teacher, a student distilled from it, and the same student alone."""
+
+    name: str = "addition"
+    data: AdditionConfig = AdditionConfig()
+    teacher: Recipe = Recipe()
+    student: Recipe = Recipe()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    answers: Literal["teacher", "labels"] = "teacher"
+    """Who writes the answers the student is distilled on: the teacher (no label is used) or the labels."""
+    teacher_signal: Literal["cached", "live"] = "cached"
+    """cached: the teacher reads the transfer set once; live: it is evaluated in every step."""
+    teacher_run: str | None = None
+    """Run folder of a teacher trained before; None: RUN/teacher, trained if it isn't there."""
+    baseline: SweepConfig = SweepConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self):
+        for role, recipe in (("teacher", self.teacher), ("student", self.student)):
+            if recipe.model.vocab_size != TOKENIZER.vocab_size:
+                raise ValueError(
+                    f"{role}: vocab_size={recipe.model.vocab_size}, but the tokenizer has {TOKENIZER.vocab_size} ids; "
+                    f"set --{role}.model.vocab-size {TOKENIZER.vocab_size}."
+                )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass ``kind`` from what ``to_dict`` gave; an unknown key is a TypeError."""
+    types = typing.get_type_hints(kind)
+    fields = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(types.get(key)):
+            value = from_dict(types[key], value)
+        fields[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**fields)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, file)
+
+
+def read_config(run: Path) -> Config:
+    """The configuration a run folder was made with.
+
+    Raises:
+      FileNotFoundError: no run folder.
+      ValueError: its config.json cannot be read.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run}: no config.json; expected a run folder, made by scripts/distill.py.")
+    try:
+        return from_dict(Config, json.loads(file.read_text()))
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); expected the configuration of a run.") from error
+
+
+def load_config(name: str) -> Any:
+    """``get_config()`` of ``distill/configs/NAME.py``, or of a Python file given by its path.
+
+    Raises:
+      ValueError: no such configuration (names the nearest), or a file without ``get_config``.
+    """
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"--config {name}: no such file; give a Python file with get_config().")
+        spec = importlib.util.spec_from_file_location("distill_user_config", name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        import distill.configs
+
+        known = sorted(module.name for module in pkgutil.iter_modules(distill.configs.__path__))
+        if name not in known:
+            near = difflib.get_close_matches(name, known) or known
+            raise ValueError(
+                f"--config {name}: unknown; did you mean {', '.join(near)}? Or give the path of a .py file."
+            )
+        module = importlib.import_module(f"distill.configs.{name}")
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config {name}: the file has no get_config(); expected a function that returns a Config.")
+    return module.get_config()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines ``key: old → new`` for all that differs between two nested dicts."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return lines
+    return [] if old == new else [f"{path}: {old} → {new}"]

@@ -1,0 +1,315 @@
+"""An experiment on addition: teacher, student distilled from it, the same student alone, and their comparison.
+
+Every stage keeps its result in the run folder and is skipped when it stands there already:
+
+    RUN/teacher/     a model trained on the labels of the train side
+    RUN/             the student, distilled on the train-side prompts
+    RUN/baseline/    the student alone on a few labels, the best of a sweep
+    RUN/evaluation.json, RUN/summary.json
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from distill import arms, evaluate
+from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes
+from distill.config import Config, Recipe, read_config, to_dict, write_json
+from distill.data import addition
+from distill.data.addition import TOKENIZER, Examples
+from distill.metrics import Writer
+from distill.models import Model, decoder
+from distill.objective import task_term, terms_of
+from distill.shapes import Params
+from distill.train import Task, fit
+
+WATTS_PER_CORE = 10.0
+"""Assumed draw of one busy CPU core, in watts; energy here is modelled from CPU time, ± 40 %, not measured."""
+
+
+class Trained(NamedTuple):
+    """A model and its parameters."""
+
+    model: Model
+    params: Params
+
+
+def run_experiment(config: Config, run: Path) -> dict[str, Any]:
+    """Does what is not done yet of an experiment; returns the summary."""
+    with lock(run / ".experiment"):
+        write_json(run / "config.json", to_dict(config))
+        sides = addition.load(config.data)
+        teacher = train_teacher(config, run, sides)
+        student = distil(config, run, sides, teacher)
+        baseline, chosen = train_baseline(config, run, sides)
+        return evaluate_run(config, run, sides, teacher, student, baseline, chosen)
+
+
+def identity(config: Config, *parts: str, **fingerprints: str) -> dict[str, Any]:
+    """What may not change when a run goes on: some parts of the configuration, and fingerprints."""
+    everything = to_dict(config)
+    return {part: everything[part] for part in parts} | {"tokenizer": TOKENIZER.fingerprint()} | fingerprints
+
+
+def train_alone(config: Config, recipe: Recipe, run: Path, sides: dict[str, Examples], role: str) -> Trained:
+    """A model on the true answers of the whole train side."""
+    model = decoder(recipe.model)
+    task = Task(
+        student=model,
+        terms=[task_term()],
+        examples=sides["train"].batch(config.data),
+        evaluate=_curve(model, config, sides["test"]),
+        identity=identity(config, "data", role),
+    )
+    with _cost(run, recipe.training.steps * _step_flops(recipe, config)):
+        params = fit(run, task, recipe.training, parallel_config=config.parallel, log=config.log, label=role)
+    return Trained(model, params)
+
+
+def train_teacher(config: Config, run: Path, sides: dict[str, Examples]) -> Trained:
+    """The teacher: read from ``config.teacher_run`` if given, else trained in RUN/teacher."""
+    if config.teacher_run is None:
+        return train_alone(config, config.teacher, run / "teacher", sides, "teacher")
+    return restore(decoder(config.teacher.model), Path(config.teacher_run))
+
+
+def restore(model: Model, run: Path) -> Trained:
+    """A trained model from its run folder.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      ValueError: the checkpoint holds a model of another shape.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py or train.py."
+        )
+    with Checkpoints(run) as checkpoints:
+        params = checkpoints.params()
+    wanted, found = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (jax.eval_shape(model.init, jax.random.key(0)), params)
+    )
+    for path in sorted(wanted.keys() | found.keys()):
+        if wanted.get(path) != found.get(path):
+            raise ValueError(
+                f"{run}: parameter {path} is {found.get(path)}, the configuration asks {wanted.get(path)}."
+            )
+    return Trained(model, params)
+
+
+def transfer_set(config: Config, sides: dict[str, Examples], teacher: Trained) -> Examples:
+    """The prompts of the train side with the answers the student is distilled on."""
+    if config.answers == "labels":
+        return sides["train"]
+    written = evaluate.write_answers(*teacher, config.data, sides["train"])
+    return sides["train"].with_answers(config.data, written)
+
+
+def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Trained) -> Trained:
+    """The student, from the teacher's soft targets on the transfer set."""
+    addition.assert_disjoint(config.data, sides["train"], sides["test"])
+    model, training = decoder(config.student.model), config.student.training
+    cached = config.teacher_signal == "cached"
+    examples = transfer_set(config, sides, teacher).batch(config.data)
+    flops = training.steps * _step_flops(config.student, config)
+    reads = len(examples.inputs) if cached else training.steps * training.batch_size
+    flops += reads * examples.inputs.shape[1] * _flops(config.teacher, config)
+    if cached:
+        examples = examples._replace(teacher_logits=evaluate.logits_on(*teacher, examples))
+    parts = ("data", "student", "objective", "answers", "teacher_signal")
+    task = Task(
+        student=model,
+        terms=terms_of(config.objective),
+        examples=examples,
+        teacher=None if cached else teacher.model,
+        teacher_params=None if cached else teacher.params,
+        evaluate=_curve(model, config, sides["test"]),
+        identity=identity(config, *parts, teacher_weights=fingerprint(teacher.params)),
+    )
+    with _cost(run, flops):
+        params = fit(run, task, training, parallel_config=config.parallel, log=config.log, label="student")
+    return Trained(model, params)
+
+
+def labelled(config: Config, train: Examples, seed: int) -> tuple[Examples, Examples]:
+    """The few labelled examples of the baseline and those it is tuned by: disjoint, drawn from the train side."""
+    count, validation = config.baseline.labels, config.baseline.validation
+    if count + validation > len(train.tokens):
+        raise ValueError(
+            f"baseline: labels={count} and validation={validation} ask for more than the {len(train.tokens)} examples."
+        )
+    order = np.random.default_rng([seed, 1]).permutation(len(train.tokens))
+    return train.take(order[:count]), train.take(order[count : count + validation])
+
+
+def train_baseline(config: Config, run: Path, sides: dict[str, Examples]) -> tuple[Trained, dict[str, Any]]:
+    """The student alone: a sweep over learning rate × weight decay × steps, chosen on the validation split."""
+    folder = run / "baseline"
+    model, sweep, seed = decoder(config.student.model), config.baseline, config.student.training.seed
+    asked = identity(config, "data", "baseline") | {"model": to_dict(config)["student"]["model"], "seed": seed}
+    with lock(folder), Checkpoints(folder) as checkpoints:
+        if checkpoints.latest is not None:
+            meta = checkpoints.meta()
+            refuse_changes(folder, meta["identity"], asked)
+            return Trained(model, checkpoints.params()), meta["chosen"]
+        few, validation = labelled(config, sides["train"], seed)
+        rates, decays = arms.grid(sweep.learning_rates, sweep.weight_decays)
+        replicas = arms.Replicas(
+            arms.stack([few.batch(config.data)] * sweep.runs), np.full(sweep.runs, seed), rates, decays
+        )
+        schedule = arms.Schedule(sweep.steps, sweep.batch_size, sweep.evaluate_every, config.student.training.optimizer)
+        tokens = sweep.runs * sweep.steps * sweep.batch_size * replicas.examples.inputs.shape[2]
+        with _cost(folder, 3 * tokens * _flops(config.student, config)):
+            outcome = arms.train(model, [task_term()], replicas, schedule, config.data, [validation] * sweep.runs)
+        best = int(np.argmax(outcome.curve.max(axis=1)))
+        chosen = {
+            "learning_rate": float(rates[best]),
+            "weight_decay": float(decays[best]),
+            "steps": int(outcome.steps[best]),
+            "validation_exact_match": float(outcome.curve[best].max()),
+        }
+        params = arms.pick(outcome.params, best)
+        _write_curve(folder, sweep.evaluate_every, outcome, best)
+        checkpoints.save(sweep.steps, {"params": params}, {"identity": asked, "chosen": chosen})
+    return Trained(model, params), chosen
+
+
+def _write_curve(folder: Path, every: int, outcome: arms.Outcome, best: int) -> None:
+    with contextlib.closing(Writer(folder)) as writer:
+        for i, (loss, score) in enumerate(zip(outcome.losses[best], outcome.curve[best], strict=True)):
+            writer.write("train", (i + 1) * every, {"loss": float(loss)})
+            writer.write("eval", (i + 1) * every, {"exact_match": float(score)})
+
+
+def evaluate_run(
+    config: Config,
+    run: Path,
+    sides: dict[str, Examples],
+    teacher: Trained,
+    student: Trained,
+    baseline: Trained | None = None,
+    chosen: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes RUN/evaluation.json and RUN/summary.json; returns the summary."""
+    models = {"teacher": teacher, "student": student} | ({"baseline": baseline} if baseline else {})
+    test = sides["test"]
+    with _cost(run / "evaluation", None):
+        evaluation = {name: evaluate.evaluate_model(*trained, config.data, test) for name, trained in models.items()}
+        written = evaluate.write_answers(*teacher, config.data, test)
+        heard = test.with_answers(config.data, written).batch(config.data)  # the text on which the two are compared
+        said = {name: evaluate.logits_on(*trained, heard) for name, trained in models.items()}
+        for name in models.keys() - {"teacher"}:
+            evaluation[name] |= evaluate.agreement(said[name], said["teacher"], heard.mask)
+        on_truth = {name: evaluate.logits_on(*trained, test.batch(config.data)) for name, trained in models.items()}
+        evaluation["soft_targets"] = evaluate.soft_targets(on_truth, config.data, test)
+    if baseline:
+        evaluation["baseline"] |= {"labels": config.baseline.labels, "chosen": chosen, "runs": config.baseline.runs}
+    evaluation["ledger"] = ledger(config, run)
+    write_json(run / "evaluation.json", evaluation)
+    summary = summarize(evaluation)
+    write_json(run / "summary.json", summary)
+    return summary
+
+
+def summarize(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers of summary.json. Gap closed = (student − baseline) / (teacher − baseline) in exact match."""
+    keep = ("parameters", "exact_match", "flops_per_token", "latency_seconds", "tokens_per_second", "agreement", "kl")
+    names = [name for name in ("teacher", "student", "baseline") if name in evaluation]
+    summary: dict[str, Any] = {
+        name: {key: evaluation[name][key] for key in keep if key in evaluation[name]} for name in names
+    }
+    teacher, student = (evaluation[name]["exact_match"] for name in ("teacher", "student"))
+    if "baseline" in evaluation:
+        alone = evaluation["baseline"]["exact_match"]
+        summary["baseline"]["labels"] = evaluation["baseline"]["labels"]
+        summary["gap_closed"] = (student - alone) / (teacher - alone) if teacher != alone else None
+    summary["agreement"] = evaluation["student"]["agreement"]
+    summary["seconds"] = sum(row["seconds"] for row in evaluation["ledger"]["rows"])
+    return summary
+
+
+def ledger(config: Config, run: Path) -> dict[str, Any]:
+    """FLOPs, seconds, CPU seconds and modelled joules of every stage, teacher and sweep included."""
+    stages = {
+        "teacher training": Path(config.teacher_run or run / "teacher"),
+        "student distillation": run,
+        f"baseline sweep ({config.baseline.runs} runs)": run / "baseline",
+        "evaluation": run / "evaluation",
+    }
+    rows = []
+    for what, folder in stages.items():
+        if (folder / "cost.json").exists():
+            cost = json.loads((folder / "cost.json").read_text())
+            rows.append({"what": what} | cost | {"joules": cost["cpu_seconds"] * WATTS_PER_CORE})
+    return {"rows": rows, "watts_per_core": WATTS_PER_CORE, "uncertainty": 0.4}
+
+
+@contextlib.contextmanager
+def _cost(folder: Path, flops: float | None) -> Iterator[None]:
+    """Adds the time of a stage to FOLDER/cost.json (a stage killed midway loses that session's seconds)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "cost.json"
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        before = json.loads(file.read_text()) if file.exists() and flops is not None else {}
+        spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        write_json(file, {"flops": flops} | {key: value + before.get(key, 0.0) for key, value in spent.items()})
+
+
+def _flops(recipe: Recipe, config: Config) -> float:
+    return recipe.model.flops_per_token(config.data.prompt_length + config.data.answer_length - 1)
+
+
+def _step_flops(recipe: Recipe, config: Config) -> float:
+    tokens = recipe.training.batch_size * (config.data.prompt_length + config.data.answer_length - 1)
+    return 3 * tokens * _flops(recipe, config)
+
+
+def _curve(model: Model, config: Config, test: Examples):
+    """Exact match for the learning curve; nothing is chosen by it."""
+    return lambda params: {"exact_match": float(evaluate.is_correct(model, params, config.data, test).mean())}
+
+
+def open_run(run: Path) -> tuple[Config, dict[str, Trained]]:
+    """Configuration and trained models (teacher, student, baseline if there is one) of a run folder."""
+    config = read_config(run)
+    folders = {"teacher": Path(config.teacher_run or run / "teacher"), "student": run, "baseline": run / "baseline"}
+    recipes = {"teacher": config.teacher, "student": config.student, "baseline": config.student}
+    models = {}
+    for name, folder in folders.items():
+        if name != "baseline" or (folder / "checkpoints").is_dir():
+            models[name] = restore(decoder(recipes[name].model), folder)
+    return config, models
+
+
+def evaluate_folder(run: Path) -> dict[str, Any]:
+    """``evaluate_run`` of what stands in a run folder."""
+    config, models = open_run(run)
+    chosen = None
+    if "baseline" in models:
+        with Checkpoints(run / "baseline") as checkpoints:
+            chosen = checkpoints.meta()["chosen"]
+    return evaluate_run(config, run, addition.load(config.data), **models, chosen=chosen)
+
+
+def answer(run: Path, prompts: list[str]) -> list[dict[str, str]]:
+    """What the models of a run folder answer, as rows for a table."""
+    config = read_config(run)
+    operands = [config.data.parse(prompt) for prompt in prompts]
+    _, models = open_run(run)
+    examples = addition.encode(config.data, np.array(operands))
+    rows = [{"prompt": f"{a}+{b}=", "truth": str(a + b)} for a, b in operands]
+    for name, trained in models.items():
+        written = evaluate.write_answers(*trained, config.data, examples)
+        for row, ids in zip(rows, written, strict=True):
+            row[name] = config.data.value(TOKENIZER.decode(ids))
+    return rows

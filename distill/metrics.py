@@ -1,0 +1,68 @@
+"""Metrics: (sum, weight) pairs to numbers, and where the numbers are written."""
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+
+def averages(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+    """Pairs, each with any leading axes, to their overall means: Σ sums / Σ weights."""
+    means = {}
+    for name, (total, weight) in metrics.items():
+        weight_sum = float(np.sum(weight))
+        means[name] = float(np.sum(total)) / weight_sum if weight_sum else 0.0
+    return means
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl; a last line cut short by a kill is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Writer:
+    """Appends to RUN/metrics.jsonl, and to TensorBoard if asked.
+
+    Args:
+      run: the run folder.
+      step: lines after this step are cut off first: a resumed run writes them again.
+      tensorboard: also write RUN/tensorboard; needs tensorboardX.
+    """
+
+    def __init__(self, run: Path, step: int = 0, tensorboard: bool = False):
+        kept = [record for record in read_metrics(run) if record["step"] <= step and step]
+        self._file: TextIO = open(run / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
+        for record in kept:
+            self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._board = _tensorboard(run, step) if tensorboard else None
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """One line ``{"kind": …, "step": …, …}``, on the disk (or in the kernel's hands) when this returns."""
+        self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items() if self._board else ():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _tensorboard(run: Path, step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError("--log.tensorboard needs tensorboardX: pip install 'distill[track]'.") from None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)

@@ -1,0 +1,53 @@
+"""What a person sees while a model trains: one live line in a terminal, one line per evaluation elsewhere."""
+
+from typing import Any
+
+from rich import progress as rich_progress
+from rich.console import Console
+
+
+class Progress:
+    """Loss, exact match, tokens per second and time left of one training."""
+
+    def __init__(self, label: str, steps: int, start: int = 0, show: bool = True):
+        console = Console(quiet=not show)
+        self._label, self._steps = label, steps
+        self._console = console
+        self._lines = not console.is_terminal
+        self._exact_match = float("nan")
+        self._bar = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description:>8}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("loss {task.fields[loss]:.4f}  exact match {task.fields[exact_match]:.1%}"),
+            rich_progress.TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s"),
+            rich_progress.TimeRemainingColumn(),
+            console=console,
+            disable=self._lines,
+        )
+        nan = float("nan")
+        self._fields: dict[str, Any] = {"loss": nan, "exact_match": nan, "tokens_per_second": nan}
+        self._task = self._bar.add_task(label, total=steps, completed=start, **self._fields)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, **fields: float) -> None:
+        """After a dispatch."""
+        self._fields |= fields
+        self._bar.update(self._task, completed=step, **fields)
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """After an evaluation."""
+        self._fields |= values
+        self._bar.update(self._task, exact_match=values.get("exact_match", float("nan")))
+        if self._lines:
+            loss, match, speed = (self._fields[name] for name in ("loss", "exact_match", "tokens_per_second"))
+            self._console.print(
+                f"{self._label} {step}/{self._steps}  loss {loss:.4f}  exact match {match:.1%}  {speed:,.0f} tokens/s",
+                highlight=False,
+            )

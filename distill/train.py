@@ -1,0 +1,208 @@
+"""The loop: data → step → metrics → evaluate → checkpoint.
+
+Nothing in it waits for the device but reading the metrics of the dispatch BEFORE the one just sent, so the device is
+never idle; evaluation and saving are the only other meeting points.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from distill import parallel
+from distill.checkpoint import Checkpoints, lock, refuse_changes
+from distill.config import LogConfig, TrainingConfig
+from distill.data.loader import Batch, Loader
+from distill.metrics import Writer, averages
+from distill.models.model import Model
+from distill.objective import Term
+from distill.optim import optimizer
+from distill.parallel import ParallelConfig, Wrapping
+from distill.progress import Progress
+from distill.shapes import Params
+from distill.step import TrainState, init_state, make_train_step
+
+Evaluate = Callable[[Params], dict[str, float]]
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C), saved, and can be continued."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All of a training that is not a number: who learns what, from whom."""
+
+    student: Model
+    terms: Sequence[Term]
+    examples: Batch
+    teacher: Model | None = None
+    teacher_params: Params | None = None
+    evaluate: Evaluate = lambda params: {}
+    """Metrics of the learning curve, such as exact match."""
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Configuration and fingerprints; a run folder with another identity is refused."""
+
+
+def fit(
+    run: Path,
+    task: Task,
+    training: TrainingConfig,
+    *,
+    parallel_config: ParallelConfig = ParallelConfig(),
+    log: LogConfig = LogConfig(),
+    label: str = "student",
+) -> Params:
+    """Trains, or goes on training, in a run folder; returns the final parameters.
+
+    Args:
+      run: the run folder; checkpoints and metrics.jsonl live there.
+      task: what is learnt.
+      training: steps, batch, optimizer, seed.
+      parallel_config: how the devices are used.
+      log: what is shown and written.
+      label: in the progress line.
+
+    Raises:
+      ValueError: the folder holds a run with another identity, is in use, or the disk is full.
+      FloatingPointError: the loss is not finite; names the step. The last checkpoint is from before it.
+      Stopped: SIGTERM or Ctrl-C; the state was saved.
+    """
+    update = optimizer(training.optimizer, training.steps)
+    wrapping = _wrap(task, training, update, parallel_config)
+    loader = Loader(task.examples, training.batch_size, training.seed)
+    with lock(run), Checkpoints(run) as checkpoints, _stop_signal() as stop:
+        state, step = _start(run, checkpoints, task, training, update, wrapping)
+        if step == training.steps:
+            return wrapping.fetch_state(state).params
+        writer = Writer(run, step, log.tensorboard)
+        with contextlib.closing(writer), Progress(label, training.steps, step, show=log.progress) as progress:
+            state = _loop(state, step, task, training, wrapping, loader, checkpoints, writer, progress, stop)
+        return wrapping.fetch_state(state).params
+
+
+def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig) -> Wrapping:
+    def make_step(axis_name: str | None):
+        return make_train_step(
+            task.student,
+            task.terms,
+            update,
+            teacher=task.teacher,
+            micro_batches=training.micro_batches,
+            axis_name=axis_name,
+        )
+
+    return parallel.wrap(config, make_step, task.student, update, task.teacher)
+
+
+def _start(run: Path, checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):
+    """The state to go on from: the newest checkpoint if there is one, else freshly drawn."""
+    params = task.student.init(jax.random.key(training.seed))
+    fresh = init_state(params, update)
+    if checkpoints.latest is None:
+        return wrapping.place_state(fresh), 0
+    refuse_changes(run, checkpoints.meta()["identity"], task.identity)
+    return wrapping.place_state(checkpoints.restore(fresh)), checkpoints.latest
+
+
+def _loop(
+    state: TrainState,
+    step: int,
+    task: Task,
+    training: TrainingConfig,
+    wrapping: Wrapping,
+    loader: Loader,
+    checkpoints: Checkpoints,
+    writer: Writer,
+    progress: Progress,
+    stop: dict[str, bool],
+) -> TrainState:
+    count = training.steps_per_dispatch
+    teacher_params = None if task.teacher is None else wrapping.place_params(task.teacher_params)
+    examples = wrapping.place_examples(loader.examples)
+    recorder = _Recorder(writer, progress, training, task.examples)
+    if step == 0:
+        recorder.evaluated(0, task.evaluate(wrapping.fetch_state(state).params))
+    while step < training.steps:
+        rows = wrapping.place_rows(loader.rows(step, count))
+        state, metrics = wrapping.steps(state, teacher_params, examples, rows)
+        recorder.record()  # of the dispatch before, while this one computes
+        recorder.pending = (step, wrapping.fetch_metrics(metrics))
+        step += count
+        if step % training.evaluate_every == 0 or step == training.steps:
+            recorder.record()
+            recorder.evaluated(step, task.evaluate(wrapping.fetch_state(state).params))
+        if step % training.save_every == 0 or step == training.steps or stop["now"]:
+            recorder.record()  # a state whose loss is not finite is never saved
+            meta = {"identity": task.identity, "next_batch": step}
+            checkpoints.save(step, wrapping.fetch_state(state), meta)
+        if stop["now"] and step < training.steps:
+            raise Stopped(f"stopped at step {step} of {training.steps}; saved. Run the same command to continue.")
+    return state
+
+
+class _Recorder:
+    """Reads metrics one dispatch late, checks them, writes them."""
+
+    def __init__(self, writer: Writer, progress: Progress, training: TrainingConfig, examples: Batch):
+        self.writer, self.progress, self.training = writer, progress, training
+        self.pending: tuple[int, Any] | None = None
+        self.started = self.last = time.perf_counter()
+        self.tokens_per_step = training.batch_size * examples.inputs.shape[1]
+
+    def record(self) -> None:
+        if self.pending is None:
+            return
+        (first, metrics), self.pending = self.pending, None
+        metrics = jax.device_get(metrics)
+        _check_finite(first, metrics)
+        now = time.perf_counter()
+        count = self.training.steps_per_dispatch
+        speed = {"seconds": now - self.started, "tokens_per_second": count * self.tokens_per_step / (now - self.last)}
+        self.last = now
+        values = averages(metrics)
+        self.writer.write("train", first + count, values | speed)
+        self.progress.update(first + count, loss=values["loss"], tokens_per_second=speed["tokens_per_second"])
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        if values:
+            self.last = time.perf_counter()
+            self.writer.write("eval", step, values | {"seconds": self.last - self.started})
+            self.progress.evaluated(step, values)
+
+
+def _check_finite(first: int, metrics: dict[str, Any]) -> None:
+    bad = ~np.isfinite(np.asarray(metrics["loss"][0]))
+    if not bad.any():
+        return
+    k = int(np.argmax(bad))
+    teacher = metrics.get("teacher_cross_entropy")
+    blame = "the loss" if teacher is None or np.isfinite(teacher[0][k]) else "the teacher's output"
+    raise FloatingPointError(
+        f"step {first + k + 1} (batch {first + k}): {blame} is not finite; nothing was saved since."
+    )
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[dict[str, bool]]:
+    """``stop["now"]`` becomes True on SIGTERM or Ctrl-C. Outside the main thread signals are left alone."""
+    stop = {"now": False}
+
+    def ask(*_: Any) -> None:
+        stop["now"] = True
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,27 @@
+"""Teacher → student: trains what isn't trained yet, evaluates, prints the table. Resumes by itself from its run folder.
+
+python scripts/distill.py --config addition
+python scripts/distill.py --config addition --run runs/hot --objective.temperature 4
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+
+from distill import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses, runs, prints."""
+    options, config = cli.parse_config(__doc__, argv)
+    cli.set_up_jax()
+    from distill import experiment, table
+
+    summary = experiment.run_experiment(config, options.run)
+    table.print_summary(summary, options.run)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,27 @@
+"""Evaluates the models of a run folder again; prints the table and writes RUN/evaluation.json.
+
+python scripts/evaluate.py --run runs/addition
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+
+from distill import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses, evaluates, prints."""
+    options = cli.parser(__doc__)
+    options.add_argument("--run", type=Path, required=True, help="a run folder made by scripts/distill.py")
+    run = options.parse_args(argv).run
+    cli.set_up_jax()
+    from distill import experiment, table
+
+    table.print_summary(experiment.evaluate_folder(run), run)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,28 @@
+"""Answers prompts with teacher and student side by side.
+
+python scripts/generate.py --run runs/addition 47+85= 5+7=
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+
+from distill import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses, answers, prints."""
+    options = cli.parser(__doc__)
+    options.add_argument("--run", type=Path, required=True, help="a run folder made by scripts/distill.py")
+    options.add_argument("prompts", nargs="+", help="such as 47+85=")
+    known = options.parse_args(argv)
+    cli.set_up_jax()
+    from distill import experiment, table
+
+    table.print_answers(experiment.answer(known.run, known.prompts))
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,26 @@
+"""Run folders → RUN/report.html, one self-contained page, with its PNGs beside it.
+
+python scripts/report.py --run runs/addition
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+
+from distill import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses and writes."""
+    options = cli.parser(__doc__)
+    options.add_argument("--run", type=Path, nargs="+", required=True, help="run folders; the page goes into the first")
+    runs = options.parse_args(argv).run
+    from distill.report import write_report
+
+    print(f"report: {write_report(runs)}")
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,33 @@
+"""A model alone, on the labels of the train side: a teacher, or a student without one.
+
+python scripts/train.py --config addition --role teacher --run runs/teacher
+python scripts/train.py --config addition --role student --run runs/skyline --student.training.steps 3000
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+
+from distill import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses and trains."""
+    role = ("teacher", ("teacher", "student"), "whose recipe")
+    options, config = cli.parse_config(__doc__, argv, role=role)
+    cli.set_up_jax()
+    from distill import experiment
+    from distill.config import to_dict, write_json
+    from distill.data import addition
+
+    recipe = config.teacher if options.role == "teacher" else config.student
+    sides = addition.load(config.data)
+    experiment.train_alone(config, recipe, options.run, sides, options.role)
+    write_json(options.run / "config.json", to_dict(config))
+    print(f"{options.role}: {recipe.training.steps} steps; the run folder is {options.run}")
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

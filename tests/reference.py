@@ -1,0 +1,189 @@
+"""Float64 numpy twins, written from the formulas: sums over words, loops over positions and heads. No jax here.
+
+Notation: P is the teacher's distribution, Q the student's, both of logits / T. Gradients are with respect to the
+student's logits, in closed form.
+"""
+
+import numpy as np
+
+
+def log_softmax(logits, temperature=1.0):
+    x = np.asarray(logits, np.float64) / temperature
+    x = x - np.max(x, axis=-1, keepdims=True)
+    return x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
+
+
+def softmax(logits, temperature=1.0):
+    return np.exp(log_softmax(logits, temperature))
+
+
+def _by_row(function, *arrays):
+    """``function`` of the rows of arrays ``[..., V]``, stacked again."""
+    *leading, vocab = arrays[0].shape
+    rows = [function(*row) for row in zip(*(array.reshape(-1, vocab) for array in arrays), strict=True)]
+    return np.array(rows).reshape(leading)
+
+
+def kl_of_log_probs(log_a, log_b):
+    """Σ a (log a − log b), a word without mass adding nothing."""
+    total = 0.0
+    for one, other in zip(log_a, log_b, strict=True):
+        if np.exp(one) > 0.0:
+            total += np.exp(one) * (one - other)
+    return total
+
+
+def forward_kl(student, teacher, temperature=1.0):
+    return _by_row(kl_of_log_probs, log_softmax(teacher, temperature), log_softmax(student, temperature))
+
+
+def reverse_kl(student, teacher, temperature=1.0):
+    return _by_row(kl_of_log_probs, log_softmax(student, temperature), log_softmax(teacher, temperature))
+
+
+def _log_mixture(log_p, log_q, beta):
+    return np.logaddexp(np.log(beta) + log_p, np.log1p(-beta) + log_q)
+
+
+def generalized_jsd(student, teacher, beta, temperature=1.0):
+    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _by_row(kl_of_log_probs, log_p, log_m) + (1.0 - beta) * _by_row(kl_of_log_probs, log_q, log_m)
+
+
+def cross_entropy(student, labels, label_smoothing=0.0, z_loss=0.0):
+    student = np.asarray(student, np.float64)
+
+    def one(logits, label):
+        words = len(logits)
+        high = max(logits)
+        log_z = high + np.log(sum(np.exp(logit - high) for logit in logits))
+        targets = [label_smoothing / words + (1.0 - label_smoothing) * (v == label) for v in range(words)]
+        nats = sum(target * (log_z - logit) for target, logit in zip(targets, logits, strict=True) if target > 0.0)
+        return nats + z_loss * log_z**2
+
+    rows = student.reshape(-1, student.shape[-1])
+    return np.array([one(*row) for row in zip(rows, np.ravel(labels), strict=True)]).reshape(np.shape(labels))
+
+
+# ---- gradients with respect to the student's logits
+
+
+def forward_kl_gradient(student, teacher, temperature=1.0):
+    return (softmax(student, temperature) - softmax(teacher, temperature)) / temperature
+
+
+def _through_softmax(log_q, log_a, log_b, temperature):
+    """d/dlogits of a function with d/dQ = log a − log b =: slope, that is Q (slope − Σ Q slope) / T."""
+    q, slope = np.exp(log_q), np.zeros_like(log_q)
+    possible = q > 0.0
+    slope[possible] = log_a[possible] - log_b[possible]
+    return q * (slope - np.sum(q * slope, axis=-1, keepdims=True)) / temperature
+
+
+def reverse_kl_gradient(student, teacher, temperature=1.0):
+    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    return _through_softmax(log_q, log_q, log_p, temperature)
+
+
+def generalized_jsd_gradient(student, teacher, beta, temperature=1.0):
+    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    return (1.0 - beta) * _through_softmax(log_q, log_q, _log_mixture(log_p, log_q, beta), temperature)
+
+
+def cross_entropy_gradient(student, labels, label_smoothing=0.0, z_loss=0.0):
+    student = np.asarray(student, np.float64)
+    words = student.shape[-1]
+    q = softmax(student)
+    target = (1.0 - label_smoothing) * np.eye(words)[labels] + label_smoothing / words
+    log_z = np.max(student, -1) + np.log(np.sum(np.exp(student - np.max(student, -1, keepdims=True)), -1))
+    return q - target + 2.0 * z_loss * log_z[..., None] * q
+
+
+# ---- the decoder
+
+
+def _rms_norm(x, scale, epsilon):
+    return x / np.sqrt(np.mean(x**2) + epsilon) * scale
+
+
+def _rotate(x, position, theta):
+    """The pair (x_i, x_{i + K/2}) turned by the angle position · theta^(−2i/K)."""
+    half = len(x) // 2
+    turned = np.empty_like(x)
+    for i in range(half):
+        angle = position * theta ** (-2.0 * i / len(x))
+        turned[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+        turned[i + half] = x[i] * np.sin(angle) + x[i + half] * np.cos(angle)
+    return turned
+
+
+def _project(x, leaf, equation):
+    return np.einsum(equation, x, leaf["kernel"]) + leaf.get("bias", 0.0)
+
+
+def _layer(config, leaves, x_LD, positions, segments):
+    length, repeat = len(x_LD), config.heads // config.groups
+    attention = leaves["attention"]
+    normed = [_rms_norm(x, leaves["attention_norm"]["scale"], config.norm_epsilon) for x in x_LD]
+    query, key, value = ([_project(x, attention[n], "d,dhk->hk") for x in normed] for n in ("query", "key", "value"))
+    y_LD = np.empty_like(x_LD)
+    for t in range(length):
+        heads = np.zeros((config.heads, config.key_size))
+        for h in range(config.heads):
+            g = h // repeat  # neighbouring query heads share a group
+            seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+            turned = _rotate(query[t][h], positions[t], config.rope_theta)
+            keys = [_rotate(key[s][g], positions[s], config.rope_theta) for s in seen]
+            weights = softmax(np.array([turned @ k for k in keys]) / np.sqrt(config.key_size))
+            heads[h] = sum(weight * value[s][g] for weight, s in zip(weights, seen, strict=True))
+        x = x_LD[t] + _project(heads, attention["output"], "hk,hkd->d")
+        mlp, normed_x = leaves["mlp"], _rms_norm(x, leaves["mlp_norm"]["scale"], config.norm_epsilon)
+        gate = _project(normed_x, mlp["gate"], "d,df->f")
+        wide = gate / (1.0 + np.exp(-gate)) * _project(normed_x, mlp["up"], "d,df->f")
+        y_LD[t] = x + _project(wide, mlp["down"], "f,fd->d")
+    return y_LD
+
+
+def _float64(tree):
+    if isinstance(tree, dict):
+        return {name: _float64(leaf) for name, leaf in tree.items()}
+    return np.asarray(tree, np.float64)
+
+
+def _take(tree, n):
+    return {name: _take(leaf, n) if isinstance(leaf, dict) else leaf[n] for name, leaf in tree.items()}
+
+
+def decoder_logits(config, params, tokens, positions=None, segments=None):
+    """Logits ``[B, L, V]`` of a decoder, token by token and head by head."""
+    params = _float64(params)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+    segments = np.ones_like(tokens) if segments is None else segments
+    head = params["embedding"].T if config.tied else params["head"]
+    rows = []
+    for row, position, segment in zip(tokens, positions, segments, strict=True):
+        x_LD = params["embedding"][row]
+        for n in range(config.layers):
+            x_LD = _layer(config, _take(params["layers"], n), x_LD, position, segment)
+        rows.append([_rms_norm(x, params["norm"]["scale"], config.norm_epsilon) @ head for x in x_LD])
+    return np.array(rows)
+
+
+# ---- the optimizer
+
+
+def adamw(parameters, gradients, rates, *, beta1, beta2, weight_decay, decayed, epsilon=1e-8):
+    """Parameters after updates with the given gradients and learning rates, as written in arXiv 1711.05101."""
+    parameters = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
+    first = {name: np.zeros_like(value) for name, value in parameters.items()}
+    second = {name: np.zeros_like(value) for name, value in parameters.items()}
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        for name in parameters:
+            g = np.asarray(gradient[name], np.float64)
+            first[name] = beta1 * first[name] + (1.0 - beta1) * g
+            second[name] = beta2 * second[name] + (1.0 - beta2) * g**2
+            direction = (first[name] / (1.0 - beta1**t)) / (np.sqrt(second[name] / (1.0 - beta2**t)) + epsilon)
+            decay = weight_decay * parameters[name] if name in decayed else 0.0
+            parameters[name] = parameters[name] - rate * (direction + decay)
+    return parameters

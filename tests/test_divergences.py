@@ -1,0 +1,253 @@
+"""Divergences: the right direction, the right value, the right gradient, at every temperature and size of logit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from distill import losses
+
+DIVERGENCES = {
+    "forward_kl": (losses.forward_kl, reference.forward_kl, reference.forward_kl_gradient),
+    "reverse_kl": (losses.reverse_kl, reference.reverse_kl, reference.reverse_kl_gradient),
+    **{
+        f"jsd_{beta}": (
+            lambda s, t, *, temperature=1.0, beta=beta: losses.generalized_jsd(s, t, beta=beta, temperature=temperature),
+            lambda s, t, temperature=1.0, beta=beta: reference.generalized_jsd(s, t, beta, temperature),
+            lambda s, t, temperature=1.0, beta=beta: reference.generalized_jsd_gradient(s, t, beta, temperature),
+        )
+        for beta in (0.1, 0.5, 0.9)
+    },
+}
+TEMPERATURES = (0.1, 1.0, 4.0, 16.0)
+SHAPES = ((5,), (2, 3, 7), (3, 130))
+KINDS = ("small", "large", "extreme", "masked")
+EPSILON = 2.0**-24  # relative rounding error of float32
+
+
+@pytest.fixture(params=DIVERGENCES)
+def divergence(request):
+    return DIVERGENCES[request.param]
+
+
+def gradient(function, student, teacher, **options):
+    return jax.grad(lambda s: jnp.sum(function(s, teacher, **options)))(student)
+
+
+def logits_of(kind, shape, dtype, seed=0):
+    """Student and teacher logits. ``masked``: the last two words cannot occur, on either side."""
+    rng = np.random.default_rng(seed)
+    scale = {"small": 0.3, "large": 10.0, "extreme": 1e4, "masked": 3.0}[kind]
+    pair = [rng.uniform(-scale, scale, shape) for _ in range(2)]
+    for logits in pair:
+        if kind == "masked":
+            logits[..., -2:] = -np.inf
+    return tuple(jnp.asarray(logits, dtype) for logits in pair)
+
+
+def float64(array):
+    return np.asarray(array.astype(jnp.float32), np.float64)
+
+
+# Rows 24 and 25: bf16 arithmetic, underflow of mixtures.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_is_that_of_float64(divergence, shape, kind, dtype):
+    function, expected, _ = divergence
+    student, teacher = logits_of(kind, shape, dtype)
+    for temperature in TEMPERATURES:
+        nats = function(student, teacher, temperature=temperature)
+        assert nats.shape == shape[:-1] and nats.dtype == jnp.float32
+        finite = np.where(np.isfinite(float64(student)), float64(student), 0.0)
+        rounding = 1e-6 + 8 * EPSILON * np.max(np.abs(finite)) / temperature  # float32 cannot hold logits better
+        want = expected(float64(student), float64(teacher), temperature)
+        np.testing.assert_allclose(nats, want, rtol=1e-5, atol=rounding)
+
+
+# Row 22: right value, wrong gradient. Rows 23 and 25: no NaN from −inf or from extreme logits.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_is_that_of_float64(divergence, shape, kind, dtype):
+    function, _, expected = divergence
+    student, teacher = logits_of(kind, shape, dtype)
+    for temperature in TEMPERATURES:
+        got = gradient(function, student, teacher, temperature=temperature)
+        assert got.dtype == dtype
+        want = expected(float64(student), float64(teacher), temperature)
+        finite = np.where(np.isfinite(float64(student)), float64(student), 0.0)
+        rounding = 1e-6 + 8 * EPSILON * np.max(np.abs(finite)) / temperature**2
+        rtol = 1e-4 if dtype == jnp.float32 else 2.0**-8  # the gradient itself is handed back in bf16
+        np.testing.assert_allclose(float64(got), want, rtol=rtol, atol=rounding)
+
+
+# Row 22: and the closed forms above are gradients of the values above.
+def test_reference_gradients_are_finite_differences(divergence):
+    _, value, gradient = divergence
+    rng = np.random.default_rng(0)
+    student, teacher, step = rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), 1e-6
+    for temperature in TEMPERATURES:
+        slopes = np.empty_like(student)
+        for v in range(6):
+            move = step * np.eye(6)[v]
+            ahead, behind = value(student + move, teacher, temperature), value(student - move, teacher, temperature)
+            slopes[:, v] = (ahead - behind) / (2 * step)
+        np.testing.assert_allclose(gradient(student, teacher, temperature), slopes, rtol=1e-4, atol=1e-8)
+
+
+# Row 8: a mean over the vocabulary instead of a sum. Row 17: the two KLs exchanged.
+def test_three_words_by_hand():
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.1, 0.6, 0.3])
+    student, teacher = jnp.log(jnp.asarray(q, jnp.float32)), jnp.log(jnp.asarray(p, jnp.float32))
+    forward = 0.5 * np.log(0.5 / 0.1) + 0.25 * np.log(0.25 / 0.6) + 0.25 * np.log(0.25 / 0.3)
+    reverse = 0.1 * np.log(0.1 / 0.5) + 0.6 * np.log(0.6 / 0.25) + 0.3 * np.log(0.3 / 0.25)
+    assert abs(forward - reverse) > 0.05
+    np.testing.assert_allclose(losses.forward_kl(student, teacher), forward, rtol=1e-5)
+    np.testing.assert_allclose(losses.reverse_kl(student, teacher), reverse, rtol=1e-5)
+
+
+# Row 17: beta reversed; at 0.1 a reversed beta gives a clearly different number.
+def test_beta_is_the_weight_of_the_teacher():
+    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.05, 0.15, 0.8])
+    student, teacher = jnp.log(jnp.asarray(q, jnp.float32)), jnp.log(jnp.asarray(p, jnp.float32))
+
+    def by_hand(beta):
+        m = [beta * p[v] + (1 - beta) * q[v] for v in range(3)]
+        return sum(beta * p[v] * np.log(p[v] / m[v]) + (1 - beta) * q[v] * np.log(q[v] / m[v]) for v in range(3))
+
+    assert abs(by_hand(0.1) - by_hand(0.9)) > 0.01
+    for beta in (0.1, 0.3, 0.5, 0.9):
+        np.testing.assert_allclose(losses.generalized_jsd(student, teacher, beta=beta), by_hand(beta), rtol=1e-5)
+
+
+# Row 17: the ends of the JSD are the KLs, as limits and as values.
+def test_ends_of_the_jsd_are_the_kls():
+    student, teacher = logits_of("large", (6, 5), jnp.float32, seed=3)
+    student, teacher = student / 5, teacher / 5
+    for temperature in (1.0, 4.0):
+        forward = losses.forward_kl(student, teacher, temperature=temperature)
+        reverse = losses.reverse_kl(student, teacher, temperature=temperature)
+        assert not np.allclose(forward, reverse, rtol=0.02)
+
+        def jsd(beta, temperature=temperature):
+            return losses.generalized_jsd(student, teacher, beta=beta, temperature=temperature)
+
+        np.testing.assert_array_equal(jsd(0.0), forward)
+        np.testing.assert_array_equal(jsd(1.0), reverse)
+        np.testing.assert_allclose(jsd(1e-3) / 1e-3, forward, rtol=0.02)
+        np.testing.assert_allclose(jsd(1.0 - 1e-3) / 1e-3, reverse, rtol=0.02)
+
+
+def test_half_way_jsd_is_symmetric_and_bounded():
+    student, teacher = logits_of("large", (40, 9), jnp.float32, seed=4)
+    there, back = losses.generalized_jsd(student, teacher), losses.generalized_jsd(teacher, student)
+    np.testing.assert_allclose(there, back, rtol=1e-5, atol=1e-6)
+    assert float(jnp.max(there)) <= np.log(2) + 1e-6
+
+
+# Row 18: a mixture averaged in log space. For disjoint words that mixture has no mass at all.
+def test_mixture_is_of_probabilities():
+    student, teacher = jnp.array([0.0, -jnp.inf, -jnp.inf]), jnp.array([-jnp.inf, 0.0, 0.0])
+    for beta in (0.1, 0.5, 0.9):
+        entropy = -beta * np.log(beta) - (1 - beta) * np.log(1 - beta)
+        np.testing.assert_allclose(losses.generalized_jsd(student, teacher, beta=beta), entropy, rtol=1e-6)
+
+
+# Row 19: the teacher's entropy dropped.
+@pytest.mark.parametrize("kind", KINDS)
+def test_self_divergence_is_zero(divergence, kind):
+    function, *_ = divergence
+    logits, _ = logits_of(kind, (8, 50), jnp.float32)
+    for temperature in TEMPERATURES:
+        np.testing.assert_allclose(function(logits, logits, temperature=temperature), 0.0, atol=2e-6)
+        slope = temperature * gradient(function, logits, logits, temperature=temperature)
+        np.testing.assert_allclose(slope, 0.0, atol=1e-5)
+
+
+# Row 24: KL of close distributions reported as 0, JSD below 0.
+def test_close_distributions_in_bf16_keep_their_distance(divergence):
+    function, expected, _ = divergence
+    rng = np.random.default_rng(5)
+    teacher = rng.normal(size=(16, 200)) * 4
+    student = jnp.asarray(teacher + 0.05 * rng.normal(size=teacher.shape), jnp.bfloat16)
+    teacher = jnp.asarray(teacher, jnp.bfloat16)
+    nats = function(student, teacher)
+    want = expected(float64(student), float64(teacher))
+    assert np.all(want > 1e-5) and np.all(nats > 0)
+    np.testing.assert_allclose(nats, want, rtol=0.01)
+
+
+# Row 23: a masked vocabulary is a smaller vocabulary, value and gradient.
+def test_words_that_cannot_occur_are_as_if_absent(divergence):
+    function, *_ = divergence
+    student, teacher = logits_of("masked", (4, 9), jnp.float32)
+    short_student, short_teacher = student[:, :-2], teacher[:, :-2]
+    np.testing.assert_allclose(function(student, teacher), function(short_student, short_teacher), rtol=1e-6)
+    long, short = gradient(function, student, teacher), gradient(function, short_student, short_teacher)
+    np.testing.assert_allclose(long[:, :-2], short, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(long[:, -2:], 0.0)
+
+
+# Row 23: one side alone may rule a word out; infinite where the definition says so, NaN nowhere.
+def test_one_sided_zero():
+    whole, part = jnp.array([0.3, -0.2, 1.0]), jnp.array([0.5, 0.1, -jnp.inf])
+    assert losses.forward_kl(part, whole) == jnp.inf
+    assert losses.reverse_kl(whole, part) == jnp.inf
+    assert np.all(np.isfinite(gradient(losses.forward_kl, part, whole)))
+    pairs = ((losses.forward_kl, reference.forward_kl, whole, part), (losses.reverse_kl, reference.reverse_kl, part, whole))
+    for function, expected, student, teacher in pairs:
+        np.testing.assert_allclose(function(student, teacher), expected(float64(student), float64(teacher)), rtol=1e-6)
+        assert np.all(np.isfinite(gradient(function, student, teacher)))
+    for student, teacher in ((whole, part), (part, whole)):
+        want = reference.generalized_jsd(float64(student), float64(teacher), 0.5)
+        np.testing.assert_allclose(losses.generalized_jsd(student, teacher), want, rtol=1e-6)
+        assert np.all(np.isfinite(gradient(losses.generalized_jsd, student, teacher)))
+
+
+# Row 25: certain and wrong, at logits of ±1e4: large or bounded, never infinite.
+def test_extreme_disagreement_stays_finite(divergence):
+    function, *_ = divergence
+    student, teacher = jnp.array([1e4, -1e4, 0.0]), jnp.array([-1e4, 1e4, 0.0])
+    for temperature in TEMPERATURES:
+        assert np.isfinite(function(student, teacher, temperature=temperature))
+        assert np.all(np.isfinite(gradient(function, student, teacher, temperature=temperature)))
+
+
+# Row 20: no T² inside. Halving all logits and the temperature changes nothing.
+def test_temperature_only_divides_the_logits(divergence):
+    function, *_ = divergence
+    student, teacher = logits_of("small", (4, 6), jnp.float32)
+    np.testing.assert_allclose(
+        function(student, teacher, temperature=4.0), function(student / 4, teacher / 4), rtol=1e-5, atol=1e-8
+    )
+
+
+def test_gradient_reaches_the_teacher_too(divergence):
+    function, *_ = divergence
+    student, teacher = logits_of("small", (4, 6), jnp.float32)
+    got = jax.grad(lambda t: jnp.sum(function(student, t)))(teacher)
+    assert np.max(np.abs(got)) > 1e-3
+
+
+def test_jit_and_vmap_change_nothing(divergence):
+    function, *_ = divergence
+    student, teacher = logits_of("small", (3, 4, 6), jnp.float32)
+    plain = function(student, teacher)
+    np.testing.assert_allclose(jax.jit(function)(student, teacher), plain, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(jax.vmap(function)(student, teacher), plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
+def test_beta_outside_its_interval_is_refused(beta):
+    with pytest.raises(ValueError, match="beta"):
+        losses.generalized_jsd(jnp.zeros(3), jnp.zeros(3), beta=beta)
+
+
+def test_shapes_are_checked_by_a_machine(divergence):
+    function, *_ = divergence
+    with pytest.raises(Exception, match="(?i)type-check"):
+        function(jnp.zeros((2, 3)), jnp.zeros((2, 4)))
+    with pytest.raises(Exception, match="(?i)type-check"):
+        function(jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), jnp.int32))

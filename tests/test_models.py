@@ -1,0 +1,256 @@
+"""Decoder and adapters: against float64 numpy, and identities between two ways to the same logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from builders import VOCAB, Recurrent, nnx_model, random_params, tiny, tiny_decoder
+from flax import nnx
+
+from distill.data.loader import shift
+from distill.models import DecoderConfig, decoder
+from distill.parallel import ParallelConfig, make_mesh, param_shardings
+
+ALL_BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
+VARIANTS = {
+    "grouped": {},
+    "one_group": {"kv_heads": 1, "layers": 1},
+    "no_groups": {"kv_heads": None, "layers": 1},
+    "tied": {"tied": True},
+    "biases": ALL_BIASES,
+    "wide_heads": {"head_dim": 6, "rope_theta": 100.0, "norm_epsilon": 0.1},
+    "narrow_heads": {"head_dim": 2, "heads": 2, "tied": True, **ALL_BIASES},
+}
+
+
+@pytest.fixture(scope="module")
+def biased():
+    """Model, parameters, and its functions compiled: ``logits`` and ``cached(params, tokens, segments, cache)``."""
+    model = tiny_decoder(**ALL_BIASES)
+
+    @jax.jit
+    def cached(params, tokens, segments, cache):
+        output = model.apply(params, tokens, segments=segments, cache=cache)
+        return model.unembed(params, output.hidden), output.cache
+
+    return model, random_params(model), jax.jit(model.logits), cached
+
+
+def tokens_of(rows, length, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (rows, length)), jnp.int32)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_logits_are_those_of_float64(options):
+    config = tiny(**options)
+    model, tokens = decoder(config), tokens_of(2, 5)
+    params = random_params(model)
+    logits = jax.jit(model.logits)(params, tokens)
+    assert logits.shape == (2, 5, VOCAB) and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, reference.decoder_logits(config, params, np.asarray(tokens)), rtol=1e-4, atol=2e-5)
+
+
+def test_given_positions_and_segments_are_those_of_float64():
+    config = tiny()
+    model, tokens = decoder(config), tokens_of(2, 6, seed=1)
+    params = random_params(model)
+    segments = np.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 5, 5]])
+    positions = np.array([[7, 9, 0, 1, 4, 2], [0, 1, 2, 3, 0, 1]])
+    logits = jax.jit(model.logits)(params, tokens, positions=positions, segments=segments)
+    want = reference.decoder_logits(config, params, np.asarray(tokens), positions, segments)
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=2e-5)
+
+
+# Row 24: activations in bf16, logits accumulated in float32.
+@pytest.mark.parametrize("tied", [False, True])
+def test_bfloat16_is_float32_up_to_its_digits(tied):
+    config = tiny(dtype="bfloat16", tied=tied)
+    model, tokens = decoder(config), tokens_of(3, 6)
+    params = random_params(model)
+    logits = jax.jit(model.logits)(params, tokens)
+    want = reference.decoder_logits(config, params, np.asarray(tokens))
+    assert jax.eval_shape(model.apply, params, tokens).hidden.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
+    assert np.any(logits.astype(jnp.bfloat16).astype(jnp.float32) != logits)  # not rounded to bf16 on the way
+    error = np.sqrt(np.mean((np.asarray(logits) - want) ** 2) / np.mean(want**2))
+    assert 1e-5 < error < 0.03
+
+
+def test_causality_by_gradients():
+    model = tiny_decoder()
+    params, length = random_params(model), 6
+    tokens = jnp.arange(length, dtype=jnp.int32)[None]  # one row of the table for each position
+
+    def hidden(table):
+        return model.apply(params | {"embedding": table}, tokens).hidden[0]
+
+    slopes = jax.jit(jax.jacobian(hidden))(params["embedding"])  # [L, D, V, D]
+    reach = np.max(np.abs(slopes), axis=(1, 3))[:, :length]  # output position, input position
+    assert np.all(reach[np.tril_indices(length)] > 1e-4)
+    np.testing.assert_array_equal(reach[np.triu_indices(length, 1)], 0.0)
+
+
+# Row 13: documents that attend across their border, or positions that do not restart.
+def test_packed_documents_are_as_if_alone(biased):
+    _, params, logits, _ = biased
+    lengths = (3, 5, 2)
+    tokens = np.asarray(tokens_of(1, 11))  # a token of padding at the end
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 1])[None]
+    batch = shift(tokens, np.ones_like(tokens), segments)
+    packed = logits(params, batch.inputs, positions=batch.positions, segments=batch.segments)[0]
+    alone = np.zeros((3, 10), np.int32)  # one row each, then nothing: causal, so what follows does not matter
+    for row, start, length in zip(alone, (0, 3, 8), lengths, strict=True):
+        row[:length] = tokens[0, start : start + length]
+    alone = logits(params, alone)
+    want = np.concatenate([rows[:length] for rows, length in zip(alone, lengths, strict=True)])
+    np.testing.assert_allclose(packed, want, rtol=1e-4, atol=1e-5)
+    crossed = logits(params, batch.inputs)[0]
+    assert np.max(np.abs(crossed[3:] - packed[3:])) > 0.1
+
+
+@pytest.mark.parametrize("parts", [(7,), (3, 4), (1,) * 7, (4, 1, 1, 1)], ids=str)
+def test_cached_decoding_is_the_full_forward_pass(biased, parts):
+    model, params, logits, cached = biased
+    tokens = tokens_of(2, 7)
+    cache, start, written = model.init_cache(2, 9), 0, []  # room to spare
+    for part in parts:
+        some, cache = cached(params, tokens[:, start : start + part], None, cache)
+        written.append(some)
+        start += part
+    assert int(cache.length) == 7
+    np.testing.assert_allclose(jnp.concatenate(written, axis=1), logits(params, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_cache_keeps_segments_apart(biased):
+    model, params, logits, cached = biased
+    tokens, segments = tokens_of(2, 7), jnp.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 2, 2]])
+    _, cache = cached(params, tokens[:, :3], segments[:, :3], model.init_cache(2, 9))
+    rest, _ = cached(params, tokens[:, 3:], segments[:, 3:], cache)
+    want = logits(params, tokens, segments=segments)[:, 3:]
+    np.testing.assert_allclose(rest, want, rtol=1e-4, atol=1e-5)
+    assert np.max(np.abs(want - logits(params, tokens)[:, 3:])) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 10, "heads": 4}, "width=10"),
+        ({"heads": 4, "kv_heads": 3}, "kv_heads=3"),
+        ({"head_dim": 3}, "even"),
+        ({"layers": 0}, "layers=0"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"kv_heads": 0}, "kv_heads=0"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"heads": 0, "kv_heads": None, "head_dim": 4}, "heads=0"),
+        ({"heads": 0, "kv_heads": None}, "heads=0"),
+        ({"width": 4, "heads": 8, "kv_heads": None}, "width=4"),
+    ],
+)
+def test_impossible_sizes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+# ---- initial parameters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_initial_spread_is_the_declared_one(tied):
+    config = DecoderConfig(
+        vocab_size=200, layers=3, width=48, heads=4, head_dim=16, feed_forward=80, tied=tied, **ALL_BIASES
+    )
+    params = decoder(config).init(jax.random.key(0))
+    spread = {
+        "embedding": 48**-0.5 if tied else 1.0,
+        **({} if tied else {"head": 48**-0.5}),
+        **{f"layers/attention/{name}/kernel": 48**-0.5 for name in ("query", "key", "value")},
+        "layers/attention/output/kernel": 64**-0.5,
+        **{f"layers/mlp/{name}/kernel": 48**-0.5 for name in ("gate", "up")},
+        "layers/mlp/down/kernel": 80**-0.5,
+    }
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in tree_items(params)}
+    for name, leaf in leaves.items():
+        assert leaf.dtype == jnp.float32
+        if name in spread:
+            np.testing.assert_allclose(np.std(leaf), spread[name], rtol=0.05)
+            assert abs(np.mean(leaf)) < 0.05 * spread[name]
+        else:
+            assert name.endswith(("scale", "bias"))
+            np.testing.assert_array_equal(leaf, 1.0 if name.endswith("scale") else 0.0)
+    assert spread.keys() < leaves.keys()
+
+
+def tree_items(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def test_no_two_initial_matrices_are_alike():
+    model = tiny_decoder()
+    params, other = model.init(jax.random.key(0)), model.init(jax.random.key(1))
+    kernels = [leaf[n].ravel() for path, leaf in tree_items(params["layers"]) for n in (0, 1) if "kernel" in str(path)]
+    heads = {tuple(np.round(kernel[:8].tolist(), 4)) for kernel in kernels}
+    assert len(heads) == len(kernels) == 14
+    assert np.max(np.abs(params["embedding"] - other["embedding"])) > 0.1
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh():
+    model = tiny_decoder(**ALL_BIASES, vocab_size=12)
+    shardings = param_shardings(model, make_mesh(ParallelConfig(fsdp=2, tensor=2)))
+    sharded = jax.jit(model.init, out_shardings=shardings)(jax.random.key(3))
+    assert not sharded["layers"]["mlp"]["up"]["kernel"].sharding.is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, sharded, model.init(jax.random.key(3)))
+
+
+# ---- counts
+
+
+def test_parameter_count():
+    d, v, h, g, k, f, n = 8, VOCAB, 4, 2, 6, 12, 2
+    layer = d * k * (2 * h + 2 * g) + 3 * d * f + 2 * d
+    assert tiny_decoder(head_dim=k).parameter_count() == n * layer + d + 2 * v * d
+    assert tiny_decoder(head_dim=k, tied=True).parameter_count() == n * layer + d + v * d
+
+
+def test_flops_are_two_per_multiplication():
+    config, length = tiny(head_dim=6), 9
+    shapes = jax.eval_shape(decoder(config).init, jax.random.key(0))
+    weights = sum(leaf.size for path, leaf in tree_items(shapes) if "kernel" in str(path) or "head'" in str(path))
+    keys_seen = sum(range(1, length + 1)) / length
+    attention = 2 * config.layers * config.heads * 6 * keys_seen  # scores and values
+    assert config.flops_per_token(length) == pytest.approx(2 * (weights + attention))
+
+
+def test_flops_are_about_those_xla_counts():
+    # One layer, because XLA counts the body of a scan once. It adds what we leave out, norms, softmax and rotations,
+    # and computes the upper triangle of the scores too; with these sizes all that is a few per cent.
+    config = DecoderConfig(vocab_size=256, layers=1, width=64, heads=4, feed_forward=256)
+    model, length = decoder(config), 16
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    cost = jax.jit(model.logits).lower(shapes, tokens).compile().cost_analysis()
+    ratio = cost["flops"] / (length * config.flops_per_token(length))
+    assert 1.0 < ratio < 1.15
+
+
+# ---- NNX
+
+
+def test_nnx_adapter_gives_the_logits_of_the_module():
+    model, tokens = nnx_model(), tokens_of(2, 5)
+    module = Recurrent(rngs=nnx.Rngs(jax.random.key(4)))
+    params = model.init(jax.random.key(4))
+    want = module.unembed(module(tokens))
+    np.testing.assert_allclose(model.logits(params, tokens), want, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(model.logits)(params, tokens), want, rtol=1e-5, atol=1e-6)
+    assert np.max(np.abs(model.logits(model.init(jax.random.key(5)), tokens) - want)) > 0.01
+
+
+def test_nnx_parameters_are_a_plain_tree_of_arrays():
+    model = nnx_model()
+    params = model.init(jax.random.key(0))
+    assert set(params) == {"table", "hidden", "head"}
+    assert type(params) is dict and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    assert model.parameter_count() == VOCAB * 8 + 8 * 8 + 8 + 8 * VOCAB + VOCAB
+    doubled = model.logits(params | {"head": jax.tree.map(lambda x: 2 * x, params["head"])}, tokens_of(1, 3))
+    np.testing.assert_allclose(doubled, 2 * model.logits(params, tokens_of(1, 3)), rtol=1e-5)

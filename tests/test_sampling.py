@@ -1,0 +1,80 @@
+"""Greedy decoding: what the cache writes is what re-reading everything would write."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import VOCAB, nnx_model, random_params, tiny_decoder
+
+from distill.models import Model, Output
+from distill.sampling import greedy
+
+ROWS, PROMPT, NEW = 24, 4, 6
+
+
+@pytest.fixture(scope="module")
+def case():
+    model = tiny_decoder()
+    prompts = np.random.default_rng(0).integers(0, VOCAB, (ROWS, PROMPT))
+    return model, random_params(model), jnp.asarray(prompts, jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def endless(case):
+    """``[ROWS, NEW]`` argmax tokens by a full forward pass over everything written so far, whatever they are."""
+    model, params, text = case
+    logits = jax.jit(model.logits)
+    for _ in range(NEW):
+        padded = jnp.pad(text, ((0, 0), (0, PROMPT + NEW - text.shape[1])))  # causal: what follows does not matter
+        following = jnp.argmax(logits(params, padded)[:, text.shape[1] - 1], axis=-1)
+        text = jnp.concatenate([text, following[:, None].astype(jnp.int32)], axis=1)
+    return np.asarray(text[:, PROMPT:])
+
+
+def test_greedy_is_the_naive_loop(case, endless):
+    model, params, prompts = case
+    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_id=VOCAB)  # an id that is never written
+    assert written.shape == (ROWS, NEW) and written.dtype == jnp.int32
+    assert len(np.unique(endless)) > 3
+    np.testing.assert_array_equal(written, endless)
+
+
+# Row 12: the end is written once, then padding; rows that have not ended go on.
+def test_stops_at_the_end_and_pads_after_it(case, endless):
+    model, params, prompts = case
+    eos = int(np.bincount(endless[:, 1:4].ravel()).argmax())  # a token that some rows write half way
+    ended = np.cumsum(endless == eos, axis=1) - (endless == eos) > 0
+    assert 0 < np.sum(ended.any(axis=1)) < ROWS
+    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_id=eos, pad_id=VOCAB - 1)
+    np.testing.assert_array_equal(written, np.where(ended, VOCAB - 1, endless))
+
+
+def test_jit_changes_nothing(case, endless):
+    model, params, prompts = case
+    written = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=NEW, eos_id=VOCAB))(params, prompts)
+    np.testing.assert_array_equal(written, endless)
+
+
+def test_one_new_token(case, endless):
+    model, params, prompts = case
+    np.testing.assert_array_equal(greedy(model, params, prompts, max_new_tokens=1, eos_id=VOCAB), endless[:, :1])
+
+
+def test_ends_early_when_every_row_has_ended():
+    calls = []
+
+    def apply(params, tokens, cache):
+        jax.debug.callback(lambda: calls.append(1))
+        return Output(jax.nn.one_hot(jnp.ones_like(tokens), 3), cache)
+
+    always_eos = Model(dict, apply, lambda params, hidden: hidden, 3, init_cache=lambda batch, length: jnp.zeros(()))
+    written = greedy(always_eos, {}, jnp.zeros((2, 3), jnp.int32), max_new_tokens=50, eos_id=1)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(written, [[1] + [0] * 49] * 2)
+    assert len(calls) == 2  # the prompt, and the token after it
+
+
+def test_model_without_cache_is_refused():
+    model = nnx_model()
+    with pytest.raises(ValueError, match="init_cache"):
+        greedy(model, model.init(jax.random.key(0)), jnp.zeros((1, 2), jnp.int32), max_new_tokens=2, eos_id=1)
