@@ -1,4 +1,4 @@
-"""Configuration: nested frozen dataclasses, built by the files in ``distill/configs``, overridden on the command line."""
+"""Configuration: nested frozen dataclasses, built by ``distill/configs/*.py``, overridden on the command line."""
 
 import dataclasses
 import difflib
@@ -73,8 +73,8 @@ class SweepConfig:
     validation: int = 500
     """Further labelled examples, to choose learning rate, weight decay and steps by."""
     learning_rates: tuple[float, ...] = (3e-3, 1e-2)
-    weight_decays: tuple[float, ...] = (0.0, 0.3, 1.0, 2.0)
-    steps: int = 1500
+    weight_decays: tuple[float, ...] = (0.0, 0.3, 1.0)
+    steps: int = 1000
     evaluate_every: int = 250
     """Steps between the points at which a run may be stopped."""
     batch_size: int = 100

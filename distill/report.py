@@ -32,7 +32,8 @@ ARMS = {  # arm of the protocol -> name on the page, colour, marker; in the orde
 STYLE = {
     **{"font.size": 12, "legend.fontsize": 11.5, "xtick.labelsize": 11.5, "ytick.labelsize": 11.5},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a9099"},
-    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8eaed", "legend.frameon": False},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8eaed"},
+    **{"legend.frameon": False, "legend.handletextpad": 0.5, "legend.columnspacing": 1.0},
 }
 
 
@@ -322,7 +323,7 @@ def _draw_soft_targets(runs: list[Run], path: Path) -> None:
         softened = f"teacher, T = {_plain(soft['temperature'])}"
         above.bar(x + 0.2, soft["teacher_softened"], width=0.38, color="#a9b1bb", label=softened)
         for place, model in enumerate(model for model in MODELS if soft.get(model)):
-            heights = np.maximum(np.array(soft[model], float), 1e-12)  # a logarithm wants more than 0
+            heights = np.maximum(np.array(soft[model], float), 1e-20)  # a logarithm wants more than 0
             below.plot(x + 0.22 * (place - 1), heights, **_look(model, linestyle="", markersize=6))
         above.set(ylabel="probability", ylim=(0, 1.04))
         below.set(ylabel="probability at T = 1", yscale="log", xlabel="next symbol (shaded: the truth)")

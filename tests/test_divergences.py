@@ -13,7 +13,9 @@ DIVERGENCES = {
     "reverse_kl": (losses.reverse_kl, reference.reverse_kl, reference.reverse_kl_gradient),
     **{
         f"jsd_{beta}": (
-            lambda s, t, *, temperature=1.0, beta=beta: losses.generalized_jsd(s, t, beta=beta, temperature=temperature),
+            lambda s, t, *, temperature=1.0, beta=beta: losses.generalized_jsd(
+                s, t, beta=beta, temperature=temperature
+            ),
             lambda s, t, temperature=1.0, beta=beta: reference.generalized_jsd(s, t, beta, temperature),
             lambda s, t, temperature=1.0, beta=beta: reference.generalized_jsd_gradient(s, t, beta, temperature),
         )
@@ -196,7 +198,10 @@ def test_one_sided_zero():
     assert losses.forward_kl(part, whole) == jnp.inf
     assert losses.reverse_kl(whole, part) == jnp.inf
     assert np.all(np.isfinite(gradient(losses.forward_kl, part, whole)))
-    pairs = ((losses.forward_kl, reference.forward_kl, whole, part), (losses.reverse_kl, reference.reverse_kl, part, whole))
+    pairs = (
+        (losses.forward_kl, reference.forward_kl, whole, part),
+        (losses.reverse_kl, reference.reverse_kl, part, whole),
+    )
     for function, expected, student, teacher in pairs:
         np.testing.assert_allclose(function(student, teacher), expected(float64(student), float64(teacher)), rtol=1e-6)
         assert np.all(np.isfinite(gradient(function, student, teacher)))

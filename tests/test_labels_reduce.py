@@ -152,6 +152,8 @@ def test_sum_is_float32_whatever_the_values():
 # Row 6: everything masked.
 def test_nothing_counted_is_zero_with_zero_gradient():
     mask = jnp.zeros(3, bool)
-    value, slope = jax.value_and_grad(lambda v: losses.divide(losses.masked_sum(v, mask)))(jnp.array([1.0, jnp.nan, 2.0]))
+    value, slope = jax.value_and_grad(lambda v: losses.divide(losses.masked_sum(v, mask)))(
+        jnp.array([1.0, jnp.nan, 2.0])
+    )
     assert float(value) == 0.0
     np.testing.assert_array_equal(slope, 0.0)

@@ -48,7 +48,9 @@ def test_logits_are_those_of_float64(options):
     params = random_params(model)
     logits = jax.jit(model.logits)(params, tokens)
     assert logits.shape == (2, 5, VOCAB) and logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, reference.decoder_logits(config, params, np.asarray(tokens)), rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        logits, reference.decoder_logits(config, params, np.asarray(tokens)), rtol=1e-4, atol=2e-5
+    )
 
 
 def test_given_positions_and_segments_are_those_of_float64():

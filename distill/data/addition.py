@@ -29,7 +29,7 @@ class AdditionConfig:
     test_fraction: float = 0.5
     """Share of the unordered pairs that nobody trains on."""
     max_examples: int = 10_000
-    """Ordered pairs in all: every pair if there are no more, else distinct pairs drawn at random."""
+    """Ordered pairs in all: every pair if there are no more, else so many distinct ones (or one fewer), drawn."""
     split_seed: int = 0
     """Seed of draw and split."""
 
@@ -119,7 +119,7 @@ def pairs(config: AdditionConfig) -> dict[str, np.ndarray]:
     if top * top <= config.max_examples:
         a, b = np.triu_indices(top)
     else:
-        a, b = _draw_unordered(rng, top, config.max_examples // 2)
+        a, b = _draw_unordered(rng, top, config.max_examples)
     mixed = np.flatnonzero(a != b), np.flatnonzero(a == b)
     sides: dict[str, list[np.ndarray]] = {"test": [], "train": []}
     for group in mixed:
@@ -130,10 +130,19 @@ def pairs(config: AdditionConfig) -> dict[str, np.ndarray]:
     return {side: rng.permutation(_both_orders(a, b, np.concatenate(rows))) for side, rows in sides.items()}
 
 
-def _draw_unordered(rng: np.random.Generator, top: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    draws = np.sort(rng.integers(0, top, (4 * count, 2)), axis=1)
-    unique = rng.permutation(np.unique(draws, axis=0))[:count]
-    return unique[:, 0], unique[:, 1]
+def _draw_unordered(rng: np.random.Generator, top: int, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct unordered pairs that make ``examples`` ordered ones, or one fewer."""
+
+    def orders(pairs: np.ndarray) -> np.ndarray:
+        return np.where(pairs[:, 0] == pairs[:, 1], 1, 2)
+
+    found = np.empty((0, 2), np.int64)
+    while orders(found).sum() < examples:
+        draws = np.sort(rng.integers(0, top, (2 * examples, 2)), axis=1)
+        found = np.unique(np.concatenate([found, draws]), axis=0)
+    found = rng.permutation(found)
+    kept = found[np.cumsum(orders(found)) <= examples]
+    return kept[:, 0], kept[:, 1]
 
 
 def _both_orders(a: np.ndarray, b: np.ndarray, rows: np.ndarray) -> np.ndarray:

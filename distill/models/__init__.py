@@ -1,4 +1,4 @@
-"""Networks as pure functions: ``init(key) -> params``, ``apply(params, tokens) -> Output``, ``unembed(params, hidden)``."""
+"""Networks as pure functions: ``init(key)``, ``apply(params, tokens) -> Output``, ``unembed(params, hidden)``."""
 
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder

@@ -31,7 +31,7 @@ class Output(NamedTuple):
 
 
 class Parameter(nn.Partitioned):
-    """One entry of the parameter specification: shape, logical axes and initial distribution, declared where it is used.
+    """One entry of the parameter specification: shape, logical axes and initial distribution, declared where used.
 
     A parameter starts as ``mean + std · normal``.
     """

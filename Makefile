@@ -1,0 +1,33 @@
+# make demo   two-digit addition: teacher, student, baseline, report; make test   every test.
+# Both set up .venv by themselves on first use; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info[:2] == (3, 11) else '')")
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.core
+	$(BIN)/python scripts/distill.py --config addition
+	$(BIN)/python scripts/report.py --run runs/addition
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest --nbmake notebooks -p no:cacheprovider
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'distill needs Python 3.11 or newer; set PYTHON=')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,232 @@
+"""The addition data: every pair once, never on both sides, loss on the answer and nothing else."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill.data import addition as module
+from distill.data.addition import TOKENIZER, AdditionConfig, Examples, assert_disjoint, count_carries, encode, pairs
+from distill.tokenizer import CharacterTokenizer, decode_all
+
+DIGITS = (1, 2, 3, 4)
+
+
+def as_set(operands):
+    return {tuple(pair) for pair in operands.tolist()}
+
+
+def unordered(operands):
+    return {frozenset(pair) for pair in operands.tolist()}
+
+
+# ---- which pairs there are
+
+
+def test_two_digits_are_all_pairs_once_split_in_halves():
+    sides = pairs(AdditionConfig())
+    assert len(sides["train"]) == len(sides["test"]) == 5000
+    assert as_set(np.concatenate([sides["train"], sides["test"]])) == {(a, b) for a in range(100) for b in range(100)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("digits", DIGITS)
+def test_no_unordered_pair_is_on_both_sides(digits, seed):
+    sides = pairs(AdditionConfig(digits=digits, split_seed=seed))
+    assert not unordered(sides["train"]) & unordered(sides["test"])
+    for operands in sides.values():
+        assert as_set(operands) == as_set(operands[:, ::-1])  # both orders are on the same side
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("digits", "asked"), [(1, 99), (2, 5000), (2, 9999), (3, 10_000), (4, 10_000), (9, 500)])
+def test_draws_as_many_distinct_pairs_as_asked(digits, asked, seed):
+    sides = pairs(AdditionConfig(digits=digits, max_examples=asked, split_seed=seed))
+    drawn = np.concatenate(list(sides.values()))
+    assert len(as_set(drawn)) == len(drawn)
+    assert asked - 1 <= len(drawn) <= asked  # both orders or none: an odd one cannot always be filled
+    assert drawn.min() >= 0 and drawn.max() < 10**digits
+    assert drawn.max() > 0.9 * 10**digits
+
+
+def test_seed_decides_the_split():
+    first, again, other = (as_set(pairs(AdditionConfig(split_seed=seed))["test"]) for seed in (0, 0, 1))
+    assert first == again
+    assert 0.3 < len(first & other) / len(first) < 0.7
+
+
+def test_test_fraction_is_the_share_nobody_trains_on():
+    sides = pairs(AdditionConfig(test_fraction=0.2))
+    assert len(sides["test"]) == 2000 and len(sides["train"]) == 8000
+
+
+def test_a_pair_on_both_sides_is_found():
+    config = AdditionConfig()
+    left, right = encode(config, np.array([[12, 34], [5, 6]])), encode(config, np.array([[34, 12], [7, 8]]))
+    with pytest.raises(ValueError, match=r"34\+12"):
+        assert_disjoint(config, left, right)
+    assert_disjoint(config, left, right.take(np.array([1])))
+
+
+# ---- how they are written
+
+
+@pytest.mark.parametrize(("reverse", "answer"), [(True, "231"), (False, "132")])
+def test_both_orders_of_digits(reverse, answer):
+    config = AdditionConfig(reverse=reverse)
+    examples = encode(config, np.array([[47, 85], [5, 7]]))
+    assert decode_all(TOKENIZER, examples.prompts(config)) == ["47+85=", "05+07="]
+    assert decode_all(TOKENIZER, examples.answers(config)) == [answer, "210" if reverse else "012"]
+    np.testing.assert_array_equal(examples.answers(config)[:, -1], TOKENIZER.eos_id)
+    assert config.value(answer) == "132" and config.value("210" if reverse else "012") == "12"
+    assert config.value("000") == "0"
+
+
+@pytest.mark.parametrize("digits", DIGITS)
+def test_answers_are_right(digits):
+    config = AdditionConfig(digits=digits, max_examples=200)
+    operands = pairs(config)["train"]
+    examples = encode(config, operands)
+    assert examples.tokens.shape == (len(operands), 3 * digits + 4) and examples.tokens.dtype == np.int32
+    for (a, b), prompt, answer in zip(
+        operands,
+        decode_all(TOKENIZER, examples.prompts(config)),
+        decode_all(TOKENIZER, examples.answers(config)),
+        strict=True,
+    ):
+        assert config.parse(prompt) == (a, b)
+        assert int(answer[::-1]) == a + b and len(answer) == digits + 1
+
+
+@pytest.mark.parametrize("digits", DIGITS)
+def test_carries_are_those_of_adding_by_hand(digits):
+    rng = np.random.default_rng(digits)
+    operands = rng.integers(0, 10**digits, (300, 2))
+    operands[:2] = [[10**digits - 1, 1], [10**digits - 1, 10**digits - 1]]  # a chain of carries, all carries
+    by_hand = []
+    for a, b in operands.tolist():
+        carry = carries = 0
+        for _ in range(digits):
+            carry = int(a % 10 + b % 10 + carry >= 10)
+            carries, a, b = carries + carry, a // 10, b // 10
+        by_hand.append(carries)
+    np.testing.assert_array_equal(count_carries(operands[:, 0], operands[:, 1], digits), by_hand)
+    np.testing.assert_array_equal(encode(AdditionConfig(digits=digits), operands).carries, by_hand)
+    assert by_hand[:2] == [digits, digits] and len(set(by_hand)) == digits + 1
+
+
+# Rows 1 and 9: the loss is on the answer, its end included, each label one after its input.
+@pytest.mark.parametrize("reverse", [True, False])
+def test_loss_is_on_the_answer_and_its_end(reverse):
+    config = AdditionConfig(reverse=reverse)
+    examples = encode(config, np.array([[47, 85], [5, 7], [99, 99]]))
+    batch = examples.batch(config)
+    np.testing.assert_array_equal(batch.inputs, examples.tokens[:, :-1])
+    np.testing.assert_array_equal(batch.labels, examples.tokens[:, 1:])
+    assert not batch.mask[:, : config.prompt_length - 1].any() and batch.mask[:, config.prompt_length - 1 :].all()
+    np.testing.assert_array_equal(batch.labels[batch.mask].reshape(3, -1), examples.answers(config))
+    assert batch.mask.dtype == bool
+
+
+# Row 12: the first end counts, what follows it does not; an answer without an end counts whole.
+def test_first_end_of_a_written_answer_counts():
+    config, eos = AdditionConfig(), TOKENIZER.eos_id
+    examples = encode(config, np.array([[47, 85]] * 4))
+    written = np.array([[5, eos, 0, 0], [eos, eos, eos, eos], [5, 4, 3, eos], [5, 4, 3, 2]], np.int32)
+    rewritten = examples.with_answers(config, written)
+    np.testing.assert_array_equal(rewritten.prompts(config), examples.prompts(config))
+    batch = rewritten.batch(config)
+    want = [[True, True, False, False], [True, False, False, False], [True] * 4, [True] * 4]
+    np.testing.assert_array_equal(batch.mask[:, config.prompt_length - 1 :], want)
+    assert not batch.mask[:, : config.prompt_length - 1].any()
+
+
+def test_pad_and_end_are_two_tokens():
+    assert len({TOKENIZER.pad_id, TOKENIZER.eos_id, *TOKENIZER.encode("0123456789+=")}) == TOKENIZER.vocab_size == 14
+    assert TOKENIZER.decode([2, 0, 3, 1, 4]) == "01"
+
+
+def test_unknown_characters_are_named():
+    with pytest.raises(ValueError, match="'-'"):
+        TOKENIZER.encode("1-2")
+
+
+def test_fingerprint_tells_tokenizers_apart():
+    same, other = CharacterTokenizer("0123456789+="), CharacterTokenizer("0123456789=+")
+    assert TOKENIZER.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize("text", ["47", "47+", "4x+1", "1+2+3", "100+1", "-1+2", "²+1", ""])
+def test_prompts_that_are_no_additions_are_refused(text):
+    with pytest.raises(ValueError, match="prompt"):
+        AdditionConfig().parse(text)
+    assert AdditionConfig().parse("5 + 7") == AdditionConfig().parse("05+07=") == (5, 7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"digits": 0}, {"digits": 10}, {"test_fraction": 0.0}, {"test_fraction": 1.0}, {"max_examples": 3}],
+)
+def test_impossible_data_is_refused(options):
+    with pytest.raises(ValueError, match=f"data: {next(iter(options))}"):
+        AdditionConfig(**options)
+
+
+# ---- what is stored
+
+
+def test_stored_examples_are_the_encoded_ones(addition):
+    config, sides = addition
+    for side, operands in pairs(config).items():
+        want = encode(config, operands)
+        assert isinstance(sides[side], Examples) and len(want.tokens) == 50
+        for stored, encoded in zip(sides[side], want, strict=True):
+            np.testing.assert_array_equal(stored, encoded)
+            assert stored.dtype == np.int32
+
+
+def contents(folder: Path):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_preparing_twice_gives_the_same_bytes(tmp_path):
+    config = AdditionConfig(digits=1)
+    for name in ("first", "second"):
+        module.load(config, tmp_path / name)
+    first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
+    assert any("array_record" in name for name in first)
+    assert first == second
+    module.load(config, tmp_path / "first")  # a third time only reads
+    assert contents(tmp_path / "first") == second
+
+
+def test_other_settings_are_stored_elsewhere(tmp_path):
+    config = AdditionConfig(digits=1)
+    first = module.load(config, tmp_path)
+    for change in ({"reverse": False}, {"split_seed": 1}, {"test_fraction": 0.2}):
+        other = module.load(dataclasses.replace(config, **change), tmp_path)
+        assert not np.array_equal(other["train"].tokens, first["train"].tokens)
+    for stored, again in zip(first["train"], module.load(config, tmp_path)["train"], strict=True):
+        np.testing.assert_array_equal(stored, again)
+
+
+def test_tensorflow_is_never_imported(tmp_path):
+    # Installed or not: whoever asks for it is noted before the import system can say that there is none.
+    code = f"""
+import sys
+class Watch:
+    asked = set()
+    def find_spec(self, name, path=None, target=None):
+        self.asked.add(name)
+sys.meta_path.insert(0, Watch())
+from distill.data.addition import AdditionConfig, load
+load(AdditionConfig(digits=1), {str(tmp_path)!r})
+assert "tensorflow_datasets" in Watch.asked
+print(sorted(name for name in Watch.asked if name.split(".")[0] == "tensorflow"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,92 @@
+"""Order and shift: batch k depends on k alone and is Grain's; labels are the next tokens of the same document."""
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from distill.data.loader import Batch, Loader, shift
+
+
+def numbered(examples: int) -> Batch:
+    """Examples that can be told apart by their first token."""
+    tokens = np.arange(examples)[:, None] + np.array([0, 1000, 2000])
+    return shift(tokens, np.ones_like(tokens))
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size"), [(7, 3), (8, 4), (5, 5), (5, 12), (3, 7), (1, 2), (50, 16)], ids=str
+)
+@pytest.mark.parametrize("seed", [0, 11, 2**32 - 1])
+def test_order_is_that_of_grain(examples, batch_size, seed):
+    pipeline = grain.MapDataset.source(np.arange(examples)).shuffle(seed).repeat().batch(batch_size)
+    loader = Loader(numbered(examples), batch_size, seed)
+    for k in (0, 1, 2, 3, 5, 10, 23, 101):  # over the borders of many epochs
+        np.testing.assert_array_equal(loader.batch(k).inputs[:, 0], pipeline[k])
+
+
+def test_batch_is_a_function_of_its_number():
+    loader, fresh = Loader(numbered(9), 4, seed=1), Loader(numbered(9), 4, seed=1)
+    forwards = [loader.batch(k).inputs for k in range(12)]
+    backwards = [fresh.batch(k).inputs for k in reversed(range(12))][::-1]
+    np.testing.assert_array_equal(forwards, backwards)
+    assert len({batch.tobytes() for batch in forwards}) == 12
+
+
+def test_rows_of_several_batches_are_those_of_each():
+    loader = Loader(numbered(10), 4, seed=2)
+    rows = loader.rows(3, 6)
+    assert rows.shape == (6, 4) and rows.dtype == np.int32
+    np.testing.assert_array_equal(rows, [loader.rows(k, 1)[0] for k in range(3, 9)])
+
+
+def test_every_example_once_an_epoch_in_another_order():
+    rows = Loader(numbered(12), 4, seed=0).rows(0, 6).reshape(2, 12)
+    np.testing.assert_array_equal(np.sort(rows, axis=1), [np.arange(12)] * 2)
+    assert not np.array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], Loader(numbered(12), 4, seed=5).rows(0, 3).ravel())
+
+
+def test_batch_takes_every_field():
+    rng = np.random.default_rng(0)
+    examples = numbered(6)._replace(teacher_logits=rng.normal(size=(6, 2, 3)))
+    loader = Loader(examples, 4, seed=3)
+    rows = loader.rows(5, 1)[0]
+    for field, whole in zip(loader.batch(5), examples, strict=True):
+        np.testing.assert_array_equal(field, whole[rows])
+    assert Loader(numbered(6), 4, seed=3).batch(5).teacher_logits is None
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(0, 2), (4, 0), (4, -1)])
+def test_nothing_to_load_is_refused(examples, batch_size):
+    with pytest.raises(ValueError, match=f"{examples} examples in batches of {batch_size}"):
+        Loader(numbered(examples), batch_size, seed=0)
+
+
+# ---- the shift
+
+
+# Row 9: no shift, or two.
+def test_label_is_the_next_token():
+    tokens = np.array([[5, 6, 7, 8], [1, 2, 3, 4]])
+    batch = shift(tokens, np.array([[0, 0, 1, 1], [0, 1, 0, 1]]))
+    np.testing.assert_array_equal(batch.inputs, [[5, 6, 7], [1, 2, 3]])
+    np.testing.assert_array_equal(batch.labels, [[6, 7, 8], [2, 3, 4]])
+    np.testing.assert_array_equal(batch.mask, [[False, True, True], [True, False, True]])  # of the label's token
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 2]] * 2)
+    np.testing.assert_array_equal(batch.segments, 1)
+    assert {field.dtype for field in batch[:2] + batch[3:5]} == {np.dtype(np.int32)} and batch.mask.dtype == bool
+
+
+# Rows 10 and 13: no label across a border or in padding; positions restart.
+def test_documents_and_padding_in_a_row():
+    tokens, counts = np.arange(1, 9)[None], np.ones((1, 8))
+    batch = shift(tokens, counts, np.array([[1, 1, 1, 2, 2, 0, 0, 0]]))
+    np.testing.assert_array_equal(batch.mask, [[True, True, False, True, False, False, False]])
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 0, 1, 0, 1]])
+    np.testing.assert_array_equal(batch.segments, [[1, 1, 1, 2, 2, 0, 0]])
+
+
+def test_batch_is_a_tree():
+    doubled = jax.tree.map(lambda field: np.concatenate([field, field]), numbered(3))
+    assert isinstance(doubled, Batch) and doubled.inputs.shape == (6, 2)

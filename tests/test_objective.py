@@ -1,0 +1,196 @@
+"""The objective: which positions count, by what a sum is divided, where T² stands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from builders import VOCAB, on_device, rows_of, uneven_batch
+
+from distill import losses
+from distill.objective import ObjectiveConfig, Term, evaluate_terms, task_term, terms_of
+
+SOFT = ("forward_kl", "reverse_kl", "generalized_jsd")
+
+
+def case(rows=4, length=6, seed=0):
+    rng = np.random.default_rng(seed)
+    student, teacher = (jnp.asarray(rng.normal(size=(rows, length, VOCAB)), jnp.float32) for _ in range(2))
+    return student, teacher, on_device(uneven_batch(rows, length, seed))
+
+
+def loss(config, student, teacher, batch):
+    """Σ weight · sum / tokens, as the step does it."""
+    terms = terms_of(config)
+    pairs = evaluate_terms(terms, student, teacher, batch)
+    return losses.divide((sum(term.weight * pairs[term.name][0] for term in terms), pairs[terms[0].name][1]))
+
+
+gradient = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
+
+
+def mixed(**options):
+    return ObjectiveConfig(**({"kd_weight": 0.7, "task_weight": 0.3, "temperature": 2.0} | options))
+
+
+# Row 1: divided by sequences, by positions or by the vocabulary instead of by the counted tokens.
+@pytest.mark.parametrize("divergence", SOFT)
+def test_mean_is_over_the_counted_tokens(divergence):
+    student, teacher, batch = case()
+    pairs = evaluate_terms(terms_of(mixed(divergence=divergence)), student, teacher, batch)
+    soft = {
+        "forward_kl": lambda s, t: reference.forward_kl(s, t, 2.0),
+        "reverse_kl": lambda s, t: reference.reverse_kl(s, t, 2.0),
+        "generalized_jsd": lambda s, t: reference.generalized_jsd(s, t, 0.5, 2.0),
+    }[divergence](np.asarray(student), np.asarray(teacher))
+    hard = reference.cross_entropy(student, batch.labels)
+    counted = [(b, i) for b in range(4) for i in range(6) if batch.mask[b, i]]
+    assert 6 < len(counted) < 24 and len(set(np.sum(batch.mask, axis=1).tolist())) > 2
+    for name, nats in ((divergence, soft), ("cross_entropy", hard)):
+        total, weight = pairs[name]
+        assert float(weight) == len(counted)
+        np.testing.assert_allclose(total, sum(nats[position] for position in counted), rtol=1e-5)
+
+
+def test_loss_is_the_weighted_sum():
+    student, teacher, batch = case()
+    soft = evaluate_terms(terms_of(mixed(task_weight=0.0)), student, teacher, batch)["forward_kl"]
+    hard = evaluate_terms([task_term()], student, None, batch)["cross_entropy"]
+    want = 0.7 * 4.0 * losses.divide(soft) + 0.3 * losses.divide(hard)  # T² = 4
+    np.testing.assert_allclose(loss(mixed(), student, teacher, batch), want, rtol=1e-6)
+
+
+def test_beta_arrives():
+    student, teacher, batch = case()
+    for beta, divergence in ((0.0, "forward_kl"), (1.0, "reverse_kl")):
+        jsd = loss(mixed(divergence="generalized_jsd", beta=beta), student, teacher, batch)
+        np.testing.assert_allclose(jsd, loss(mixed(divergence=divergence), student, teacher, batch), rtol=1e-6)
+
+
+# Row 5: divided twice.
+@pytest.mark.parametrize("times", [2, 5])
+def test_repeating_the_batch_changes_nothing(times):
+    student, teacher, batch = case()
+    again = jax.tree.map(lambda field: jnp.concatenate([field] * times), (student, teacher, batch))
+    np.testing.assert_allclose(loss(mixed(), *again), loss(mixed(), student, teacher, batch), rtol=1e-6)
+
+
+# Row 7: one term summed, the other averaged.
+@pytest.mark.parametrize("axis", [0, 1], ids=["batch", "length"])
+def test_both_terms_scale_alike(axis):
+    student, teacher, batch = case()
+    longer = jax.tree.map(lambda field: jnp.concatenate([field] * 3, axis), (student, teacher, batch))
+    before, after = (evaluate_terms(terms_of(mixed()), *arguments) for arguments in ((student, teacher, batch), longer))
+    assert before.keys() == {"forward_kl", "cross_entropy"}
+    for name in before:
+        np.testing.assert_allclose(np.array(after[name]), 3.0 * np.array(before[name]), rtol=1e-6)
+
+
+# Row 6: everything masked.
+@pytest.mark.parametrize("divergence", SOFT)
+def test_nothing_counted_is_zero_with_zero_gradient(divergence):
+    student, teacher, batch = case()
+    batch = batch._replace(mask=jnp.zeros_like(batch.mask))
+    config = mixed(divergence=divergence)
+    assert float(loss(config, student.at[0, 0, 0].set(jnp.nan), teacher, batch)) == 0.0
+    np.testing.assert_array_equal(gradient(config, student, teacher, batch), 0.0)
+
+
+# Rows 10 and 14: whatever stands at positions that do not count, changes nothing, to the bit.
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("divergence", SOFT)
+def test_garbage_where_nothing_counts_changes_nothing(divergence, garbage):
+    student, teacher, batch = case()
+    config, keep = mixed(divergence=divergence), batch.mask[..., None]
+    bad_student, bad_teacher = jnp.where(keep, student, garbage), jnp.where(keep, teacher, garbage)
+    bad_batch = batch._replace(labels=jnp.where(batch.mask, batch.labels, -100))
+    for function in (loss, gradient):
+        clean = function(config, student, teacher, batch)
+        np.testing.assert_array_equal(function(config, bad_student, bad_teacher, bad_batch), clean)
+        assert np.all(np.isfinite(clean))
+
+
+def test_mask_is_slicing():
+    student, teacher, batch = case()
+    half = batch._replace(mask=batch.mask & (jnp.arange(4) < 2)[:, None])
+    part = loss(mixed(), student[:2], teacher[:2], rows_of(batch, slice(2)))
+    np.testing.assert_allclose(loss(mixed(), student, teacher, half), part, rtol=1e-6)
+
+
+# Row 20: T² is applied, once; also where the soft term stands alone.
+@pytest.mark.parametrize("divergence", SOFT)
+@pytest.mark.parametrize("task_weight", [0.0, 0.5])
+def test_temperature_squared_is_a_factor_of_the_soft_term_alone(divergence, task_weight):
+    student, teacher, batch = case()
+    with_factor, without, task = (
+        gradient(config, student, teacher, batch)
+        for config in (
+            mixed(divergence=divergence, temperature=3.0, task_weight=task_weight),
+            mixed(divergence=divergence, temperature=3.0, task_weight=task_weight, temperature_squared=False),
+            ObjectiveConfig(kd_weight=0.0, task_weight=1.0),
+        )
+    )
+    hard = task_weight * task
+    np.testing.assert_allclose(with_factor - hard, 9.0 * (without - hard), rtol=1e-4, atol=1e-7)
+
+
+# Row 20: that is what keeps the gradient's size when T is high.
+@pytest.mark.parametrize("divergence", SOFT)
+def test_gradient_norm_is_flat_in_a_high_temperature(divergence):
+    student, teacher, batch = case()
+
+    def norm(temperature, squared):
+        config = ObjectiveConfig(divergence=divergence, temperature=temperature, temperature_squared=squared)
+        return float(jnp.linalg.norm(gradient(config, student, teacher, batch)))
+
+    flat = [norm(temperature, True) for temperature in (16.0, 32.0, 64.0)]
+    np.testing.assert_allclose(flat, flat[-1], rtol=0.05)
+    assert norm(16.0, False) > 14.0 * norm(64.0, False)  # falls by (64/16)² = 16
+
+
+def test_metric_named_after_a_divergence_is_in_nats():
+    student, teacher, batch = case()
+    for squared in (True, False):
+        config = mixed(temperature=3.0, kd_weight=0.1, temperature_squared=squared)
+        mean = losses.divide(evaluate_terms(terms_of(config), student, teacher, batch)["forward_kl"])
+        nats = reference.forward_kl(np.asarray(student), np.asarray(teacher), 3.0)[np.asarray(batch.mask)]
+        np.testing.assert_allclose(mean, nats.mean(), rtol=1e-5)
+
+
+def test_a_term_of_ones_own():
+    student, teacher, batch = case()
+    term = Term("squared_error", lambda s, t, labels: jnp.sum((s - t) ** 2, axis=-1))
+    total, weight = evaluate_terms([term], student, teacher, batch)["squared_error"]
+    want = np.sum(((np.asarray(student) - np.asarray(teacher)) ** 2)[np.asarray(batch.mask)])
+    np.testing.assert_allclose(total, want, rtol=1e-5)
+    assert float(weight) == np.sum(batch.mask)
+
+
+def test_terms_without_weight_are_not_computed():
+    names = [
+        [term.name for term in terms_of(ObjectiveConfig(kd_weight=k, task_weight=1.0 - k))] for k in (1.0, 0.5, 0.0)
+    ]
+    assert names == [["forward_kl"], ["forward_kl", "cross_entropy"], ["cross_entropy"]]
+
+
+def test_missing_teacher_is_named():
+    student, _, batch = case()
+    with pytest.raises(ValueError, match="forward_kl.*teacher"):
+        evaluate_terms(terms_of(ObjectiveConfig()), student, None, batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"beta": -0.1},
+        {"beta": 1.1},
+        {"kd_weight": -0.1, "task_weight": 1.0},
+        {"kd_weight": 0.0, "task_weight": 0.0},
+    ],
+)
+def test_impossible_objectives_are_refused(options):
+    with pytest.raises(ValueError, match=f"objective: .*{next(iter(options))}"):
+        ObjectiveConfig(**options)

@@ -1,0 +1,261 @@
+"""The loop and its checkpoints: resume to the same bits, refusals, NaN, no host sync."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from distill import train
+from distill.checkpoint import Checkpoints, lock
+from distill.config import LogConfig, TrainingConfig
+from distill.data import addition
+from distill.metrics import read_metrics
+from distill.models import DecoderConfig, decoder
+from distill.objective import ObjectiveConfig, Term, task_term, terms_of
+from distill.optim import OptimizerConfig
+from distill.train import Stopped, Task, fit
+
+ROOT = Path(__file__).parents[1]
+MODEL = DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16)
+DATA = addition.AdditionConfig(digits=1)
+TRAINING = TrainingConfig(
+    steps=20, batch_size=8, steps_per_dispatch=5, evaluate_every=10, save_every=5, optimizer=OptimizerConfig()
+)
+QUIET = LogConfig(progress=False)
+
+
+@pytest.fixture(scope="module")
+def task():
+    examples = addition.encode(DATA, addition.pairs(DATA)["train"]).batch(DATA)
+    return Task(decoder(MODEL), [task_term()], examples, identity={"learning_rate": 0.1, "teacher": "a"})
+
+
+def equal_bits(left, right) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(task, tmp_path, monkeypatch):  # row 55
+    straight = fit(tmp_path / "straight", task, TRAINING, log=QUIET)
+    saves = Checkpoints.save
+
+    def save_then_die(self, step, state, meta):
+        saves(self, step, state, meta)
+        if step == 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut", task, TRAINING, log=QUIET)
+    monkeypatch.setattr(Checkpoints, "save", saves)
+    resumed = fit(tmp_path / "cut", task, TRAINING, log=QUIET)
+    assert equal_bits(straight, resumed)
+    lines = [
+        [(r["kind"], r["step"], r["loss"]) for r in read_metrics(tmp_path / d) if "loss" in r]
+        for d in ("straight", "cut")
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 4
+
+
+def test_a_finished_run_is_not_trained_again(task, tmp_path):
+    first = fit(tmp_path, task, TRAINING, log=QUIET)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert equal_bits(first, fit(tmp_path, task, TRAINING, log=QUIET))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_identity_is_refused_with_the_difference(task, tmp_path):
+    fit(tmp_path, task, TRAINING, log=QUIET)
+    changed = dataclasses.replace(task, identity={"learning_rate": 0.2, "teacher": "a"})
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.1 → 0\.2"):
+        fit(tmp_path, changed, TRAINING, log=QUIET)
+
+
+def test_corrupt_checkpoint_is_loud(task, tmp_path):  # row 57
+    fit(tmp_path, task, TRAINING, log=QUIET)
+    for file in (tmp_path / "checkpoints").rglob("*"):
+        if (file.is_file() and "ocdbt" in str(file)) or file.name == "_METADATA":
+            file.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="unreadable checkpoint"):
+        fit(tmp_path, task, TRAINING, log=QUIET)
+
+
+def test_two_runs_in_one_folder_are_refused(task, tmp_path):
+    with lock(tmp_path), pytest.raises(ValueError, match="another process"):
+        fit(tmp_path, task, TRAINING, log=QUIET)
+
+
+def test_full_disk_is_refused_before_writing(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.checkpoint.shutil.disk_usage", lambda _: os.terminal_size((0, 0)) and Free())
+    with pytest.raises(ValueError, match="free some space"):
+        fit(tmp_path, task, TRAINING, log=QUIET)
+    monkeypatch.undo()
+    fit(tmp_path, task, TRAINING, log=QUIET)
+
+
+class Free:
+    free = 0
+
+
+def test_nan_stops_and_names_the_step(task, tmp_path):  # row 49
+    broken = Term("broken", lambda s, t, labels: s.sum(-1) * np.float32("nan"), needs_teacher=False)
+    with pytest.raises(FloatingPointError, match=r"step 1 \(batch 0\)"):
+        fit(tmp_path, dataclasses.replace(task, terms=[broken]), TRAINING, log=QUIET)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest is None
+
+
+def test_a_teacher_that_emits_nan_is_named(task, tmp_path):  # row 49
+    teacher = decoder(MODEL)
+    params = jax.tree.map(lambda x: x * np.float32("nan"), teacher.init(jax.random.key(1)))
+    kd = dataclasses.replace(task, terms=terms_of(ObjectiveConfig()), teacher=teacher, teacher_params=params)
+    with pytest.raises(FloatingPointError, match="teacher"):
+        fit(tmp_path, kd, TRAINING, log=QUIET)
+
+
+def test_no_host_transfer_is_implicit(task, tmp_path):  # row 58
+    with jax.transfer_guard("disallow"):
+        guarded = train._loop
+        del guarded
+    seen = []
+    original = train._loop
+
+    def loop(*args):
+        with jax.transfer_guard("disallow"):
+            seen.append(True)
+            return original(*args)
+
+    train._loop = loop
+    try:
+        fit(tmp_path, task, TRAINING, log=QUIET)
+    finally:
+        train._loop = original
+    assert seen
+
+
+def test_teacher_is_not_in_the_checkpoint(task, tmp_path):  # row 47
+    teacher = decoder(dataclasses.replace(MODEL, width=32))
+    kd = dataclasses.replace(
+        task, terms=terms_of(ObjectiveConfig()), teacher=teacher, teacher_params=teacher.init(jax.random.key(1))
+    )
+    fit(tmp_path, kd, TRAINING, log=QUIET)
+    with Checkpoints(tmp_path) as checkpoints:
+        leaves = jax.tree.leaves(checkpoints.params())
+    assert sum(leaf.size for leaf in leaves) == task.student.parameter_count()
+
+
+def test_sigterm_saves_and_can_go_on(task, tmp_path):
+    def ask(params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(Stopped, match="stopped at step"):
+        fit(tmp_path, dataclasses.replace(task, evaluate=ask), TRAINING, log=QUIET)
+    assert equal_bits(fit(tmp_path, task, TRAINING, log=QUIET), fit(tmp_path / "b", task, TRAINING, log=QUIET))
+
+
+SMALL = ["--data.digits", "1", "--teacher.model.layers", "1", "--teacher.model.width", "16", "--teacher.training.steps", "50", "--teacher.training.evaluate-every", "50", "--teacher.training.save-every", "50", "--student.training.steps", "200", "--student.training.save-every", "50", "--student.training.evaluate-every", "200", "--student.model.layers", "1", "--baseline.labels", "20", "--baseline.validation", "20", "--baseline.steps", "20", "--baseline.evaluate-every", "20", "--baseline.batch-size", "20", "--log.no-progress"]
+
+
+def script(name: str, *arguments: str, wait: bool = True):
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    if wait:
+        return subprocess.run(command, env=environment, cwd=ROOT, check=False, **pipes)
+    return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
+
+
+def checkpoint_params(run: Path):
+    with Checkpoints(run) as checkpoints:
+        return checkpoints.params()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    done = script("distill", "--run", str(run), *SMALL)
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def test_distill_writes_what_is_promised(finished):
+    run, printed = finished
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"teacher", "student", "baseline", "gap_closed", "agreement", "seconds"} <= summary.keys()
+    assert all(name in printed for name in ("teacher", "student", "baseline"))
+    assert (run / "config.json").exists() and (run / "evaluation.json").exists()
+
+
+def test_evaluate_report_generate(finished):
+    run, _ = finished
+    before = json.loads((run / "evaluation.json").read_text())
+    assert script("evaluate", "--run", str(run)).returncode == 0
+    after = json.loads((run / "evaluation.json").read_text())
+    assert before["student"]["exact_match"] == after["student"]["exact_match"]
+    assert before["student"]["kl"] == after["student"]["kl"]
+    done = script("report", "--run", str(run))
+    assert done.returncode == 0 and (run / "report.html").exists(), done.stderr
+    done = script("generate", "--run", str(run), "4+5=")
+    assert done.returncode == 0 and "4+5=" in done.stdout and "teacher" in done.stdout, done.stderr
+
+
+def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):  # row 55
+    rng = np.random.default_rng(0)
+    run = tmp_path / "killed"
+    for _ in range(2):
+        process = script("distill", "--run", str(run), *SMALL, wait=False)
+        time.sleep(float(rng.uniform(4, 9)))
+        process.kill()
+        process.communicate()
+    done = script("distill", "--run", str(run), *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert equal_bits(checkpoint_params(run), checkpoint_params(finished[0]))
+    assert equal_bits(checkpoint_params(run / "teacher"), checkpoint_params(finished[0] / "teacher"))
+
+
+BAD = {
+    "unknown key": (["--student.modle.layers", "1"], "layers"),
+    "wrong type": (["--student.training.steps", "many"], "int"),
+    "digits 0": (["--data.digits", "0"], "digits=0"),
+    "vocabulary": (["--student.model.vocab-size", "20"], "vocab_size=20"),
+    "unknown config": (["--config", "additoin"], "addition"),
+    "missing config file": (["--config", "nowhere.py"], "nowhere.py"),
+    "temperature 0": (["--objective.temperature", "0"], "temperature"),
+    "beta 2": (["--objective.beta", "2"], "beta"),
+    "no weight": (["--objective.kd-weight", "0"], "kd_weight"),
+    "steps": (["--student.training.steps", "77"], "steps_per_dispatch"),
+    "micro-batches": (["--student.training.micro-batches", "7"], "micro_batches"),
+    "heads": (["--student.model.heads", "3"], "heads"),
+    "learning rate": (["--student.training.optimizer.learning-rate", "0"], "learning_rate"),
+    "labels": (["--baseline.labels", "0"], "labels"),
+    "parallel": (["--parallel.backend", "pmap", "--parallel.fsdp", "2"], "pmap"),
+    "teacher run": (["--teacher-run", "/nowhere"], "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_exit_2(case, tmp_path):
+    arguments, expected = BAD[case]
+    done = script("distill", "--run", str(tmp_path / "run"), *arguments)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["evaluate", "report", "generate"])
+def test_unreadable_run_folder(name, tmp_path):
+    done = script(name, "--run", str(tmp_path / "none"), *(["1+1="] if name == "generate" else []))
+    assert done.returncode == 2 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
+
+
+def test_changed_config_is_refused_by_the_script(finished):
+    done = script("distill", "--run", str(finished[0]), *SMALL, "--objective.temperature", "3")
+    assert done.returncode == 2 and "temperature: 1.0 → 3.0" in done.stderr
+    assert json.loads((finished[0] / "summary.json").read_text())
