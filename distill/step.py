@@ -98,7 +98,7 @@ def make_train_step(
             )
         gradients, metrics = global_sum((gradients, metrics))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        metrics["gradient_norm"] = (optax.global_norm(gradients), jnp.float32(1.0))
+        metrics["gradient_norm"] = (optax.tree.norm(gradients), jnp.float32(1.0))
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     return train_step

@@ -161,7 +161,39 @@ def test_sigterm_saves_and_can_go_on(task, tmp_path):
     assert equal_bits(fit(tmp_path, task, TRAINING, log=QUIET), fit(tmp_path / "b", task, TRAINING, log=QUIET))
 
 
-SMALL = ["--data.digits", "1", "--teacher.model.layers", "1", "--teacher.model.width", "16", "--teacher.training.steps", "50", "--teacher.training.evaluate-every", "50", "--teacher.training.save-every", "50", "--student.training.steps", "200", "--student.training.save-every", "50", "--student.training.evaluate-every", "200", "--student.model.layers", "1", "--baseline.labels", "20", "--baseline.validation", "20", "--baseline.steps", "20", "--baseline.evaluate-every", "20", "--baseline.batch-size", "20", "--log.no-progress"]
+SMALL = [
+    "--data.digits",
+    "1",
+    "--teacher.model.layers",
+    "1",
+    "--teacher.model.width",
+    "16",
+    "--teacher.training.steps",
+    "50",
+    "--teacher.training.evaluate-every",
+    "50",
+    "--teacher.training.save-every",
+    "50",
+    "--student.training.steps",
+    "200",
+    "--student.training.save-every",
+    "50",
+    "--student.training.evaluate-every",
+    "200",
+    "--student.model.layers",
+    "1",
+    "--baseline.labels",
+    "20",
+    "--baseline.validation",
+    "20",
+    "--baseline.steps",
+    "20",
+    "--baseline.evaluate-every",
+    "20",
+    "--baseline.batch-size",
+    "20",
+    "--log.no-progress",
+]
 
 
 def script(name: str, *arguments: str, wait: bool = True):

@@ -1,0 +1,347 @@
+"""The train step: what it averages over, what it never sees, and that the teacher stays as it was."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from builders import VOCAB, handmade, nnx_model, on_device, random_params, rows_of, tiny, tiny_decoder, uneven_batch
+
+from distill.data.loader import shift
+from distill.models import decoder
+from distill.objective import ObjectiveConfig, Term, task_term, terms_of
+from distill.optim import OptimizerConfig, optimizer
+from distill.step import init_state, make_train_step, scan_steps
+
+TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))
+STUDENT = tiny_decoder(layers=1, feed_forward=14)
+TEACHER_CONFIG = tiny(layers=1, width=12, head_dim=4, feed_forward=20)
+TEACHER = decoder(TEACHER_CONFIG)
+SGD = optax.sgd(1.0)  # the parameters move by the gradient
+
+
+@pytest.fixture(scope="module")
+def teacher_params():
+    return random_params(TEACHER, seed=1)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return init_state(random_params(STUDENT), SGD)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jax.jit(make_train_step(STUDENT, TERMS, SGD, teacher=TEACHER))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return on_device(uneven_batch())
+
+
+def assert_close(left, right, rtol=1e-4, atol=1e-6):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), left, right)
+
+
+def assert_same_bits(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def means(metrics):
+    return {name: float(total) / max(float(weight), 1.0) for name, (total, weight) in metrics.items()}
+
+
+# ---- averages
+
+
+def test_metrics_are_those_of_float64(step, state, teacher_params, batch):
+    _, metrics = step(state, teacher_params, batch)
+    student = reference.decoder_logits(tiny(layers=1, feed_forward=14), state.params, np.asarray(batch.inputs))
+    teacher = reference.decoder_logits(TEACHER_CONFIG, teacher_params, np.asarray(batch.inputs))
+    mask, labels = np.asarray(batch.mask), np.asarray(batch.labels)
+    soft = reference.forward_kl(student, teacher, 2.0)[mask].mean()
+    hard = reference.cross_entropy(student, labels)[mask].mean()
+    want = {
+        "loss": 0.7 * 4.0 * soft + 0.3 * hard,
+        "forward_kl": soft,
+        "cross_entropy": hard,
+        "agreement": (student.argmax(-1) == teacher.argmax(-1))[mask].mean(),
+        "teacher_cross_entropy": reference.cross_entropy(teacher, labels)[mask].mean(),
+    }
+    got = means(metrics)
+    assert got.keys() == want.keys() | {"gradient_norm"}
+    for name in want:
+        assert got[name] == pytest.approx(want[name], rel=1e-4), name
+        assert float(metrics[name][1]) == mask.sum()
+
+
+# Row 22, for the whole: the update is the slope of the reported loss.
+def test_gradient_is_a_finite_difference(step, state, teacher_params, batch):
+    new, metrics = step(state, teacher_params, batch)
+    gradient = jax.tree.map(jnp.subtract, state.params, new.params)
+    norm = optax.global_norm(gradient)
+    assert means(metrics)["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+    def loss(distance):
+        moved = jax.tree.map(lambda p, g: p + distance / norm * g, state.params, gradient)
+        return means(step(state._replace(params=moved), teacher_params, batch)[1])["loss"]
+
+    assert (loss(0.01) - loss(-0.01)) / 0.02 == pytest.approx(float(norm), rel=0.01)
+
+
+# Row 2: a mean of the means of micro-batches.
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_micro_batches_are_the_whole_batch(step, state, teacher_params, batch, micro_batches):
+    parts = jax.jit(make_train_step(STUDENT, TERMS, SGD, teacher=TEACHER, micro_batches=micro_batches))
+    batch = batch._replace(mask=batch.mask.at[3].set(False))  # a part may hold nothing that counts
+    assert_close(parts(state, teacher_params, batch), step(state, teacher_params, batch))
+
+
+def test_mean_of_means_is_another_number(step, state, teacher_params, batch):
+    halves = [step(state, teacher_params, rows_of(batch, slice(i, None, 2)))[1] for i in range(2)]
+    whole = means(step(state, teacher_params, batch)[1])
+    assert abs(np.mean([means(half)["loss"] for half in halves]) - whole["loss"]) > 0.01
+
+
+# Row 5: divided twice.
+def test_repeating_the_batch_changes_nothing(step, state, teacher_params, batch):
+    again = jax.tree.map(lambda field: jnp.concatenate([field, field]), batch)
+    new, metrics = step(state, teacher_params, again)
+    want, want_metrics = step(state, teacher_params, batch)
+    assert_close(new, want)
+    assert means(metrics) == pytest.approx(means(want_metrics), rel=1e-4)
+
+
+# Row 6: everything masked.
+def test_nothing_counted_changes_nothing(step, state, teacher_params, batch):
+    new, metrics = step(state, teacher_params, batch._replace(mask=jnp.zeros_like(batch.mask)))
+    assert_same_bits(new.params, state.params)
+    for name, (total, weight) in metrics.items():
+        assert float(total) == 0.0 and float(weight) == (1.0 if name == "gradient_norm" else 0.0)
+
+
+def test_nothing_counted_leaves_adam_finite(teacher_params, batch):
+    config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5)
+    update = optimizer(config, 10)
+    state = init_state(random_params(STUDENT), update)
+    empty = batch._replace(mask=jnp.zeros_like(batch.mask))
+    new, _ = jax.jit(make_train_step(STUDENT, TERMS, update, teacher=TEACHER))(state, teacher_params, empty)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(new.params):  # only the decay is left, and only of matrices
+        before = state.params
+        for key in path:
+            before = before[key.key]
+        factor = 1.0 if path[-1].key == "scale" else 1.0 - 0.1 * 0.5
+        np.testing.assert_allclose(leaf, before * factor, rtol=1e-5, atol=1e-7)
+
+
+# ---- the shift
+
+
+# Row 9: no causal shift, or a double one.
+def test_copying_scores_badly_and_foreseeing_perfectly():
+    tokens = (np.arange(7)[None] + np.arange(4)[:, None]) % VOCAB  # the next token is the one after
+    batch = on_device(shift(tokens, np.ones_like(tokens)))
+
+    def loss(ahead):
+        model = handmade(lambda inputs: 50.0 * jax.nn.one_hot((inputs + ahead) % VOCAB, VOCAB))
+        state = init_state(model.init(jax.random.key(0)), SGD)
+        return means(make_train_step(model, [task_term()], SGD)(state, None, batch)[1])["cross_entropy"]
+
+    assert loss(0) == pytest.approx(50.0, rel=1e-4)  # copies the current token
+    assert loss(1) == pytest.approx(0.0, abs=1e-6)  # says the next one
+    assert loss(2) == pytest.approx(50.0, rel=1e-4)
+
+
+# ---- padding and packing
+
+
+def padded_rows(seed=0, filler=0):
+    """Two rows of 5 and 3 tokens in 7 places; whatever ``filler`` is, it does not count."""
+    rng = np.random.default_rng(seed)
+    tokens, segments = rng.integers(0, VOCAB, (2, 7)), np.arange(7) < np.array([[5], [3]])
+    return on_device(shift(np.where(segments, tokens, filler), np.ones_like(tokens), segments.astype(np.int32)))
+
+
+# Row 10: padding carries loss.
+@pytest.mark.parametrize("filler", [3, VOCAB - 1])
+def test_garbage_in_padding_changes_nothing(step, state, teacher_params, filler):
+    clean, dirty = padded_rows(), padded_rows(filler=filler)
+    assert np.any(clean.inputs != dirty.inputs) and np.any(clean.labels != dirty.labels)
+    assert_same_bits(step(state, teacher_params, dirty), step(state, teacher_params, clean))
+
+
+def test_masked_labels_may_be_anything(step, state, teacher_params, batch):
+    marked = batch._replace(labels=jnp.where(batch.mask, batch.labels, -100))
+    assert_same_bits(step(state, teacher_params, marked), step(state, teacher_params, batch))
+
+
+# Row 13: packed documents are as if each had its own row.
+def test_packing_changes_nothing(step, state, teacher_params):
+    rng = np.random.default_rng(2)
+    tokens, segments = rng.integers(0, VOCAB, (1, 9)), np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2]])
+    packed = on_device(shift(tokens, np.ones_like(tokens), segments))
+    rows = np.zeros((2, 9), np.int64)
+    rows[0, :4], rows[1, :5] = tokens[0, :4], tokens[0, 4:]
+    own_rows = on_device(shift(rows, np.ones_like(rows), np.array([[1] * 4 + [0] * 5, [1] * 5 + [0] * 4])))
+    assert int(packed.mask.sum()) == int(own_rows.mask.sum()) == 7
+    assert_close(step(state, teacher_params, packed), step(state, teacher_params, own_rows))
+    crossed = step(state, teacher_params, packed._replace(segments=jnp.ones_like(packed.segments)))
+    assert abs(means(crossed[1])["loss"] - means(step(state, teacher_params, packed)[1])["loss"]) > 1e-3
+
+
+# ---- the teacher
+
+
+# Row 48: the teacher has no gradient.
+def test_gradient_of_the_teacher_is_zero(step, state, teacher_params, batch):
+    def loss(params):
+        return step(state, params, batch)[1]["loss"][0]
+
+    gradient = jax.grad(loss)(teacher_params)
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0.0), gradient)
+    other = jax.tree.map(lambda leaf: leaf + 0.1, teacher_params)
+    assert abs(float(loss(other) - loss(teacher_params))) > 1e-3  # and yet it is listened to
+
+
+def products(jaxpr):
+    """Shapes of everything a matrix product gives, in a jaxpr and all inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield tuple(sorted(equation.outvars[0].aval.shape))
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+# Rows 47 and 48: nor is one computed and thrown away.
+def test_gradient_of_the_teacher_is_not_in_the_program(state, teacher_params, batch):
+    train_step = make_train_step(STUDENT, TERMS, SGD, teacher=TEACHER)
+    shapes = set(products(jax.make_jaxpr(train_step)(state, teacher_params, batch).jaxpr))
+    assert {(8, 14), (8, VOCAB)} <= shapes  # gradients of the student's feed-forward and head
+    assert (8, 6, 20) in shapes  # the teacher's feed-forward is computed
+    assert not {(12, 20), (11, 12)} & shapes  # and its gradients are not
+
+
+# Row 47: the teacher in the state, the optimizer or the checkpoint.
+def test_state_holds_nothing_of_the_teacher(teacher_params, batch):
+    update = optimizer(OptimizerConfig(), 10)
+    state = init_state(random_params(STUDENT), update)
+    new, _ = jax.jit(make_train_step(STUDENT, TERMS, update, teacher=TEACHER))(state, teacher_params, batch)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(new))
+    assert sizes == 3 * STUDENT.parameter_count() + 3  # parameters, two moments, three counters
+
+
+# Row 48: the teacher's parameters, to the bit.
+def test_teacher_is_untouched(step, state, teacher_params, batch):
+    before = jax.tree.map(np.array, teacher_params)
+    for _ in range(3):
+        state, _ = step(state, teacher_params, batch)
+    assert_same_bits(teacher_params, before)
+
+
+def test_student_equal_to_its_teacher_has_nothing_to_learn(batch):
+    params = random_params(STUDENT)
+    step = make_train_step(STUDENT, terms_of(ObjectiveConfig(temperature=3.0)), SGD, teacher=STUDENT)
+    new, metrics = jax.jit(step)(init_state(params, SGD), jax.tree.map(jnp.copy, params), batch)
+    assert means(metrics)["forward_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert means(metrics)["agreement"] == 1.0
+    assert_close(new.params, params, rtol=0, atol=1e-6)
+
+
+def test_logits_computed_beforehand_are_the_live_teacher(step, state, teacher_params, batch):
+    logits = TEACHER.logits(teacher_params, batch.inputs, positions=batch.positions, segments=batch.segments)
+    cached = jax.jit(make_train_step(STUDENT, TERMS, SGD))
+    got = cached(state, None, batch._replace(teacher_logits=logits))
+    assert_close(got, step(state, teacher_params, batch))
+
+
+# ---- many students at once
+
+
+def run_of(update):
+    """``(state, teacher_params, batch) -> (state, metrics)`` of three steps."""
+    steps = scan_steps(make_train_step(STUDENT, TERMS, update, teacher=TEACHER))
+    rows = jnp.array([[0, 1, 2, 3], [4, 5, 6, 7], [0, 2, 4, 6]])
+    return lambda state, teacher_params, batch: steps(state, teacher_params, batch, rows)
+
+
+def test_scanned_steps_are_steps(teacher_params, batch):
+    update = optimizer(OptimizerConfig(warmup_steps=2), 3)
+    state = init_state(STUDENT.init(jax.random.key(0)), update)
+    scanned, metrics = jax.jit(run_of(update))(state, teacher_params, batch)
+    step = jax.jit(make_train_step(STUDENT, TERMS, update, teacher=TEACHER))
+    for k, rows in enumerate(([0, 1, 2, 3], [4, 5, 6, 7], [0, 2, 4, 6])):
+        state, single = step(state, teacher_params, rows_of(batch, jnp.array(rows)))
+        assert means(jax.tree.map(lambda leaf, k=k: leaf[k], metrics)) == pytest.approx(means(single), rel=1e-4)
+    assert int(scanned.step) == 3
+    assert_close(scanned, state)
+
+
+def test_seeds_side_by_side_are_seeds_one_by_one(teacher_params, batch):
+    update = optimizer(OptimizerConfig(warmup_steps=2), 3)
+
+    def train(seed):
+        return run_of(update)(init_state(STUDENT.init(jax.random.key(seed)), update), teacher_params, batch)
+
+    together = jax.jit(jax.vmap(train))(jnp.arange(3))
+    alone = jax.jit(train)
+    for i in range(3):
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone(jnp.int32(i)), rtol=1e-3, atol=1e-5)
+    heads = together[0].params["head"]
+    assert np.max(np.abs(heads[0] - heads[1])) > 0.1
+
+
+def test_rates_side_by_side_are_rates_one_by_one(teacher_params, batch):
+    params, cases = STUDENT.init(jax.random.key(0)), [(0.01, 0.0), (0.05, 0.5)]
+
+    def train(learning_rate, weight_decay):
+        traced = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        update = optimizer(OptimizerConfig(warmup_steps=2), 3, **traced)
+        return run_of(update)(init_state(params, update), teacher_params, batch)
+
+    together = jax.jit(jax.vmap(train))(*jnp.array(cases).T)
+    for i, (learning_rate, weight_decay) in enumerate(cases):
+        config = OptimizerConfig(learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=2)
+        update = optimizer(config, 3)
+        alone = jax.jit(run_of(update))(init_state(params, update), teacher_params, batch)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, rtol=1e-3, atol=1e-5)
+    heads = together[0].params["head"]
+    assert np.max(np.abs(heads[0] - heads[1])) > 0.01
+
+
+# ---- it learns
+
+
+@pytest.mark.parametrize("student", [STUDENT, nnx_model()], ids=["linen", "nnx"])
+def test_student_comes_closer_to_its_teacher(student, teacher_params, batch):
+    update = optimizer(OptimizerConfig(learning_rate=0.03, warmup_steps=5), 60)
+    terms = terms_of(ObjectiveConfig(temperature=2.0))
+    steps = jax.jit(scan_steps(make_train_step(student, terms, update, teacher=TEACHER)))
+    state = init_state(student.init(jax.random.key(0)), update)
+    new, metrics = steps(state, teacher_params, batch, jnp.tile(jnp.arange(8), (60, 1)))
+    kl = np.asarray(metrics["forward_kl"][0] / metrics["forward_kl"][1])
+    assert kl[-1] < 0.2 * kl[0]
+    assert jax.tree.structure(new.params) == jax.tree.structure(state.params)
+
+
+def test_a_term_of_ones_own_is_trained_on(teacher_params, batch):
+    term = Term("squared_error", lambda s, t, labels: jnp.mean((s - t) ** 2, axis=-1), weight=2.0)
+    step = jax.jit(make_train_step(STUDENT, [term], optax.sgd(0.01), teacher=TEACHER))
+    state = init_state(random_params(STUDENT), optax.sgd(0.01))
+    state, first = step(state, teacher_params, batch)
+    _, second = step(state, teacher_params, batch)
+    assert means(first)["loss"] == pytest.approx(2.0 * means(first)["squared_error"], rel=1e-5)
+    assert means(second)["loss"] < means(first)["loss"]
+
+
+def test_what_cannot_be_trained_is_refused(state, batch):
+    with pytest.raises(ValueError, match="no terms"):
+        make_train_step(STUDENT, [], SGD)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        make_train_step(STUDENT, TERMS, SGD)(state, None, batch)
+    with pytest.raises(ValueError, match="batch of 8 cannot be split into 3"):
+        make_train_step(STUDENT, [task_term()], SGD, micro_batches=3)(state, None, batch)
