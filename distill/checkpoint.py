@@ -97,11 +97,14 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         return self._load({"state": abstract})["state"]
 
-    def params(self) -> Params:
-        """The newest parameters alone, whatever optimizer stands beside them."""
-        tree = self._load({"state": None})["state"]
-        params = tree["params"] if isinstance(tree, dict) else tree[1]
-        return jax.tree.map(jax.numpy.asarray, params)
+    def params(self, like: Params) -> Params:
+        """The newest parameters alone, with the shapes of ``like``, whatever was saved beside them."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+        context = self._orbax.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return self._load({"state": {"params": abstract}})["state"]["params"]
 
     def _load(self, wanted: dict[str, Any]) -> dict[str, Any]:
         if self.latest is None:

@@ -8,7 +8,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ ARMS = {  # arm of the protocol -> name on the page, colour, marker; in the orde
     "permuted_teacher": ("Permuted teacher", "#CC79A7", "X"),
     "independent_teacher": ("Independent teacher", "#E69F00", "d"),
 }
-STYLE = {
+STYLE: dict[str, Any] = {
     **{"font.size": 12, "legend.fontsize": 11.5, "xtick.labelsize": 11.5, "ytick.labelsize": 11.5},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a9099"},
     **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8eaed"},
@@ -245,7 +245,7 @@ def _data_uri(name: str, draw: Callable[[list[Run], Path], None], runs: list[Run
 
 
 @contextmanager
-def _canvas(path: Path, height: float, rows: int = 1) -> Iterator[Any]:
+def _canvas(path: Path, height: float, rows: int = 1) -> Generator[Any, None, None]:
     """Axes to draw on, written to `path`: same bytes for same numbers, whatever the user's matplotlibrc."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -380,7 +380,6 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     filters = (_number, _plain, _percent, _scientific, _times)
     environment.filters |= {function.__name__.removeprefix("_"): function for function in filters}
-    environment.globals |= {"number": _number, "ratio": _ratio, "total": _total, "arms": ARMS}
     return environment.get_template("report.html.jinja")
 
 
@@ -388,13 +387,13 @@ def _context(runs: list[Run], figures: dict[str, str]) -> dict[str, Any]:
     rows = runs[0].arms.get("rows") or []
     students = dict.fromkeys(row["student"] for row in rows)
     return {
-        "runs": runs,
-        "figures": figures,
+        **{"runs": runs, "figures": figures, "arms": ARMS},
+        **{"number": _number, "ratio": _ratio, "total": _total},
         "knowledge": _dark_knowledge(runs[0]) if "soft_targets" in figures else {},
         "arm_groups": [_in_order(row for row in rows if row["student"] == student) for student in students],
         "config_text": json.dumps(runs[0].config, indent=2, ensure_ascii=False),
     }
 
 
-def _in_order(rows: Iterator[dict]) -> list[dict]:
+def _in_order(rows: Iterable[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: (list(ARMS).index(row["arm"]), row.get("labels") or 0))

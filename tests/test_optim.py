@@ -39,7 +39,7 @@ def test_decay_is_for_matrices_only():
     model = tiny_decoder(qkv_bias=True, output_bias=True, mlp_bias=True)
     mask = decay_mask(jax.eval_shape(model.init, jax.random.key(0)))
     flags = {jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(mask)}
-    assert len(flags) == 18
+    assert len(flags) == 19
     for path, decays in flags.items():
         assert decays == (not path.endswith(("['scale']", "['bias']"))), path
     assert decay_mask(jax.eval_shape(nnx_model().init, jax.random.key(0)))["head"] == {"kernel": True, "bias": False}

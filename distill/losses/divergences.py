@@ -21,7 +21,7 @@ def _log_probs(logits: Logits, temperature: float) -> Logits:
 
 def _kl(log_p: Logits, log_q: Logits) -> Nats:
     """Σ_v p·(log p − log q) over the words where p > 0; selected before computing, so −inf never meets 0."""
-    support = log_p > -jnp.inf
+    support = log_p != -jnp.inf  # a NaN is kept: it must be seen
     safe_log_p = jnp.where(support, log_p, 0.0)
     difference = safe_log_p - jnp.where(support, log_q, 0.0)
     return jnp.sum(jnp.where(support, jnp.exp(safe_log_p) * difference, 0.0), axis=-1)
@@ -111,7 +111,7 @@ def _log_mixture(log_p: Logits, log_q: Logits, beta: float) -> Logits:
     """log(β·exp(log_p) + (1−β)·exp(log_q)), −inf where both are, with finite gradients everywhere."""
     log_a, log_b = log_p + jnp.log(beta), log_q + jnp.log1p(-beta)
     high = jnp.maximum(log_a, log_b)
-    support = high > -jnp.inf
+    support = high != -jnp.inf
     pivot = jax.lax.stop_gradient(jnp.where(support, high, 0.0))
     total = jnp.exp(log_a - pivot) + jnp.exp(log_b - pivot)
     return jnp.where(support, pivot + jnp.log(jnp.where(support, total, 1.0)), -jnp.inf)
