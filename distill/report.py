@@ -29,7 +29,7 @@ ARMS = {  # arm of the protocol -> name on the page, colour, marker; in the orde
     "permuted_teacher": ("Permuted teacher", "#CC79A7", "X"),
     "independent_teacher": ("Independent teacher", "#E69F00", "d"),
 }
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib settings
     **{"font.size": 12, "legend.fontsize": 11.5, "xtick.labelsize": 11.5, "ytick.labelsize": 11.5},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a9099"},
     **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8eaed"},

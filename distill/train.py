@@ -51,7 +51,7 @@ class Task:
 
 
 def fit(
-    run: Path,
+    run: Path | str,
     task: Task,
     training: TrainingConfig,
     *,
@@ -74,6 +74,7 @@ def fit(
       FloatingPointError: the loss is not finite; names the step. The last checkpoint is from before it.
       Stopped: SIGTERM or Ctrl-C; the state was saved.
     """
+    run = Path(run)
     update = optimizer(training.optimizer, training.steps)
     wrapping = _wrap(task, training, update, parallel_config)
     loader = Loader(task.examples, training.batch_size, training.seed)

@@ -1,0 +1,200 @@
+"""Devices: one, a mesh of eight and pmap give the same students, and none of them touches the teacher."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import VOCAB, nnx_model, on_device, random_params, tiny_decoder, uneven_batch
+
+from distill import parallel
+from distill.models import Model, Output
+from distill.objective import ObjectiveConfig, terms_of
+from distill.optim import OptimizerConfig, optimizer
+from distill.parallel import MESH_AXES, ParallelConfig, make_mesh, param_shardings, state_shardings
+from distill.step import init_state, make_train_step
+
+STEPS, BATCH = 20, 16
+TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))
+STUDENT = tiny_decoder(layers=1, vocab_size=12)  # every size is even: it has to be cut in two
+TEACHER = tiny_decoder(layers=1, vocab_size=12, width=12, head_dim=4, feed_forward=20)
+UPDATE = optimizer(OptimizerConfig(learning_rate=0.02, warmup_steps=5, weight_decay=0.1), STEPS)
+EIGHT = ParallelConfig(backend="mesh")
+CUBE = ParallelConfig(backend="mesh", fsdp=2, tensor=2)
+
+
+def make_step(axis_name, micro_batches=1):
+    options = {"teacher": TEACHER, "axis_name": axis_name, "micro_batches": micro_batches}
+    return make_train_step(STUDENT, TERMS, UPDATE, **options)
+
+
+WRAPPINGS = {
+    "one_device": lambda: parallel.one_device(make_step(None)),
+    "mesh": lambda: parallel.on_mesh(make_step(None), STUDENT, UPDATE, make_mesh(EIGHT), TEACHER),
+    "mesh_2x2x2": lambda: parallel.on_mesh(make_step(None), STUDENT, UPDATE, make_mesh(CUBE), TEACHER),
+    "mesh_micro_batches": lambda: parallel.on_mesh(make_step(None, 2), STUDENT, UPDATE, make_mesh(EIGHT), TEACHER),
+    "pmap": lambda: parallel.pmapped(make_step),
+}
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    """State, teacher, examples and the rows of 20 batches; on every device another number of tokens counts."""
+    examples = on_device(uneven_batch(rows=24))
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.permutation(24)[:BATCH] for _ in range(STEPS)])
+    counts = np.asarray(examples.mask.sum(axis=1))[rows].reshape(STEPS, 8, 2).sum(axis=2)
+    assert np.all(counts.max(axis=1) - counts.min(axis=1) >= 3)
+    return init_state(STUDENT.init(jax.random.key(0)), UPDATE), random_params(TEACHER, seed=1), examples, rows
+
+
+@pytest.fixture(scope="module")
+def runs(arguments):
+    """Name of a wrapping → its final state, its metrics and what became of what it was given. Each runs once."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            wrapping, (state, teacher_params, examples, rows) = WRAPPINGS[name](), arguments
+            placed_state, placed_teacher = wrapping.place_state(state), wrapping.place_params(teacher_params)
+            placed = (placed_teacher, wrapping.place_examples(examples), wrapping.place_rows(rows))
+            with jax.transfer_guard("disallow"):
+                new, metrics = wrapping.steps(placed_state, *placed)
+            state, metrics = wrapping.fetch_state(new), wrapping.fetch_metrics(metrics)
+            done[name] = {"state": jax.device_get(state), "metrics": jax.device_get(metrics), "where": state}
+            done[name] |= {"given": placed_state, "teacher": placed_teacher}
+        return done[name]
+
+    return run
+
+
+# Rows 3 and 46: means of per-device means; gradients scaled by the number of devices. Row 58: the steps themselves
+# move nothing between host and devices (they run under a guard).
+@pytest.mark.parametrize("name", list(WRAPPINGS)[1:])
+def test_same_weights_as_on_one_device(runs, name):
+    one, several = runs("one_device")["state"], runs(name)["state"]
+    assert jax.tree.structure(one) == jax.tree.structure(several)
+    assert int(several.step) == STEPS
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), several.params, one.params)
+    moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), one.params, STUDENT.init(jax.random.key(0)))
+    assert min(jax.tree.leaves(moved)) > 0.01
+
+
+@pytest.mark.parametrize("name", list(WRAPPINGS)[1:])
+def test_same_metrics_as_on_one_device(runs, name):
+    one, several = runs("one_device")["metrics"], runs(name)["metrics"]
+    assert one.keys() == several.keys()
+    for metric, (total, weight) in one.items():
+        np.testing.assert_allclose(several[metric][0], total, rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(several[metric][1], weight)
+        assert weight.shape == (STEPS,)
+
+
+# Rows 47 and 48: the teacher is neither donated nor changed; the state is donated, and was a copy.
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_teacher_is_kept_and_state_is_given(runs, arguments, name):
+    run, (state, teacher_params, *_) = runs(name), arguments
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((run["teacher"], teacher_params, state)))
+    for placed, given in zip(jax.tree.leaves(run["teacher"]), jax.tree.leaves(teacher_params), strict=True):
+        placed = np.asarray(placed)
+        np.testing.assert_array_equal(placed, np.broadcast_to(given, placed.shape))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(run["given"].params))
+
+
+# Row 47: parameters and moments lie in parts, on a mesh that can hold them in parts.
+def test_state_is_sharded_where_it_should_be(runs):
+    where = runs("mesh_2x2x2")["where"]
+    up = where.params["layers"]["mlp"]["up"]["kernel"]
+    assert up.shape == (1, 8, 12) and up.addressable_shards[0].data.shape == (1, 4, 6)
+    moments = [leaf for leaf in jax.tree.leaves(where.opt_state) if leaf.shape == up.shape]
+    assert len(moments) == 4 and all(leaf.sharding == up.sharding for leaf in moments)  # gate and up, two each
+    teacher = runs("mesh_2x2x2")["teacher"]["layers"]["mlp"]["up"]["kernel"]
+    assert teacher.addressable_shards[0].data.shape == (1, 6, 10)
+    assert runs("mesh")["where"].params["head"].sharding.is_fully_replicated
+
+
+def test_moments_lie_where_their_parameters_lie():
+    mesh = make_mesh(CUBE)
+    shardings = state_shardings(STUDENT, UPDATE, mesh)
+    shapes = jax.eval_shape(lambda: init_state(STUDENT.init(jax.random.key(0)), UPDATE))
+    assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
+    assert shardings.params == param_shardings(STUDENT, mesh)
+    assert shardings.step.is_fully_replicated
+
+
+# ---- the table of axes
+
+
+def test_every_axis_of_the_decoder_stands_in_the_table():
+    model = tiny_decoder(qkv_bias=True, output_bias=True, mlp_bias=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    axes = jax.tree.leaves(jax.tree.map(lambda leaf, names: (leaf.ndim, names), shapes, model.axes), is_leaf=is_pair)
+    assert len(axes) == 19
+    assert all(len(names) == ndim and set(names) <= MESH_AXES.keys() for ndim, names in axes)
+    assert {axis for _, names in axes for axis in names} == MESH_AXES.keys()  # and no axis is left over
+
+
+def is_pair(node):
+    return isinstance(node, tuple) and isinstance(node[0], int)
+
+
+def model_of(shape, names):
+    return Model(lambda key: {"w": jnp.zeros(shape)}, Output, lambda p, h: h, VOCAB, axes={"w": names})
+
+
+def test_two_dimensions_on_one_axis_are_refused():
+    with pytest.raises(ValueError, match=r"\['w'\].*one mesh axis"):
+        param_shardings(model_of((4, 4), ("heads", "mlp")), make_mesh(CUBE))
+    one_way = ParallelConfig(backend="mesh", fsdp=2)  # without a tensor axis nothing collides
+    assert param_shardings(model_of((4, 4), ("heads", "mlp")), make_mesh(one_way))["w"].is_fully_replicated
+
+
+def test_dimension_that_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match=r"vocab=11 cannot be divided over tensor=2"):
+        param_shardings(tiny_decoder(), make_mesh(CUBE))
+    with pytest.raises(ValueError, match=r"embed=12 cannot be divided over fsdp=8"):
+        param_shardings(model_of((3, 12), ("norm", "embed")), make_mesh(ParallelConfig(fsdp=8)))
+
+
+def test_model_without_axes_is_replicated():
+    shardings = param_shardings(nnx_model(), make_mesh(CUBE))
+    assert len(jax.tree.leaves(shardings)) == 5
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
+
+
+# ---- the configuration
+
+
+def test_mesh_has_the_shape_asked_for():
+    assert dict(make_mesh(ParallelConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(CUBE).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(EIGHT, jax.devices()[:3]).shape) == {"data": 3, "fsdp": 1, "tensor": 1}
+
+
+def test_mesh_larger_than_the_devices_is_refused():
+    with pytest.raises(ValueError, match="3 does not divide the 8 devices"):
+        make_mesh(ParallelConfig(fsdp=3))
+    with pytest.raises(ValueError, match="16 does not divide the 8 devices"):
+        make_mesh(ParallelConfig(fsdp=4, tensor=4))
+
+
+@pytest.mark.parametrize("backend", ["one_device", "pmap"])
+def test_backend_that_cannot_shard_is_refused(backend):
+    with pytest.raises(ValueError, match=f"{backend} cannot shard"):
+        ParallelConfig(backend=backend, fsdp=2)
+    with pytest.raises(ValueError, match="fsdp=0"):
+        ParallelConfig(backend=backend, fsdp=0)
+
+
+@pytest.mark.parametrize("name", ["mesh", "pmap"])
+def test_batch_that_cannot_be_divided_is_refused(name):
+    with pytest.raises(ValueError, match="batch_size=12 cannot be divided over 8 devices"):
+        WRAPPINGS[name]().place_rows(np.zeros((2, 12), np.int32))
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("auto", 8), ("mesh", 8), ("one_device", 1), ("pmap", 8)])
+def test_wrap_gives_the_backend_asked_for(backend, devices):
+    wrapping = parallel.wrap(ParallelConfig(backend=backend), make_step, STUDENT, UPDATE, TEACHER)
+    rows = wrapping.place_rows(np.arange(32, dtype=np.int32).reshape(2, 16))
+    assert len(rows.sharding.device_set) == devices
+    assert rows.shape == ((8, 2, 2) if backend == "pmap" else (2, 16))
+    np.testing.assert_array_equal(np.sort(np.ravel(rows)), np.arange(32))
