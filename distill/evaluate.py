@@ -132,7 +132,7 @@ def evaluate_model(model: Model, params: Params, config: AdditionConfig, test: E
 
 
 def soft_targets(models: dict[str, np.ndarray], config: AdditionConfig, test: Examples, temperature: float = 4.0):
-    """The answer digit at which the teacher sees most in a wrong symbol, and what each model says there.
+    """The answer digit at which a teacher that is right sees most in a wrong symbol, and what each model says there.
 
     Args:
       models: ``teacher`` and others → logits ``[examples, L, V]`` on the test text.
@@ -143,7 +143,8 @@ def soft_targets(models: dict[str, np.ndarray], config: AdditionConfig, test: Ex
     batch = test.batch(config)
     probabilities = np.exp(log_softmax(models["teacher"]))
     np.put_along_axis(probabilities, batch.labels[..., None], 0.0, axis=-1)
-    doubt = np.where(batch.mask, probabilities.max(axis=-1), 0.0)
+    right = batch.mask & (models["teacher"].argmax(axis=-1) == batch.labels)
+    doubt = np.where(right, probabilities.max(axis=-1), 0.0)
     row, column = np.unravel_index(doubt.argmax(), doubt.shape)
     position = int(column) - (config.prompt_length - 1)
     said = {name: np.exp(log_softmax(logits[row, column])).tolist() for name, logits in models.items()}

@@ -157,7 +157,7 @@ def on_mesh(
         lambda tree: jax.device_put(_owned(tree), state),
         lambda tree: jax.device_put(tree, teacher_params),
         lambda tree: jax.device_put(tree, everywhere),
-        lambda array: jax.device_put(array, rows),
+        lambda array: jax.device_put(_divisible(array, mesh.shape["data"] * mesh.shape["fsdp"]), rows),
         lambda tree: tree,
     )
 
@@ -176,12 +176,17 @@ def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | N
         return jax_utils.replicate(tree, devices)
 
     def place_rows(rows: np.ndarray):
-        if rows.shape[1] % len(devices):
-            raise ValueError(f"batch_size={rows.shape[1]} cannot be divided over {len(devices)} devices.")
+        rows = _divisible(rows, len(devices))
         parts = np.swapaxes(rows.reshape(rows.shape[0], len(devices), -1), 0, 1)
         return jax.device_put(parts, NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data")))
 
     return Wrapping(steps, replicate, replicate, replicate, place_rows, jax_utils.unreplicate, jax_utils.unreplicate)
+
+
+def _divisible(rows: np.ndarray, devices: int) -> np.ndarray:
+    if rows.shape[1] % devices:
+        raise ValueError(f"batch_size={rows.shape[1]} cannot be divided over {devices} devices.")
+    return rows
 
 
 def _owned(tree):
