@@ -23,6 +23,12 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
+
+def pytest_configure(config):
+    # Another process may be writing the entry that is read: JAX says so and compiles.
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
+
+
 # Shapes and types of the losses are checked at every call, from here on.
 jaxtyping.install_import_hook("distill.losses", "beartype.beartype")
 
