@@ -10,6 +10,7 @@ from flax import nnx
 
 from distill.data.loader import shift
 from distill.models import DecoderConfig, decoder
+from distill.models.layers import rms_norm, rotate
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
 
 ALL_BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -77,6 +78,29 @@ def test_bfloat16_is_float32_up_to_its_digits(tied):
     assert np.any(logits.astype(jnp.bfloat16).astype(jnp.float32) != logits)  # not rounded to bf16 on the way
     error = np.sqrt(np.mean((np.asarray(logits) - want) ** 2) / np.mean(want**2))
     assert 1e-5 < error < 0.03
+
+
+# Row 24: inside norm and rotation everything is float32; bf16 is rounded to once, at the end.
+def test_norm_and_rotation_round_once():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 5, 8, 64)) * 3, jnp.bfloat16)
+    exact, scale = np.asarray(x.astype(jnp.float32), np.float64), rng.normal(size=64)
+    normed = rms_norm(x[0], jnp.asarray(scale, jnp.float32), 1e-5)
+    want = exact[0] / np.sqrt(np.mean(exact[0] ** 2, axis=-1, keepdims=True) + 1e-5) * scale
+    assert_rounded_once(normed, want)
+    positions = jnp.array([[0, 1, 2, 100, 300, 1000, 3000, 5000]])
+    angle = np.asarray(positions, np.float64)[:, None, :, None] * 1e4 ** (-np.arange(32) / 32)
+    first, second = exact[..., :32], exact[..., 32:]
+    want = [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
+    assert_rounded_once(rotate(x, positions, 1e4), np.concatenate(want, axis=-1))
+
+
+def assert_rounded_once(got, exact):
+    assert got.dtype == jnp.bfloat16
+    got = np.asarray(got.astype(jnp.float32))
+    np.testing.assert_allclose(got, exact, rtol=2.0**-8, atol=4e-3)
+    nearest = np.asarray(jnp.asarray(exact, jnp.bfloat16).astype(jnp.float32))
+    assert np.mean(got == nearest) > 0.98  # the others lay half way between two bf16 numbers
 
 
 def test_causality_by_gradients():
