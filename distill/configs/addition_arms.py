@@ -1,0 +1,33 @@
+"""The addition protocol: three students, six arms, n = 100, 300, 600 labels, five seeds.
+
+    python scripts/reproduce.py addition
+
+Hardware: 2 CPU cores. Minutes and scores: REPRODUCE.md, which that command writes.
+"""
+
+from distill.config import Recipe, SweepConfig, TrainingConfig
+from distill.configs import addition
+from distill.models.config import DecoderConfig
+from distill.optim import OptimizerConfig
+from distill.protocol import ProtocolConfig
+
+
+def get_config() -> ProtocolConfig:
+    """Teacher and first student of ``configs/addition.py``; two smaller students, trained longer."""
+    base = addition.get_config()
+    return ProtocolConfig(
+        teacher=base.teacher,
+        students={
+            "15x": base.student,
+            "30x": student(width=12, feed_forward=28, steps=4000),
+            "70x": student(width=8, feed_forward=16, steps=6000),
+        },
+        sweep=SweepConfig(learning_rates=(3e-3, 1e-2), weight_decays=(0.0, 0.3, 1.0), steps=1000, evaluate_every=250),
+    )
+
+
+def student(width: int, feed_forward: int, steps: int) -> Recipe:
+    """A two-layer student and its training."""
+    model = DecoderConfig(vocab_size=14, layers=2, width=width, heads=2, feed_forward=feed_forward)
+    rate = OptimizerConfig(learning_rate=1e-2, warmup_steps=100)
+    return Recipe(model, TrainingConfig(steps=steps, evaluate_every=500, save_every=steps, optimizer=rate))
