@@ -72,9 +72,9 @@ class SweepConfig:
     """Labelled examples the student alone may train on."""
     validation: int = 500
     """Further labelled examples, to choose learning rate, weight decay and steps by."""
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
-    weight_decays: tuple[float, ...] = (0.0, 0.3, 1.0)
-    steps: int = 1000
+    learning_rates: tuple[float, ...] = (1e-2, 2e-2)
+    weight_decays: tuple[float, ...] = (1.0, 2.0)
+    steps: int = 1500
     evaluate_every: int = 250
     """Steps between the points at which a run may be stopped."""
     batch_size: int = 100

@@ -50,7 +50,7 @@ class ProtocolConfig:
     sweep: SweepConfig = SweepConfig()
     """The grid of ``alone`` and of ``same_prompts``, alike; its ``labels`` are replaced by those above."""
     unlabelled: ObjectiveConfig = ObjectiveConfig()
-    same_prompts: ObjectiveConfig = ObjectiveConfig(temperature=4.0, kd_weight=0.5, task_weight=0.5)
+    same_prompts: ObjectiveConfig = ObjectiveConfig(temperature=8.0)
 
     def __post_init__(self):
         if self.seeds < 2 or not self.labels or not self.students:
