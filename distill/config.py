@@ -132,6 +132,27 @@ class Config:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class ProtocolConfig:
+    """The arms of the addition protocol (``distill/protocol.py``) as one configuration."""
+
+    teacher: Recipe
+    students: dict[str, Recipe]
+    """Name → student and how its untuned arms (unlabelled, skyline, controls) are trained."""
+    data: AdditionConfig = AdditionConfig()
+    labels: tuple[int, ...] = (100, 300, 600)
+    seeds: int = 5
+    """Each with its own split, teachers and initial weights."""
+    sweep: SweepConfig = SweepConfig()
+    """The grid of ``alone`` and of ``same_prompts``, alike; its ``labels`` are replaced by those above."""
+    unlabelled: ObjectiveConfig = ObjectiveConfig()
+    same_prompts: ObjectiveConfig = ObjectiveConfig(temperature=8.0)
+
+    def __post_init__(self):
+        if self.seeds < 2 or not self.labels or not self.students:
+            raise ValueError("protocol: expected at least 2 seeds, one number of labels and one student.")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -27,34 +27,13 @@ import numpy as np
 from distill import arms, evaluate
 from distill.arms import Replicas, Schedule, pick, stack
 from distill.checkpoint import Checkpoints, lock, refuse_changes
-from distill.config import Recipe, SweepConfig, to_dict, write_json
+from distill.config import ProtocolConfig, Recipe, to_dict, write_json
 from distill.data import addition
 from distill.data.addition import AdditionConfig, Examples
 from distill.data.loader import Batch
 from distill.models import Model, decoder
-from distill.objective import ObjectiveConfig, task_term, terms_of
+from distill.objective import task_term, terms_of
 from distill.shapes import Params
-
-
-@dataclasses.dataclass(frozen=True)
-class ProtocolConfig:
-    """All arms as one configuration."""
-
-    teacher: Recipe
-    students: dict[str, Recipe]
-    """Name → student and how its untuned arms (unlabelled, skyline, controls) are trained."""
-    data: AdditionConfig = AdditionConfig()
-    labels: tuple[int, ...] = (100, 300, 600)
-    seeds: int = 5
-    """Each with its own split, teachers and initial weights."""
-    sweep: SweepConfig = SweepConfig()
-    """The grid of ``alone`` and of ``same_prompts``, alike; its ``labels`` are replaced by those above."""
-    unlabelled: ObjectiveConfig = ObjectiveConfig()
-    same_prompts: ObjectiveConfig = ObjectiveConfig(temperature=8.0)
-
-    def __post_init__(self):
-        if self.seeds < 2 or not self.labels or not self.students:
-            raise ValueError("protocol: expected at least 2 seeds, one number of labels and one student.")
 
 
 class World(NamedTuple):

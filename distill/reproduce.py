@@ -1,5 +1,6 @@
 """The numbers of REPRODUCE.md: runs, tables, and how they were made."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -8,7 +9,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill.protocol import ProtocolConfig, run_protocol
+from distill.config import ProtocolConfig
+from distill.protocol import run_protocol
+
+COLUMNS = (
+    "student",
+    "parameters",
+    "arm",
+    "labels",
+    "mean",
+    "95 % interval",
+    "worst seed",
+    "gap closed",
+    "agreement",
+    "KL (nats)",
+)
 
 
 def addition(config: ProtocolConfig, run: Path, page: Path) -> dict[str, Any]:
@@ -28,18 +43,18 @@ def addition_page(results: dict[str, Any]) -> str:
         "",
         "## Two-digit addition: `python scripts/reproduce.py addition`",
         "",
-        f"{len(scores)} seeds, each with its own split by unordered pair, teachers and initial weights. Exact match of",
-        "greedy decoding on 5 000 pairs nobody trained on. Interval: 95 % of the mean (Student's t). Gap closed is",
+        f"{len(scores)} seeds, each with its own split by unordered pair, teachers and initial weights. Exact match",
+        "of greedy decoding on 5 000 pairs nobody trained on. Interval: 95 % of the mean (Student's t). Gap closed is",
         "(arm − alone) / (teacher − alone), at the same number of labels; for arms without labels, at the fewest.",
         "The arms are described in `distill/protocol.py`, their settings in `distill/configs/addition_arms.py`.",
         "",
-        f"Made on {_machine()}; jax {jax.__version__}; commit {_commit()}; {cpu / 60:.0f} CPU minutes in all, of which "
-        f"{results['sweep']['cpu_seconds'] / 60:.0f} for the {results['sweep']['runs']} runs of the sweeps of `alone` and "
-        "`same_prompts` (the same grid for both).",
+        f"Made on {_machine()}; jax {jax.__version__}; commit {_commit()}.",
+        f"{cpu / 60:.0f} CPU minutes in all, {results['sweep']['cpu_seconds'] / 60:.0f} of them for the",
+        f"{results['sweep']['runs']} runs of the sweeps of `alone` and `same_prompts` (one grid for both).",
         "",
-        f"Teacher: {teacher['parameters']:,} parameters, exact match mean {np.mean(scores):.4f}, worst {min(scores):.4f}.",
+        f"Teacher: {teacher['parameters']:,} parameters, exact match {np.mean(scores):.4f}, worst {min(scores):.4f}.",
         "",
-        "| student | parameters | arm | labels | mean | 95 % interval | worst seed | gap closed | agreement | KL (nats) |",
+        "| " + " | ".join(COLUMNS) + " |",
         "|---|---:|---|---:|---:|---|---:|---:|---:|---:|",
         *(_line(row) for row in sorted(rows, key=lambda r: (-r["parameters"], r["labels"] or 10**9))),
     ]
@@ -56,7 +71,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _machine() -> str:
-    return f"{jax.device_count()} {jax.devices()[0].platform} device, {platform.machine()}, Python {platform.python_version()}"
+    device = f"{jax.device_count()} {jax.devices()[0].platform} device"
+    return f"{device} ({os.cpu_count()} cores, {platform.machine()}), Python {platform.python_version()}"
 
 
 def _commit() -> str:

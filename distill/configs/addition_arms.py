@@ -5,12 +5,11 @@
 Hardware: 2 CPU cores. Minutes and scores: REPRODUCE.md, which that command writes.
 """
 
-from distill.config import Recipe, SweepConfig, TrainingConfig
+from distill.config import ProtocolConfig, Recipe, SweepConfig, TrainingConfig
 from distill.configs import addition
 from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
-from distill.protocol import ProtocolConfig
 
 
 def get_config() -> ProtocolConfig:
