@@ -38,7 +38,7 @@ ARROWS = {
 }
 """Part of distill → the parts it may import, besides itself."""
 
-TOP = {"train", "arms", "experiment", "protocol", "reproduce", "cli"}
+TOP = {"train", "arms", "experiment", "protocol", "reproduce", "benchmark", "cli"}
 """These may import everything, and only they each other."""
 
 HEAVY = {

@@ -1,0 +1,149 @@
+"""Measurements: contestants in turn in one process, medians and ratios with their spread, start-up from outside."""
+
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from distill import parallel
+from distill.data import addition
+from distill.data.loader import Batch, Loader
+from distill.models import DecoderConfig, decoder
+from distill.objective import ObjectiveConfig, terms_of
+from distill.optim import OptimizerConfig, optimizer
+from distill.step import init_state, make_train_step
+
+Run = Callable[[int], None]
+"""``run(n)``: n training steps, waited for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """One shape of the tiny regime: live teacher, forward KL, AdamW with clipping, on two-digit addition."""
+
+    teacher: DecoderConfig
+    student: DecoderConfig
+    batch_size: int
+    steps: int
+    """Steps of one round."""
+
+
+def _model(layers: int, width: int) -> DecoderConfig:
+    return DecoderConfig(vocab_size=14, layers=layers, width=width, heads=width // 8, feed_forward=3 * width)
+
+
+TINY = (
+    Tiny(_model(2, 64), _model(2, 16), batch_size=256, steps=50),
+    Tiny(_model(1, 32), _model(1, 16), batch_size=32, steps=200),
+)
+
+
+def ours(case: Tiny, examples: Batch) -> tuple[Run, Run]:
+    """The library, many steps a dispatch, and one step a dispatch with the loss read every time."""
+
+    def contestant(per_dispatch: int) -> Run:
+        teacher, student = decoder(case.teacher), decoder(case.student)
+        update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
+        step = make_train_step(student, terms_of(ObjectiveConfig(temperature=2.0)), update, teacher=teacher)
+        wrapping = parallel.one_device(step)
+        state = wrapping.place_state(init_state(student.init(jax.random.key(0)), update))
+        teacher_params, data = teacher.init(jax.random.key(1)), wrapping.place_examples(examples)
+        loader, done = Loader(examples, case.batch_size, 0), 0
+
+        def run(steps: int) -> None:
+            nonlocal state, done
+            for _ in range(steps // per_dispatch):
+                rows = wrapping.place_rows(loader.rows(done, per_dispatch))
+                state, metrics = wrapping.steps(state, teacher_params, data, rows)
+                done += per_dispatch
+                if per_dispatch == 1:
+                    float(metrics["loss"][0][0])
+            jax.block_until_ready(state)
+
+        return run
+
+    return contestant(case.steps), contestant(1)
+
+
+def in_turn(contestants: dict[str, Run], steps: int, rounds: int = 7) -> dict[str, list[float]]:
+    """Steps per second of every contestant in every round, one after the other within a round; one warm-up round."""
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    for i in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run(steps)
+            if i:
+                speeds[name].append(steps / (time.perf_counter() - start))
+    return speeds
+
+
+def tiny(peer: Callable[[Tiny, Batch], Run]) -> list[str]:
+    """Lines of the tiny benchmark: steps per second against ``peer``, and start-up.
+
+    Args:
+      peer: ``(case, examples) -> run``; the same training in eager PyTorch, from scripts/peers.
+    """
+    data = addition.AdditionConfig()
+    examples = addition.load(data)["train"].batch(data)
+    lines = []
+    for case in TINY:
+        scan, single = ours(case, examples)
+        speeds = in_turn({"distill": scan, "one step a call": single, "torch": peer(case, examples)}, case.steps)
+        lines += [f"batch {case.batch_size}: {_speed(name, values)}" for name, values in speeds.items()]
+        ratios = [a / b for a, b in zip(speeds["distill"], speeds["torch"], strict=True)]
+        lines.append(f"batch {case.batch_size}: distill / torch eager = {_spread(ratios)}")
+    return lines + start_up()
+
+
+def _speed(name: str, values: list[float]) -> str:
+    return f"{name:<16} {_spread(values)} steps/s"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def start_up(rounds: int = 3) -> list[str]:
+    """Seconds of a whole process that reads the data, draws both models, compiles and takes one step."""
+    times: dict[str, list[float]] = {"cold": [], "with the compilation cache": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for name in times:
+                times[name].append(_process_seconds(cache))
+    return [f"start-up to the first step, {name}: {_spread(values)} s" for name, values in times.items()]
+
+
+def _process_seconds(cache: str) -> float:
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", "from distill import benchmark; benchmark.first_step()"]
+    root = str(Path(__file__).parents[1])
+    start = time.perf_counter()
+    subprocess.run(command, check=True, cwd=root, env=environment | {"XDG_CACHE_HOME": cache}, capture_output=True)
+    return time.perf_counter() - start
+
+
+def first_step() -> None:
+    """What ``start_up`` times: a distillation of the first tiny shape up to and with its first step."""
+    from distill import cli
+
+    cli.set_up_jax()
+    data, case = addition.AdditionConfig(), TINY[0]
+    scan, _ = ours(dataclasses.replace(case, steps=1), addition.load(data)["train"].batch(data))
+    scan(1)
+
+
+def time_data(steps: int = 1000, batch_size: int = 256) -> float:
+    """Milliseconds to compute the indices of one batch, over new epochs."""
+    examples = addition.encode(addition.AdditionConfig(), np.array([[1, 2]] * 5000)).batch(addition.AdditionConfig())
+    loader = Loader(examples, batch_size, seed=123_456)
+    start = time.perf_counter()
+    loader.rows(0, steps)
+    return (time.perf_counter() - start) * 1e3 / steps

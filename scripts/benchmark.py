@@ -1,0 +1,34 @@
+"""Measurements, contestants in turn in one run: medians with [least, most].
+
+pip install -e ".[bench]"              # PyTorch, the peer
+python scripts/benchmark.py tiny       # steps per second against eager PyTorch; start-up; about 3 minutes
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+peers = str(Path(__file__).parent / "peers")
+sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+
+from distill import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses, measures, prints."""
+    options = cli.parser(__doc__)
+    options.add_argument("what", choices=("tiny",))
+    options.parse_args(argv)
+    from distill import benchmark
+
+    sys.path.append(peers)
+    try:
+        from torch_tiny import torch_tiny
+    except ImportError as error:
+        raise ValueError(f"{error}: the peer is missing; pip install -e '.[bench]'.") from error
+    print("\n".join(benchmark.tiny(torch_tiny)))
+    print(f"indices of one batch of 256: {benchmark.time_data():.2f} ms of Python, while the device computes")
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
