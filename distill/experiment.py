@@ -45,6 +45,7 @@ def run_experiment(config: Config, run: Path) -> dict[str, Any]:
     with lock(run / ".experiment"):
         write_json(run / "config.json", to_dict(config))
         sides = addition.load(config.data)
+        labelled(config, sides["train"], 0)  # refuses too many labels before anything is trained
         teacher = train_teacher(config, run, sides)
         student = distil(config, run, sides, teacher)
         baseline, chosen = train_baseline(config, run, sides)

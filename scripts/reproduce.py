@@ -1,9 +1,11 @@
 """Makes the numbers of REPRODUCE.md again; what is done already is kept in the run folder and not done twice.
 
 python scripts/reproduce.py addition            # every arm, five seeds: about an hour of CPU time
+    python scripts/reproduce.py kills               # 20 times kill -9, then the same bits: about 6 minutes
 """
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, runs, writes the page."""
     options = cli.parser(__doc__)
-    options.add_argument("what", choices=("addition",))
+    options.add_argument("what", choices=("addition", "kills"))
     options.add_argument("--run", type=Path, default=Path("runs/addition_arms"), help="run folder")
     options.add_argument("--page", type=Path, default=Path("REPRODUCE.md"), help="the page to write")
     known = options.parse_args(argv)
@@ -23,6 +25,12 @@ def main(argv: Sequence[str]) -> None:
     from distill import reproduce
     from distill.config import load_config
 
+    if known.what == "kills":
+        often = [f"--{role}.training.save-every=100" for role in ("teacher", "student")]
+        with tempfile.TemporaryDirectory() as folder:
+            runs = reproduce.kills(20, Path(folder), often)
+        print(f"20 kills, {runs} runs taken up to their end: every weight equal to the bit")
+        return
     reproduce.addition(load_config("addition_arms"), known.run, known.page)
     print(f"written: {known.page}")
 
