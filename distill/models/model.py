@@ -85,7 +85,8 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
     """A ``Model`` from a Linen module with ``__call__(tokens, …) -> Output`` and ``unembed(hidden)``.
 
     Parameters declared with ``parameter`` are drawn from ONE stream of normals cut into leaves: one small program
-    whatever the depth (a draw per leaf costs seconds of compilation), and the same bits however they are sharded.
+    whatever the depth (a draw per leaf costs seconds of compilation), and the same numbers however they are sharded
+    (to the last bit but one: XLA may fuse the scaling otherwise).
     """
     specification = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     boxes, structure = jax.tree.flatten(specification, is_leaf=lambda leaf: isinstance(leaf, Parameter))
