@@ -85,26 +85,28 @@ def in_turn(contestants: dict[str, Run], steps: int, rounds: int = 7) -> dict[st
     return speeds
 
 
-def tiny(peer: Callable[[Tiny, Batch], Run]) -> list[str]:
-    """Lines of the tiny benchmark: steps per second against ``peer``, and start-up.
+def tiny(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
+    """Lines of the tiny benchmark: steps per second against ``peers``, and start-up.
 
     Args:
-      peer: ``(case, examples) -> run``; the same training in eager PyTorch, from scripts/peers.
+      peers: name → ``(case, examples) -> run``; the same training in eager PyTorch, from scripts/peers.
     """
     data = addition.AdditionConfig()
     examples = addition.load(data)["train"].batch(data)
     lines = []
     for case in TINY:
         scan, single = ours(case, examples)
-        speeds = in_turn({"distill": scan, "one step a call": single, "torch": peer(case, examples)}, case.steps)
+        others = {name: peer(case, examples) for name, peer in peers.items()}
+        speeds = in_turn({"distill": scan, "one step a call": single} | others, case.steps)
         lines += [f"batch {case.batch_size}: {_speed(name, values)}" for name, values in speeds.items()]
-        ratios = [a / b for a, b in zip(speeds["distill"], speeds["torch"], strict=True)]
-        lines.append(f"batch {case.batch_size}: distill / torch eager = {_spread(ratios)}")
+        for name in peers:
+            ratios = [a / b for a, b in zip(speeds["distill"], speeds[name], strict=True)]
+            lines.append(f"batch {case.batch_size}: distill / {name} = {_spread(ratios)}")
     return lines + start_up()
 
 
 def _speed(name: str, values: list[float]) -> str:
-    return f"{name:<16} {_spread(values)} steps/s"
+    return f"{name:<26} {_spread(values)} steps/s"
 
 
 def _spread(values: list[float]) -> str:

@@ -23,10 +23,10 @@ def main(argv: Sequence[str]) -> None:
 
     sys.path.append(peers)
     try:
-        from torch_tiny import torch_tiny
+        from torch_tiny import PEERS
     except ImportError as error:
         raise ValueError(f"{error}: the peer is missing; pip install -e '.[bench]'.") from error
-    print("\n".join(benchmark.tiny(torch_tiny)))
+    print("\n".join(benchmark.tiny(PEERS)))
     print(f"indices of one batch of 256: {benchmark.time_data():.2f} ms of Python, while the device computes")
 
 

@@ -1,4 +1,8 @@
-"""The same tiny training in eager PyTorch, for scripts/benchmark.py: the peer our speed is held against."""
+"""The same tiny training in eager PyTorch, for scripts/benchmark.py: the peers our speed is held against.
+
+Two models of the same shape: ``lean``, written here with as few operations as eager PyTorch can do with, and the Llama
+of ``transformers``, which is what the PyTorch trainers train.
+"""
 
 import functools
 
@@ -45,11 +49,35 @@ class Decoder(torch.nn.Module):
         return self.head(self.norm(functools.reduce(one, self.layers, self.embedding(tokens))))
 
 
-def torch_tiny(case, examples):
-    """``run(n)``: n eager steps with a live teacher, KL at T=2, clipping, AdamW."""
-    teacher, student = (Decoder(c, examples.inputs.shape[1]) for c in (case.teacher, case.student))
+def llama(c, length):
+    """The Llama of ``transformers``, tokens in, logits out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.width,
+            intermediate_size=c.feed_forward,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            max_position_embeddings=length,
+            use_cache=False,
+        )
+    )
+    return model, lambda tokens: model(tokens).logits
+
+
+def lean(c, length):
+    """``Decoder``, tokens in, logits out."""
+    model = Decoder(c, length)
+    return model, model
+
+
+def torch_tiny(case, examples, build):
+    """``run(n)``: n eager steps with a live teacher, KL at T=2, clipping, AdamW; ``build`` is ``lean`` or ``llama``."""
+    (_, teacher), (model, student) = (build(c, examples.inputs.shape[1]) for c in (case.teacher, case.student))
     inputs, mask = torch.from_numpy(examples.inputs).long(), torch.from_numpy(examples.mask)
-    update = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    update = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
 
     def run(steps):
         for _ in range(steps):
@@ -59,7 +87,13 @@ def torch_tiny(case, examples):
             kl = F.kl_div(F.log_softmax(student(inputs[rows]) / 2, -1), target, log_target=True, reduction="none")
             update.zero_grad()
             (4 * kl.sum(-1)[mask[rows]].mean()).backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             update.step()
 
     return run
+
+
+PEERS = {
+    "lean eager PyTorch": functools.partial(torch_tiny, build=lean),
+    "transformers' Llama, eager": functools.partial(torch_tiny, build=llama),
+}
