@@ -22,6 +22,7 @@ ARROWS = {
     "metrics": set(),
     "progress": set(),
     "table": set(),
+    "vocab": {"shapes"},
     "losses": {"shapes"},
     "models": {"shapes"},
     "optim": {"shapes"},
