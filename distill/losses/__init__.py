@@ -8,7 +8,21 @@ Array([0.0589, 0.    ], dtype=float32)
 """
 
 from distill.losses.divergences import forward_kl, generalized_jsd, reverse_kl
+from distill.losses.hidden import attention_kl, hidden_cosine, hidden_mse, layer_map, projected_mse, relation_kl
 from distill.losses.labels import cross_entropy
 from distill.losses.reduce import divide, masked_sum
 
-__all__ = ["cross_entropy", "divide", "forward_kl", "generalized_jsd", "masked_sum", "reverse_kl"]
+__all__ = [
+    "attention_kl",
+    "cross_entropy",
+    "divide",
+    "forward_kl",
+    "generalized_jsd",
+    "hidden_cosine",
+    "hidden_mse",
+    "layer_map",
+    "masked_sum",
+    "projected_mse",
+    "relation_kl",
+    "reverse_kl",
+]

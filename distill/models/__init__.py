@@ -2,6 +2,6 @@
 
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
-from distill.models.model import Cache, Model, Output, from_linen, from_nnx
+from distill.models.model import Cache, Collect, Model, Output, Relations, from_linen, from_nnx
 
-__all__ = ["Cache", "DecoderConfig", "Model", "Output", "decoder", "from_linen", "from_nnx"]
+__all__ = ["Cache", "Collect", "DecoderConfig", "Model", "Output", "Relations", "decoder", "from_linen", "from_nnx"]

@@ -3,9 +3,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from distill.models.collect import collected, empty, slots_of
 from distill.models.config import DecoderConfig
 from distill.models.layers import Block, Norm
-from distill.models.model import Cache, Model, Output, from_linen, parameter
+from distill.models.model import Cache, Collect, Model, Output, from_linen, parameter
 from distill.shapes import Array
 
 
@@ -26,13 +27,20 @@ class Decoder(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.norm = Norm(c.norm_epsilon)
 
-    def __call__(self, tokens_BL: Array, positions=None, segments=None, cache: Cache | None = None) -> Output:
+    def __call__(
+        self,
+        tokens_BL: Array,
+        positions=None,
+        segments=None,
+        cache: Cache | None = None,
+        collect: Collect | None = None,
+    ) -> Output:
         batch, length = tokens_BL.shape
         start = jnp.int32(0) if cache is None else cache.length
         slots_L = start + jnp.arange(length)
@@ -43,13 +51,22 @@ class Decoder(nn.Module):
         earlier_LS = jnp.arange(segments_BS.shape[1])[None, :] <= slots_L[:, None]
         mask_BLS = earlier_LS[None] & (segments_BL[:, :, None] == segments_BS[:, None, :])
 
-        x_BLD = self.embedding.astype(self.config.dtype)[tokens_BL]
+        embedded_BLD = self.embedding.astype(self.config.dtype)[tokens_BL]
         kv = None if cache is None else (cache.keys_NBGSK, cache.values_NBGSK)
-        x_BLD, kv = self.layers(x_BLD, positions_BL, mask_BLS, start, kv)
+        kept = slots = None
+        if collect is not None:
+            collect.check(self.config.layers)
+            kept = empty(self.config, collect, batch, length, segments_BS.shape[1])
+            slots = slots_of(collect, self.config.layers)
+        (x_BLD, kept), kv = self.layers((embedded_BLD, kept), positions_BL, mask_BLS, start, kv, slots)
         hidden_BLD = self.norm(x_BLD)
         if self.is_initializing():
             self.unembed(hidden_BLD)
-        return Output(hidden_BLD, None if seen is None else seen._replace(keys_NBGSK=kv[0], values_NBGSK=kv[1]))
+        return Output(
+            hidden_BLD,
+            None if seen is None else seen._replace(keys_NBGSK=kv[0], values_NBGSK=kv[1]),
+            None if collect is None else collected(collect, self.config.layers, kept, embedded_BLD, x_BLD),
+        )
 
     def unembed(self, hidden_BLD: Array) -> Array:
         """Logits ``[..., V]``; the matmul accumulates in float32."""

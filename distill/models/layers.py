@@ -1,11 +1,14 @@
 """The layers of a decoder, in Linen, and the functions they are made of."""
 
+from collections.abc import Collection
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from distill.models.collect import keep
 from distill.models.config import DecoderConfig
-from distill.models.model import parameter
+from distill.models.model import Relations, parameter
 from distill.shapes import Array
 
 
@@ -26,18 +29,23 @@ def rotate(x_BHLK: Array, positions_BL: Array, theta: float) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLK.dtype)
 
 
-def attend(q_BHLK: Array, k_BGSK: Array, v_BGSK: Array, mask_BLS: Array) -> Array:
-    """Softmax attention of H query heads over G key/value groups, scores and softmax in float32. Returns ``[B,H,L,K]``.
-
-    A row that sees no key (none exists in a causal model: a token sees itself) would be uniform, not NaN.
-    """
+def attention_weights(q_BHLK: Array, k_BGSK: Array, mask_BLS: Array) -> Array:
+    """softmax(q·k / √K) over the keys a query may see, float32 ``[B, G, R, L, S]``."""
     batch, heads, length, size = q_BHLK.shape
     groups = k_BGSK.shape[1]
     q_BGRLK = q_BHLK.reshape(batch, groups, heads // groups, length, size)
     scores = jnp.einsum("bgrlk,bgsk->bgrls", q_BGRLK, k_BGSK, preferred_element_type=jnp.float32) * size**-0.5
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
-    return jnp.einsum("bgrls,bgsk->bgrlk", weights, v_BGSK).reshape(batch, heads, length, size)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def attend(q_BHLK: Array, k_BGSK: Array, v_BGSK: Array, mask_BLS: Array) -> Array:
+    """Softmax attention of H query heads over G key/value groups, scores and softmax in float32. Returns ``[B,H,L,K]``.
+
+    A row that sees no key (none exists in a causal model: a token sees itself) would be uniform, not NaN.
+    """
+    weights = attention_weights(q_BHLK, k_BGSK, mask_BLS).astype(v_BGSK.dtype)
+    return jnp.einsum("bgrls,bgsk->bgrlk", weights, v_BGSK).reshape(q_BHLK.shape)
 
 
 class Projection(nn.Module):
@@ -78,7 +86,7 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, cache):
+    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, cache, wanted: Collection[str] = ()):
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -97,7 +105,13 @@ class Attention(nn.Module):
         shape, fan_in = (c.heads, c.key_size, c.width), c.heads * c.key_size
         axes, bias_axes = ("heads", "head", "embed"), int(c.output_bias)
         out = Projection("bhlk,hkd->bld", shape, axes, fan_in, bias_axes, name="output")(y_BHLK)
-        return out, (k_BGLK, v_BGLK)
+        seen = {}
+        if "attention" in wanted:  # computed twice in writing only: XLA finds the equal expression in attend
+            weights = attention_weights(q_BHLK, k_BGLK, mask_BLS)
+            seen["attention"] = weights.reshape(*q_BHLK.shape[:3], k_BGLK.shape[2])
+        if "relations" in wanted:
+            seen["relations"] = Relations(q_BHLK, k_BGLK, v_BGLK)
+        return out, (k_BGLK, v_BGLK), seen
 
 
 class SwiGLU(nn.Module):
@@ -120,17 +134,23 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). Shaped for ``nn.scan``: carry, broadcasts, cache."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). Shaped for ``nn.scan``: carry, broadcasts, cache.
+
+    The carry is ``(x, kept)``; ``kept`` holds a buffer for each thing that is collected, or is None (``collect.py``).
+    """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, start, cache):
+    def __call__(self, carry, positions_BL: Array, mask_BLS: Array, start, cache, slots):
         c = self.config
+        x_BLD, kept = carry
         cache = None if cache is None else (*cache, start)
-        attended, kv = Attention(c, name="attention")(
-            Norm(c.norm_epsilon, name="attention_norm")(x_BLD), positions_BL, mask_BLS, cache
+        attended, kv, seen = Attention(c, name="attention")(
+            Norm(c.norm_epsilon, name="attention_norm")(x_BLD), positions_BL, mask_BLS, cache, kept or ()
         )
         x_BLD = x_BLD + attended
         x_BLD = x_BLD + SwiGLU(c, name="mlp")(Norm(c.norm_epsilon, name="mlp_norm")(x_BLD))
-        return x_BLD, None if cache is None else kv
+        if kept is not None:
+            kept = keep(kept, seen | {"hidden": x_BLD}, slots)
+        return (x_BLD, kept), None if cache is None else kv

@@ -1,6 +1,7 @@
 """``Model``: what every network looks like from outside, and the adapters that make one."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,11 +24,47 @@ class Cache(NamedTuple):
     length: Int[Array, ""]
 
 
+@dataclasses.dataclass(frozen=True)
+class Collect:
+    """What ``apply`` keeps on its way through the layers, which are numbered from 1; the rest costs no memory.
+
+    Hashable: pass it through ``jax.jit(..., static_argnames="collect")`` or from a closure.
+    """
+
+    hidden: tuple[int, ...] = ()
+    """Residual stream ``[B, L, D]``: 0 is the embedding, n the output of layer n; the last BEFORE the final norm."""
+    attention: tuple[int, ...] = ()
+    """Attention maps ``[B, H, L, S]`` of these layers, float32; every row sums to 1."""
+    relations: tuple[int, ...] = ()
+    """Queries, keys and values of these layers, as a ``Relations``."""
+
+    def check(self, layers: int) -> None:
+        """Raises ValueError if a model with so many layers has not all of these."""
+        for field in dataclasses.fields(self):
+            first = 0 if field.name == "hidden" else 1
+            wrong = [n for n in getattr(self, field.name) if not first <= n <= layers]
+            if wrong:
+                raise ValueError(
+                    f"collect: {field.name} of layers {wrong}; this model has {first} … {layers}"
+                    + (" (0 is the embedding)." if first == 0 else ", counted from 1.")
+                )
+
+
+class Relations(NamedTuple):
+    """Queries, keys and values as attention multiplies them: after the rotation by position."""
+
+    queries: Float[Array, "B H L K"]
+    keys: Float[Array, "B G S K"]
+    values: Float[Array, "B G S K"]
+
+
 class Output(NamedTuple):
     """What ``apply`` returns; ``hidden`` is after the final norm, as the head wants it."""
 
     hidden: Float[Array, "B L D"]
     cache: Cache | None = None
+    collected: dict[str, dict[int, Any]] | None = None
+    """By the names of ``Collect``, then by layer: ``collected["hidden"][3]``; None unless asked for."""
 
 
 class Parameter(nn.Partitioned):
@@ -61,7 +98,7 @@ class Model:
     init: Callable[[Array], Params]
     """``init(key) -> params``."""
     apply: Callable[..., Output]
-    """``apply(params, tokens, positions=None, segments=None, cache=None) -> Output``."""
+    """``apply(params, tokens, positions=None, segments=None, cache=None, collect=None) -> Output``."""
     unembed: Callable[[Params, Array], Array]
     """``unembed(params, hidden) -> logits``, float32."""
     vocab_size: int
@@ -84,6 +121,8 @@ class Model:
 def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
     """A ``Model`` from a Linen module with ``__call__(tokens, …) -> Output`` and ``unembed(hidden)``.
 
+    ``apply`` takes ``collect`` if the module's ``__call__`` does.
+
     Parameters declared with ``parameter`` are drawn from ONE stream of normals cut into leaves: one small program
     whatever the depth (a draw per leaf costs seconds of compilation), and the same numbers however they are sharded
     (to the last bit but one: XLA may fuse the scaling otherwise).
@@ -103,13 +142,24 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
             start += size
         return jax.tree.unflatten(structure, leaves)
 
-    def apply(params: Params, tokens: Array, **inputs: Any) -> Output:
+    def apply(params: Params, tokens: Array, *, collect: Collect | None = None, **inputs: Any) -> Output:
+        if collect is not None:
+            if "collect" not in inspect.signature(type(module).__call__).parameters:
+                raise _cannot_collect(type(module).__name__)
+            inputs["collect"] = collect
         return module.apply({"params": params}, tokens, **inputs)
 
     def unembed(params: Params, hidden: Array) -> Array:
         return jnp.asarray(module.apply({"params": params}, hidden, method="unembed"))
 
     return Model(init, apply, unembed, vocab_size, axes=axes, **fields)
+
+
+def _cannot_collect(name: str) -> ValueError:
+    return ValueError(
+        f"collect: {name} gives only its last hidden states; hidden-state, attention and relation losses need a model "
+        "whose apply takes collect, such as models.decoder."
+    )
 
 
 def from_nnx(construct: Callable[..., nnx.Module], vocab_size: int) -> Model:
@@ -142,7 +192,9 @@ def from_nnx(construct: Callable[..., nnx.Module], vocab_size: int) -> Model:
     def init(key: Array) -> Params:
         return nnx.to_pure_dict(nnx.split(construct(rngs=nnx.Rngs(key)))[1])
 
-    def apply(params: Params, tokens: Array, **inputs: Any) -> Output:
+    def apply(params: Params, tokens: Array, *, collect: Collect | None = None, **inputs: Any) -> Output:
+        if collect is not None:
+            raise _cannot_collect(getattr(construct, "__name__", "an NNX module"))
         return Output(rebuild(params)(tokens, **inputs))
 
     def unembed(params: Params, hidden: Array) -> Array:
