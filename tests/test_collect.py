@@ -220,18 +220,21 @@ def test_memory_grows_with_what_is_chosen():
     config = tiny(layers=16, width=32, heads=2, kv_heads=1, head_dim=4, feed_forward=16)
     model = decoder(config)
     params, tokens = random_params(model), jnp.zeros((4, 128), jnp.int32)
-    state = 4 * 128 * 32 * 4
+    state, attention = 4 * 128 * 32 * 4, 4 * 2 * 128 * 128 * 4  # bytes of one
 
-    def bytes_for(*layers):
+    def bytes_for(transform, **layers):
         def loss(params):
-            hidden = model.apply(params, tokens, collect=Collect(hidden=layers)).collected["hidden"]
-            return sum(jnp.sum(jnp.square(x)) for x in hidden.values())
+            output = model.apply(params, tokens, collect=Collect(**layers))
+            return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves((output.hidden, output.collected)))
 
-        return jax.jit(loss).lower(params).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(transform(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    ends, one, every = bytes_for(0, 16), bytes_for(8), bytes_for(*range(17))
+    forward = functools.partial(bytes_for, lambda loss: loss)
+    ends, one, every = forward(hidden=(0, 16)), forward(hidden=(8,)), forward(hidden=tuple(range(17)))
     assert one - ends < 4 * state
     assert every - ends > 14 * state
+    backward = functools.partial(bytes_for, jax.grad)
+    assert backward(attention=(8,)) - backward() < 4 * attention  # and not one more residual for each layer
 
 
 def test_nothing_is_carried_unless_asked_for(deep):

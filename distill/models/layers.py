@@ -44,8 +44,14 @@ def attend(q_BHLK: Array, k_BGSK: Array, v_BGSK: Array, mask_BLS: Array) -> Arra
 
     A row that sees no key (none exists in a causal model: a token sees itself) would be uniform, not NaN.
     """
-    weights = attention_weights(q_BHLK, k_BGSK, mask_BLS).astype(v_BGSK.dtype)
-    return jnp.einsum("bgrls,bgsk->bgrlk", weights, v_BGSK).reshape(q_BHLK.shape)
+    return mix(attention_weights(q_BHLK, k_BGSK, mask_BLS), v_BGSK)
+
+
+def mix(weights_BGRLS: Array, v_BGSK: Array) -> Array:
+    """The values, weighed: ``[B, H, L, K]``."""
+    y_BGRLK = jnp.einsum("bgrls,bgsk->bgrlk", weights_BGRLS.astype(v_BGSK.dtype), v_BGSK)
+    batch, groups, per_group, length, size = y_BGRLK.shape
+    return y_BGRLK.reshape(batch, groups * per_group, length, size)
 
 
 class Projection(nn.Module):
@@ -101,16 +107,18 @@ class Attention(nn.Module):
             keys, values, start = cache
             k_BGLK = jax.lax.dynamic_update_slice_in_dim(keys, k_BGLK.astype(keys.dtype), start, axis=2)
             v_BGLK = jax.lax.dynamic_update_slice_in_dim(values, v_BGLK.astype(values.dtype), start, axis=2)
-        y_BHLK = attend(q_BHLK, k_BGLK, v_BGLK, mask_BLS)
+        seen = {}
+        if "attention" in wanted:
+            weights = attention_weights(q_BHLK, k_BGLK, mask_BLS)
+            y_BHLK = mix(weights, v_BGLK)
+            seen["attention"] = weights.reshape(*q_BHLK.shape[:3], k_BGLK.shape[2])
+        else:
+            y_BHLK = attend(q_BHLK, k_BGLK, v_BGLK, mask_BLS)
+        if "relations" in wanted:
+            seen["relations"] = Relations(q_BHLK, k_BGLK, v_BGLK)
         shape, fan_in = (c.heads, c.key_size, c.width), c.heads * c.key_size
         axes, bias_axes = ("heads", "head", "embed"), int(c.output_bias)
         out = Projection("bhlk,hkd->bld", shape, axes, fan_in, bias_axes, name="output")(y_BHLK)
-        seen = {}
-        if "attention" in wanted:  # computed twice in writing only: XLA finds the equal expression in attend
-            weights = attention_weights(q_BHLK, k_BGLK, mask_BLS)
-            seen["attention"] = weights.reshape(*q_BHLK.shape[:3], k_BGLK.shape[2])
-        if "relations" in wanted:
-            seen["relations"] = Relations(q_BHLK, k_BGLK, v_BGLK)
         return out, (k_BGLK, v_BGLK), seen
 
 

@@ -29,6 +29,14 @@ class Collect:
     """What ``apply`` keeps on its way through the layers, which are numbered from 1; the rest costs no memory.
 
     Hashable: pass it through ``jax.jit(..., static_argnames="collect")`` or from a closure.
+
+    Example:
+      >>> from distill.models import DecoderConfig, decoder
+      >>> model = decoder(DecoderConfig(vocab_size=14, layers=4, width=8, heads=2, feed_forward=16))
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> output = model.apply(model.init(jax.random.key(0)), tokens, collect=Collect(hidden=(0, 4), attention=(2,)))
+      >>> output.collected["hidden"][4].shape, output.collected["attention"][2].shape
+      ((1, 3, 8), (1, 2, 3, 3))
     """
 
     hidden: tuple[int, ...] = ()
