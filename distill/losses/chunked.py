@@ -1,0 +1,266 @@
+"""Any per-position loss from hidden states and heads, with nothing of size ``[tokens, V]`` ever alive.
+
+A loss over words needs the logits of one token at a time. So tokens are taken ``chunk_size`` at a time, and while the
+logits ``S, T [chunk, V]`` of a chunk are there, so are the gradients:
+
+    S = h·W,  T = h'·W'                                   logits of student and teacher
+    G = ∂ Σ loss(S, T) / ∂S                               autodiff of the per-position loss, or its closed form
+    ∂h = G·Wᵀ,  ∂W += hᵀ·G                                accumulated in float32
+
+All of it happens in the forward pass (a custom VJP keeps ∂h and ∂W, both as large as what they are gradients of), so
+no logit is computed twice: 6·D + 2·D' operations per token and word, the least there is. Recomputing the logits in the
+backward pass (``jax.checkpoint``, chunked losses of other libraries) costs 8·D + 4·D'.
+
+Tokens that do not count are sorted behind those that do, and the loop ends where counting ends: a batch that is half
+prompt costs half.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from distill.head import Head, product
+from distill.losses.reduce import Pair
+from distill.shapes import Array, Float, Mask
+
+PerPosition = Callable[[Any, Any, Any], Any]
+
+
+def chunked(
+    per_position: PerPosition,
+    student_hidden: Float[Array, "*batch D"],
+    student_head: Head,
+    teacher_hidden: Float[Array, "*batch E"] | None,
+    teacher_head: Head | None,
+    labels: Any,
+    mask: Mask,
+    chunk_size: int | None = None,
+    *,
+    has_aux: bool = False,
+    mesh: Mesh | None = None,
+    token_axes: tuple[str, ...] = ("data", "fsdp"),
+) -> Pair | tuple[Pair, Any]:
+    """``(Σ per_position(student_logits, teacher_logits, labels) where mask, number of counted positions)``.
+
+    Equal, in value and in gradient, to computing both logits and ``masked_sum``. Gradients are with respect to the
+    student's hidden states and head only: the teacher is never differentiated. Reverse mode, once (no second order).
+
+    Args:
+      per_position: ``(student_logits [n, V], teacher_logits [n, V], labels [n]) -> nats [n]``, any pure function that
+        treats positions independently; it must not close over something that is itself differentiated.
+      student_hidden: ``[..., D]``, as the head wants it.
+      student_head: its ``Head``.
+      teacher_hidden: ``[..., E]``, another width than D if need be; None: ``per_position`` gets None for its logits.
+      teacher_head: its ``Head``.
+      labels: ``[...]``, or a tree of arrays ``[..., *]`` (stored targets of a teacher), handed on in parts.
+      mask: ``[...]``: which positions count. Whatever stands in the others, NaN too, has no part in anything.
+      chunk_size: positions at a time; about ``16 · V · chunk_size`` bytes are alive. None: ``default_chunk_size``.
+      has_aux: ``per_position`` returns ``(nats, aux)`` with aux a tree of further per-position values that are summed
+        but not differentiated (metrics).
+      mesh: under ``jit`` on this mesh every device works on its own part of the first axis of ``mask``, sums and
+        gradients of the head are added at the end. Other axes stay with the compiler: a kernel sharded over words (the
+        axis ``tensor``) gives logits sharded over words, and a loss's sums over words become all-reduces.
+      token_axes: of the mesh, over which the first axis of ``mask`` lies.
+
+    Returns:
+      ``(sum, weight)``, float32 scalars; with ``has_aux`` also the tree of sums of aux.
+
+    Raises:
+      ValueError: shapes that do not fit together, words that differ between the two heads, chunk_size < 1.
+
+    Example:
+      >>> from distill import losses
+      >>> hidden, kernel = jnp.ones((2, 3, 4)), jnp.eye(4, 7)
+      >>> student, teacher = Head(kernel), Head(2 * kernel)
+      >>> labels, mask = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+      >>> loss = lambda s, t, labels: losses.forward_kl(s, t, temperature=2.0)
+      >>> total, weight = chunked(loss, hidden, student, hidden, teacher, labels, mask, chunk_size=4)
+      >>> float(weight), bool(jnp.allclose(total, 6 * loss(student.logits(hidden), teacher.logits(hidden), 0)[0, 0]))
+      (6.0, True)
+    """
+    student_head = student_head.words()
+    teacher_head = None if teacher_head is None else teacher_head.words()
+    _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, chunk_size)
+    chunk_size = chunk_size or default_chunk_size(student_head.kernel.shape[1])
+
+    def loss(student_logits, teacher_logits, labels):
+        result = per_position(student_logits, teacher_logits, labels)
+        return result if has_aux else (result, ())
+
+    def sums(student_hidden, student_head, rest):
+        (teacher_hidden, teacher_head), labels, mask = jax.lax.stop_gradient(rest)
+        tokens, batch = math.prod(mask.shape), mask.ndim
+
+        def flat(tree):
+            return jax.tree.map(lambda x: x.reshape(tokens, *x.shape[batch:]), tree)
+
+        teacher = None if teacher_hidden is None else (flat(teacher_hidden), teacher_head)
+        size = min(chunk_size, max(tokens, 1))
+        return _total(loss, size, flat(student_hidden), student_head, teacher, flat(labels), flat(mask))
+
+    if mesh is not None:
+        sums = _on_mesh(sums, mesh, tuple(axis for axis in token_axes if axis in mesh.shape))
+    total, aux = sums(student_hidden, student_head, ((teacher_hidden, teacher_head), labels, mask))
+    pair = total, jnp.sum(mask, dtype=jnp.float32)
+    return (pair, aux) if has_aux else pair
+
+
+def _on_mesh(sums: Callable, mesh: Mesh, axes: tuple[str, ...]) -> Callable:
+    """``sums`` on every device's own tokens, added over ``axes``."""
+    tokens, everywhere = PartitionSpec(axes), PartitionSpec()
+
+    def local(student_hidden, student_head, rest):
+        return jax.lax.psum(sums(student_hidden, student_head, rest), axes)
+
+    specs = (tokens, everywhere, ((tokens, everywhere), tokens, tokens))
+    # check_vma: a custom VJP and a loop of its own length on every device are beyond that check
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=everywhere, axis_names=set(axes), check_vma=False)
+
+
+def default_chunk_size(vocab_size: int) -> int:
+    """Positions at a time: 256 on CPU, where a chunk should stay in the cache; elsewhere as many as 256 MiB hold.
+
+    On an accelerator the gradient of the head, ``[D, V]`` in float32, is read and written once per chunk, so that few
+    large chunks are wanted: at V = 128k, 512 positions.
+    """
+    if jax.default_backend() == "cpu":
+        return 256
+    return int(np.clip(2 ** round(math.log2(2**26 / vocab_size)), 128, 4096))
+
+
+def _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, chunk_size):
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunked: chunk_size={chunk_size}; expected at least 1, or None.")
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise ValueError("chunked: teacher_hidden and teacher_head belong together; give both or None for both.")
+    sides = [("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)]
+    for name, hidden, head in sides:
+        if head is None:
+            continue
+        if hidden.shape[:-1] != mask.shape or hidden.shape[-1] != head.kernel.shape[0]:
+            raise ValueError(
+                f"chunked: {name}_hidden {hidden.shape} with a head {head.kernel.shape} and a mask {mask.shape}; "
+                "expected hidden [*mask, D] and a kernel [D, V]."
+            )
+    if teacher_head is not None and teacher_head.kernel.shape[1] != student_head.kernel.shape[1]:
+        raise ValueError(
+            f"chunked: the student has {student_head.kernel.shape[1]} words, the teacher {teacher_head.kernel.shape[1]}"
+            "; set vocab_size of both heads to the words they share (distill/vocab.py)."
+        )
+    for leaf in jax.tree.leaves(labels):
+        if leaf.shape[: mask.ndim] != mask.shape:
+            raise ValueError(f"chunked: labels of shape {leaf.shape} with a mask {mask.shape}; expected [*mask, …].")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _total(loss, chunk_size, hidden, head, teacher, labels, mask):
+    """Σ loss and Σ aux, without gradients."""
+
+    def one(part, h, t, of_labels, counts):
+        nats, aux = loss(head.finish(product(h, head.kernel)), t, of_labels)
+        return _add(part, _sums((nats, aux), counts))
+
+    def like(h, t, of_labels, counts):
+        return _sums(loss(head.finish(product(h, head.kernel)), t, of_labels), counts)
+
+    return _loop(one, like, chunk_size, hidden, teacher, labels, mask)
+
+
+def _forward(loss, chunk_size, hidden, head, teacher, labels, mask):
+    """The sums, and with them the gradients of Σ loss with respect to hidden and head."""
+    back = _back(head.kernel)
+
+    def chunk(h, t, of_labels, counts):
+        def finish(s, bias):
+            return _sums(loss(head.replace(bias=bias).finish(s), t, of_labels), counts)
+
+        total, pullback, aux = jax.vjp(finish, product(h, head.kernel), head.bias, has_aux=True)
+        gradient, bias = pullback(jnp.float32(1.0))
+        return (total, aux), gradient, bias
+
+    def one(carry, h, t, of_labels, counts, rows):
+        sums, by_hidden, by_kernel, by_bias = carry
+        part, gradient, bias = chunk(h, t, of_labels, counts)
+        gradient = gradient.astype(h.dtype)
+        by_h = back(gradient).astype(by_hidden.dtype)
+        by_hidden = by_hidden.at[rows].set(by_h, mode="drop", unique_indices=True)
+        by_kernel = by_kernel + jnp.matmul(h.T, gradient, preferred_element_type=jnp.float32)
+        return _add(sums, part), by_hidden, by_kernel, jax.tree.map(jnp.add, by_bias, bias)
+
+    def like(h, t, of_labels, counts):
+        bias = jax.tree.map(lambda b: b.astype(jnp.float32), head.bias)
+        return chunk(h, t, of_labels, counts)[0], hidden, head.kernel.astype(jnp.float32), bias
+
+    sums, by_hidden, by_kernel, by_bias = _loop(one, like, chunk_size, hidden, teacher, labels, mask, rows=True)
+    gradient = head.replace(kernel=by_kernel, bias=by_bias)
+    return sums, (by_hidden, gradient, jax.tree.map(lambda x: x[:0], head))
+
+
+def _backward(loss, chunk_size, kept, cotangent):
+    by_hidden, by_head, like = kept
+    scale = cotangent[0]
+    by_head = jax.tree.map(lambda g, x: (g * scale).astype(x.dtype), by_head, like)
+    return (by_hidden * scale).astype(by_hidden.dtype), by_head, None, None, None
+
+
+_total.defvjp(_forward, _backward)
+
+
+def _back(kernel: Array) -> Callable[[Array], Array]:
+    """``G -> G·Wᵀ`` in float32. W is not transposed beforehand: that would be a second head in memory.
+
+    Only for bfloat16 on CPU it is, where XLA's products of transposed operands are three times slower.
+    """
+    if jax.default_backend() == "cpu" and kernel.dtype == jnp.bfloat16:
+        transposed = jax.lax.optimization_barrier(kernel.T)
+        return lambda gradient: jnp.matmul(gradient, transposed, preferred_element_type=jnp.float32)
+    return lambda gradient: jnp.einsum("nv,dv->nd", gradient, kernel, preferred_element_type=jnp.float32)
+
+
+def _sums(values, counts):
+    """``(Σ nats, Σ aux)`` over the positions that count."""
+    return jax.tree.map(lambda x: jnp.sum(jnp.where(counts, x, 0.0), dtype=jnp.float32), values)
+
+
+def _add(a, b):
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _zeros(function):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function))
+
+
+def _loop(one, like, chunk_size, hidden, teacher, labels, mask, rows=False):
+    """``carry = one(carry, h, teacher_logits, labels, counts)`` over the chunks of the positions that count.
+
+    The carry starts as zeros of the shapes of ``like(h, teacher_logits, labels, counts)``, which is never computed.
+    """
+    tokens = mask.shape[0]
+    chunks = -(-tokens // chunk_size)
+    order = jnp.argsort(~mask, stable=True)
+    order = jnp.concatenate([order, jnp.full(chunks * chunk_size - tokens, tokens, order.dtype)])
+    counted = jnp.sum(mask, dtype=jnp.int32)
+
+    def inputs(i):
+        index = jax.lax.dynamic_slice_in_dim(order, i * chunk_size, chunk_size)
+        counts = i * chunk_size + jnp.arange(chunk_size) < counted
+
+        def pick(x):
+            """Rows of x, zeros where nothing counts: selected before anything is computed."""
+            return jnp.where(counts.reshape(-1, *[1] * (x.ndim - 1)), x.at[index].get(mode="clip"), 0)
+
+        logits = None
+        if teacher is not None:
+            logits = teacher[1].finish(product(pick(teacher[0]), teacher[1].kernel))
+        return pick(hidden), logits, jax.tree.map(pick, labels), counts, *([index] if rows else [])
+
+    def body(i, carry):
+        return one(carry, *inputs(i))
+
+    return jax.lax.fori_loop(0, -(-counted // chunk_size), body, _zeros(lambda: like(*inputs(0)[:4])))

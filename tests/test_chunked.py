@@ -1,0 +1,326 @@
+"""The chunked head: the value and the gradients of the plain computation, with nothing of size [tokens, V] alive."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from distill import losses
+from distill.losses import Head, chunked
+from distill.parallel import ParallelConfig, make_mesh
+
+TOKENS, D, E, V = (4, 6), 8, 12, 19
+
+
+def task_and_kl(s, t, labels):
+    return 2.0 * losses.forward_kl(s, t, temperature=2.0) + 0.5 * losses.cross_entropy(s, labels, z_loss=1e-3)
+
+
+def written_by_a_user(s, t, labels):
+    return jnp.sum(jnp.abs(jax.nn.softmax(s) - jax.nn.softmax(t)) ** 1.5, axis=-1)
+
+
+PER_POSITION = {
+    "task and KL": task_and_kl,
+    "reverse KL": lambda s, t, labels: losses.reverse_kl(s, t),
+    "JSD": lambda s, t, labels: losses.generalized_jsd(s, t, beta=0.3),
+    "a user's own": written_by_a_user,
+}
+HEADS = {
+    "plain": ({}, {}),
+    "bias": ({"bias": True}, {"bias": True}),
+    "scale": ({"scale": 0.25}, {"scale": 3.0}),
+    "softcap": ({"softcap": 2.0}, {"softcap": 5.0, "bias": True}),
+    "padded": ({"vocab_size": V, "padded": 5, "bias": True}, {"vocab_size": V, "padded": 2}),
+}
+
+
+def head(width, seed, bias=False, padded=0, dtype=jnp.float32, **options):
+    rng = np.random.default_rng(seed)
+    kernel = jnp.asarray(rng.normal(size=(width, V + padded)), dtype)
+    return Head(kernel, jnp.asarray(rng.normal(size=V + padded), dtype) if bias else None, **options)
+
+
+def problem(kind="plain", dtype=jnp.float32, tokens=TOKENS, keep=0.6):
+    """(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask)."""
+    rng = np.random.default_rng(0)
+    student, teacher = HEADS[kind]
+    hidden = [jnp.asarray(rng.normal(size=(*tokens, width)), dtype) for width in (D, E)]
+    labels, mask = jnp.asarray(rng.integers(0, V, tokens)), jnp.asarray(rng.random(tokens) < keep)
+    heads = head(D, 1, dtype=dtype, **student), head(E, 2, dtype=dtype, **teacher)
+    return hidden[0], heads[0], hidden[1], heads[1], labels, mask
+
+
+def plain(per_position, hidden, head, teacher_hidden, teacher_head, labels, mask):
+    """The definition: both logits whole."""
+    return losses.masked_sum(per_position(head.logits(hidden), teacher_head.logits(teacher_hidden), labels), mask)
+
+
+def mean_and_gradients(function, per_position, arguments, **options):
+    """Of ``3 · sum / weight`` with respect to hidden states and head: a factor must reach the gradients."""
+
+    def mean(hidden, head):
+        total, weight = function(per_position, hidden, head, *arguments[2:], **options)
+        return 3.0 * total / weight
+
+    return jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(*arguments[:2])
+
+
+def assert_close(got, want, rtol=2e-6):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.float32(a), np.float32(b), rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(jnp.float32(b)))) + 1e-30
+        ),
+        got,
+        want,
+    )
+
+
+# ---- the same numbers
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", PER_POSITION)
+def test_value_and_gradients_are_those_of_the_plain_computation(name, kind):
+    arguments = problem(kind)
+    want = mean_and_gradients(plain, PER_POSITION[name], arguments)
+    assert float(jnp.max(jnp.abs(want[1][1].kernel))) > 1e-3
+    for chunk_size in (1, 5, 24, 100):
+        assert_close(mean_and_gradients(chunked, PER_POSITION[name], arguments, chunk_size=chunk_size), want)
+
+
+# Row 22: a backward written by hand against differences of the value.
+def test_gradients_are_finite_differences():
+    hidden, head, *rest = problem("softcap")
+
+    def total(hidden, kernel, bias):
+        return chunked(task_and_kl, hidden, head.replace(kernel=kernel, bias=bias), *rest, chunk_size=5)[0]
+
+    point = (hidden, head.kernel, jnp.zeros(V))
+    gradients = jax.grad(total, argnums=(0, 1, 2))(*point)
+    rng = np.random.default_rng(5)
+    for _ in range(4):
+        move = [jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in point]
+        ahead, behind = (total(*(x + sign * 1e-2 * m for x, m in zip(point, move, strict=True))) for sign in (1, -1))
+        slope = sum(jnp.vdot(g, m) for g, m in zip(gradients, move, strict=True))
+        np.testing.assert_allclose((ahead - behind) / 2e-2, slope, rtol=2e-3, atol=1e-2)
+
+
+# Rows 22, 24: bfloat16 hidden states and heads; everything between the products in float32.
+@pytest.mark.parametrize("name", PER_POSITION)
+def test_bfloat16_inputs(name):
+    arguments = problem("bias", jnp.bfloat16)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments)
+    value, gradients = mean_and_gradients(chunked, PER_POSITION[name], arguments, chunk_size=5)
+    want, exact_gradients = mean_and_gradients(plain, PER_POSITION[name], exact)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.bfloat16)}
+    for got, exact in zip(jax.tree.leaves(gradients), jax.tree.leaves(exact_gradients), strict=True):
+        norm = float(jnp.linalg.norm(exact))
+        assert float(jnp.linalg.norm(got.astype(jnp.float32) - exact)) < 2.0**-7 * norm
+
+
+def test_a_tied_head_gives_its_gradient_to_the_embedding():
+    hidden, head, *rest = problem()
+    embedding = head.kernel.T
+
+    def total(function, embedding, **options):
+        states = hidden + embedding[rest[2]]  # hidden states depend on the embedding too
+        return function(task_and_kl, states, Head(embedding.T), *rest, **options)[0]
+
+    got = jax.grad(lambda e: total(chunked, e, chunk_size=7))(embedding)
+    assert_close(got, jax.grad(lambda e: total(plain, e))(embedding))
+
+
+def test_a_temperature_may_be_traced_and_a_batch_mapped():
+    arguments = problem()
+
+    def total(function, scale, hidden, **options):
+        loss = lambda s, t, labels: losses.forward_kl(s * scale, t * scale)  # noqa: E731
+        return function(loss, hidden, *arguments[1:], **options)[0]
+
+    for function in (jax.jit, lambda f: jax.vmap(f, in_axes=(0, None))):
+        scale = jnp.float32(0.5) if function is jax.jit else jnp.array([0.5, 2.0])
+        got = function(jax.value_and_grad(functools.partial(total, chunked, chunk_size=5), argnums=1))
+        want = function(jax.value_and_grad(functools.partial(total, plain), argnums=1))
+        assert_close(got(scale, arguments[0]), want(scale, arguments[0]))
+
+
+def test_metrics_travel_along_and_are_not_differentiated():
+    arguments = problem()
+
+    def with_aux(s, t, labels):
+        same = (jnp.argmax(s, -1) == jnp.argmax(t, -1)).astype(jnp.float32)
+        return task_and_kl(s, t, labels), {"agreement": same, "squares": jnp.sum(s**2, -1)}
+
+    def total(hidden):
+        pair, aux = chunked(with_aux, hidden, *arguments[1:], chunk_size=5, has_aux=True)
+        return pair[0] + aux["squares"], aux  # used, yet without a gradient of its own
+
+    (_, aux), gradient = jax.value_and_grad(total, has_aux=True)(arguments[0])
+    s, t = arguments[1].logits(arguments[0]), arguments[3].logits(arguments[2])
+    want = losses.masked_sum(with_aux(s, t, arguments[4])[1]["agreement"], arguments[5])[0]
+    assert float(aux["agreement"]) == float(want)
+    assert_close(gradient, jax.grad(lambda h: plain(task_and_kl, h, *arguments[1:])[0])(arguments[0]))
+
+
+def test_stored_targets_travel_in_the_place_of_labels_and_of_a_teacher():
+    hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
+    stored = {"labels": labels, "logits": teacher_head.logits(teacher_hidden)}
+    loss = lambda s, t, kept: task_and_kl(s, kept["logits"], kept["labels"])  # noqa: E731
+    got = chunked(loss, hidden, head, None, None, stored, mask, chunk_size=5)
+    assert_close(got, plain(task_and_kl, hidden, head, teacher_hidden, teacher_head, labels, mask))
+
+
+# ---- what does not count
+
+
+# Rows 10, 14: garbage where nothing counts changes nothing, to the bit.
+def test_garbage_in_padding_changes_nothing():
+    hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
+    clean = mean_and_gradients(chunked, task_and_kl, (hidden, head, teacher_hidden, teacher_head, labels, mask))
+    outside = ~mask[..., None]
+    for garbage in (jnp.nan, jnp.inf, 1e30):
+        dirty = [jnp.where(outside, garbage, x) for x in (hidden, teacher_hidden)]
+        arguments = (dirty[0], head, dirty[1], teacher_head, jnp.where(mask, labels, -7), mask)
+        jax.tree.map(np.testing.assert_array_equal, mean_and_gradients(chunked, task_and_kl, arguments), clean)
+    assert np.all(np.where(mask[..., None], 0.0, clean[1][0]) == 0.0)
+
+
+# Row 6: nothing counts: zero loss, zero gradient, no NaN.
+def test_nothing_counts():
+    arguments = problem(keep=0.0)
+    total = lambda h, head: chunked(task_and_kl, h, head, *arguments[2:])[0]  # noqa: E731
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(*arguments[:2])
+    assert float(value) == 0.0
+    jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), gradients)
+
+
+# Row 33, 34: padded rows carry no probability on either side, and get no gradient.
+def test_padded_words_are_as_if_absent():
+    hidden, student, *_, labels, mask = problem()
+    padded = Head(jnp.pad(student.kernel, ((0, 0), (0, 64))), vocab_size=V)
+    same = lambda s, t, labels: losses.forward_kl(s, t)  # noqa: E731
+    arguments = (hidden, student, hidden, padded, labels, mask)
+    assert float(chunked(same, *arguments)[0]) < 1e-6
+    at_zero = padded.replace(vocab_size=None).logits(hidden)  # the fault: words that do not exist, at logit 0
+    there = jnp.pad(student.logits(hidden), ((0, 0), (0, 0), (0, 64)), constant_values=-jnp.inf)
+    assert float(jnp.mean(losses.reverse_kl(there, at_zero))) > 0.1
+    gradient = jax.grad(lambda h: chunked(task_and_kl, hidden, h, hidden, student, labels, mask)[0])(padded)
+    np.testing.assert_array_equal(gradient.kernel[:, V:], 0.0)
+
+
+# Row 48: the teacher is never differentiated.
+def test_teacher_gets_no_gradient():
+    hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
+    total = lambda t, h: chunked(task_and_kl, hidden, head, t, h, labels, mask)[0]  # noqa: E731
+    gradients = jax.grad(total, argnums=(0, 1))(teacher_hidden, teacher_head)
+    jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), gradients)
+
+
+# ---- what it costs
+
+
+def equations(jaxpr):
+    """Every equation, those of inner jaxprs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def traced(tokens, chunk_size):
+    arguments = problem(tokens=tokens, keep=1.0)
+    total = lambda h, head: chunked(task_and_kl, h, head, *arguments[2:], chunk_size=chunk_size)[0]  # noqa: E731
+    return jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(*arguments[:2]).jaxpr
+
+
+def test_no_value_of_size_tokens_times_words():
+    tokens, chunk_size = (40, 25), 10
+    sizes = [math.prod(v.aval.shape) for e in equations(traced(tokens, chunk_size)) for v in e.outvars]
+    assert max(sizes) <= max(1000 * E, E * V) < 1000 * V
+
+
+def test_products_are_computed_once():
+    """6·D + 2·D' operations per token and word, not one more."""
+    chunk_size = 10
+    flops = 0
+    for equation in equations(traced((40, 25), chunk_size)):
+        if equation.primitive.name == "dot_general":
+            (contract, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            flops += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contract)
+    assert flops == (6 * D + 2 * E) * chunk_size * V  # the body of the loop; one iteration per chunk
+
+
+def test_positions_that_do_not_count_cost_nothing():
+    """The loop runs over the counted tokens only."""
+    hidden, head, teacher_hidden, teacher_head, labels, _ = problem(tokens=(10, 10))
+    calls = []
+
+    def counting(s, t, labels):
+        jax.debug.callback(lambda: calls.append(1))
+        return losses.forward_kl(s, t)
+
+    for counted in (0, 7, 25, 100):
+        calls.clear()
+        mask = (jnp.arange(100) * 37 % 100 < counted).reshape(10, 10)
+        jax.block_until_ready(chunked(counting, hidden, head, teacher_hidden, teacher_head, labels, mask, 10))
+        jax.effects_barrier()
+        assert len(calls) == -(-counted // 10)
+
+
+# ---- on several devices
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4, "data": 2}])
+def test_on_a_mesh(shape):
+    """Tokens over data and fsdp, the student's words over tensor: same sums, same gradients."""
+    config = ParallelConfig(**({"fsdp": 1, "tensor": 1} | {k: n for k, n in shape.items() if k != "data"}))
+    mesh = make_mesh(config)
+    arguments = problem(tokens=(8, 6))
+    hidden, head, teacher_hidden, teacher_head, labels, mask = arguments
+    cut = lambda head: head.replace(kernel=jnp.pad(head.kernel, ((0, 0), (0, 1))))  # noqa: E731  20 words: 4 · 5
+    arguments = (hidden, cut(head), teacher_hidden, cut(teacher_head), labels, mask)
+    want = mean_and_gradients(plain, task_and_kl, arguments)
+    tokens, words = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((("data", "fsdp"),), (None, "tensor")))
+    places = (tokens, words, tokens, words, tokens, tokens)
+    placed = tuple(jax.tree.map(lambda x, p=p: jax.device_put(x, p), a) for a, p in zip(arguments, places, strict=True))
+    got = mean_and_gradients(functools.partial(chunked, mesh=mesh), task_and_kl, placed, chunk_size=2)
+    assert_close(jax.device_get(got), want)
+
+
+# ---- mistakes
+
+
+def test_mistakes_are_named():
+    hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
+    other = Head(jnp.ones((E, V + 1)))
+    wrong = {
+        "the student has 19 words, the teacher 20": (hidden, head, teacher_hidden, other, labels, mask),
+        "chunk_size=0": (hidden, head, teacher_hidden, teacher_head, labels, mask, 0),
+        "belong together": (hidden, head, teacher_hidden, None, labels, mask),
+        r"student_hidden \(4, 6, 12\)": (teacher_hidden, head, teacher_hidden, teacher_head, labels, mask),
+        "labels of shape": (hidden, head, teacher_hidden, teacher_head, labels[:2], mask),
+        "vocab_size=99": (hidden, head.replace(vocab_size=99), teacher_hidden, teacher_head, labels, mask),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            chunked(task_and_kl, *arguments)
+
+
+def test_every_head_is_its_definition():
+    rng = np.random.default_rng(3)
+    hidden = rng.normal(size=(3, D))
+    for bias, scale, softcap in itertools.product((False, True), (1.0, 0.5), (None, 4.0)):
+        one = head(D, 4, bias=bias, scale=scale, softcap=softcap)
+        want = hidden @ np.asarray(one.kernel, np.float64) + (0.0 if one.bias is None else np.asarray(one.bias)[None])
+        want = want * scale
+        want = want if softcap is None else softcap * np.tanh(want / softcap)
+        np.testing.assert_allclose(one.logits(jnp.asarray(hidden, jnp.float32)), want, rtol=1e-5, atol=1e-5)
