@@ -149,9 +149,14 @@ def test_gradient_of_a_layer_is_that_of_the_model_cut_there(deep):
 def test_collecting_with_a_cache_sees_its_keys(deep):
     model, params, tokens, _ = deep
     collect = Collect(hidden=(2,), attention=(3,), relations=(3,))
-    whole = model.apply(params, tokens, collect=collect).collected
-    first = model.apply(params, tokens[:, :4], cache=model.init_cache(2, 8))
-    rest = model.apply(params, tokens[:, 4:], cache=first.cache, collect=collect).collected
+
+    @jax.jit
+    def both(params):
+        whole = model.apply(params, tokens, collect=collect)
+        first = model.apply(params, tokens[:, :4], cache=model.init_cache(2, 8))
+        return whole.collected, model.apply(params, tokens[:, 4:], cache=first.cache, collect=collect).collected
+
+    whole, rest = both(params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     close(rest["hidden"][2], whole["hidden"][2][:, 4:])
     close(rest["attention"][3][..., :6], whole["attention"][3][:, :, 4:])

@@ -45,7 +45,7 @@ def test_equal_vocabularies_are_fine_and_silent(caplog):
     assert matched[0] is student and matched[1] is teacher
 
 
-@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(12, 16), (16, 12), (16, 16), (10, 12), (12, 10)])
+@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(12, 16), (16, 12), (16, 16), (10, 12)])
 def test_padded_rows_carry_no_probability_on_either_side(divergence, student_rows, teacher_rows):
     alignment = Alignment(WORDS, student_rows, teacher_rows)
     student, teacher = logits_of(student_rows, 0), logits_of(teacher_rows, 1)
@@ -56,8 +56,8 @@ def test_padded_rows_carry_no_probability_on_either_side(divergence, student_row
     def sliced(student, teacher):
         return jnp.sum(divergence(student[..., :WORDS], teacher[..., :WORDS]))
 
-    value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(student, teacher)
-    want, expected = jax.value_and_grad(sliced, argnums=(0, 1))(student, teacher)
+    value, slopes = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(student, teacher)
+    want, expected = jax.jit(jax.value_and_grad(sliced, argnums=(0, 1)))(student, teacher)
     np.testing.assert_allclose(value, want, rtol=1e-6)
     assert value > 1.0
     for slope, right in zip(slopes, expected, strict=True):
