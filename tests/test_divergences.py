@@ -1,14 +1,17 @@
 """Divergences: the right direction, the right value, the right gradient, at every temperature and size of logit."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import reference_losses as twins
 
 from distill import losses
 
-DIVERGENCES = {
+CLOSED_FORMS = {
     "forward_kl": (losses.forward_kl, reference.forward_kl, reference.forward_kl_gradient),
     "reverse_kl": (losses.reverse_kl, reference.reverse_kl, reference.reverse_kl_gradient),
     **{
@@ -22,8 +25,34 @@ DIVERGENCES = {
         for beta in (0.1, 0.5, 0.9)
     },
 }
+
+
+def with_twin(function, twin, **options):
+    return (partial(function, **options), *twins.without_impossible_words(twin))
+
+
+DIVERGENCES = {
+    **CLOSED_FORMS,
+    "skewed_forward_kl": with_twin(losses.skewed_forward_kl, twins.skewed_forward_kl(0.1)),
+    "skewed_reverse_kl": with_twin(losses.skewed_reverse_kl, twins.skewed_reverse_kl(0.3), alpha=0.3),
+    "total_variation": with_twin(losses.total_variation, twins.total_variation),
+    "jeffreys": with_twin(losses.jeffreys, twins.jeffreys),
+    **{
+        f"alpha_beta_{a}_{b}": with_twin(losses.alpha_beta, twins.alpha_beta(a, b), alpha=a, beta=b)
+        for a, b in ((0.2, 0.7), (1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.0, 0.5), (1.0, 1.0), (0.0, 0.0))
+    },
+    "alpha_divergence": with_twin(losses.alpha_divergence, twins.alpha_divergence(0.3), alpha=0.3),
+    "renyi_0.5": with_twin(losses.renyi, twins.renyi(0.5)),
+    "renyi_2": with_twin(losses.renyi, twins.renyi(2.0), alpha=2.0),
+    "adaptive_kl": with_twin(losses.adaptive_kl, twins.adaptive_kl(0.5)),
+    "entropy_aware_kl": with_twin(losses.entropy_aware_kl, twins.entropy_aware_kl),
+    "taid": with_twin(losses.taid, twins.taid(0.3), interpolation=0.3),
+    "logit_mse": with_twin(losses.logit_mse, twins.logit_mse),
+    "pearson": with_twin(losses.pearson, twins.pearson),
+    "top_k_forward_kl": with_twin(losses.top_k_forward_kl, twins.top_k_forward_kl(2), k=2),
+}
 TEMPERATURES = (0.1, 1.0, 4.0, 16.0)
-SHAPES = ((5,), (2, 3, 7), (3, 130))
+SHAPES = ((2, 3, 7), (3, 130))
 KINDS = ("small", "large", "extreme", "masked")
 EPSILON = 2.0**-24  # relative rounding error of float32
 
@@ -86,8 +115,9 @@ def test_gradient_is_that_of_float64(divergence, shape, kind, dtype):
 
 
 # Row 22: and the closed forms above are gradients of the values above.
-def test_reference_gradients_are_finite_differences(divergence):
-    _, value, gradient = divergence
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_reference_gradients_are_finite_differences(name):
+    _, value, gradient = CLOSED_FORMS[name]
     rng = np.random.default_rng(0)
     student, teacher, step = rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), 1e-6
     for temperature in TEMPERATURES:
@@ -159,13 +189,19 @@ def test_mixture_is_of_probabilities():
 
 # Row 19: the teacher's entropy dropped.
 @pytest.mark.parametrize("kind", KINDS)
-def test_self_divergence_is_zero(divergence, kind):
-    function, *_ = divergence
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_self_divergence_is_zero(name, kind):
+    function, *_ = DIVERGENCES[name]
     logits, _ = logits_of(kind, (8, 50), jnp.float32)
+    size = float(jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0.0)))
     for temperature in TEMPERATURES:
         np.testing.assert_allclose(function(logits, logits, temperature=temperature), 0.0, atol=2e-6)
+        if name == "total_variation":  # |P − Q| has a kink there, and no slope
+            continue
+        squares = name in ("alpha_beta_0.0_0.0", "logit_mse")  # of differences of logits, not weighed by probability
+        rounding = 50 * 8 * EPSILON * size / temperature if squares else 0.0
         slope = temperature * gradient(function, logits, logits, temperature=temperature)
-        np.testing.assert_allclose(slope, 0.0, atol=1e-5)
+        np.testing.assert_allclose(slope, 0.0, atol=1e-5 + rounding)
 
 
 # Row 24: KL of close distributions reported as 0, JSD below 0.
@@ -177,7 +213,7 @@ def test_close_distributions_in_bf16_keep_their_distance(divergence):
     teacher = jnp.asarray(teacher, jnp.bfloat16)
     nats = function(student, teacher)
     want = expected(float64(student), float64(teacher))
-    assert np.all(want > 1e-5) and np.all(nats > 0)
+    assert np.all(want > 5e-6) and np.all(nats > 0)
     np.testing.assert_allclose(nats, want, rtol=0.01)
 
 
@@ -234,6 +270,14 @@ def test_gradient_reaches_the_teacher_too(divergence):
     student, teacher = logits_of("small", (4, 6), jnp.float32)
     got = jax.grad(lambda t: jnp.sum(function(student, t)))(teacher)
     assert np.max(np.abs(got)) > 1e-3
+
+
+def test_a_single_position_has_no_leading_axes(divergence):
+    function, *_ = divergence
+    student, teacher = logits_of("small", (2, 6), jnp.float32)
+    nats = function(student[0], teacher[0])
+    assert nats.shape == ()
+    np.testing.assert_allclose(nats, function(student, teacher)[0], rtol=1e-5, atol=1e-7)
 
 
 def test_jit_and_vmap_change_nothing(divergence):

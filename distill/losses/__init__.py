@@ -7,22 +7,69 @@
 Array([0.0589, 0.    ], dtype=float32)
 """
 
-from distill.losses.divergences import forward_kl, generalized_jsd, reverse_kl
+from distill.head import Head
+from distill.losses.adaptive import adaptive_kl, entropy_aware_kl, taid
+from distill.losses.chunked import chunked
+from distill.losses.divergences import (
+    alpha_beta,
+    alpha_divergence,
+    forward_kl,
+    generalized_jsd,
+    jeffreys,
+    renyi,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+    total_variation,
+)
 from distill.losses.hidden import attention_kl, hidden_cosine, hidden_mse, layer_map, projected_mse, relation_kl
 from distill.losses.labels import cross_entropy
+from distill.losses.matching import logit_mse, pearson
 from distill.losses.reduce import divide, masked_sum
+from distill.losses.sparse import (
+    SampledTargets,
+    SparseTargets,
+    sample_targets,
+    sampled_cross_entropy,
+    sampled_forward_kl,
+    sparse,
+    top_k_forward_kl,
+    top_k_targets,
+)
 
 __all__ = [
+    "Head",
+    "SampledTargets",
+    "SparseTargets",
+    "adaptive_kl",
+    "alpha_beta",
+    "alpha_divergence",
     "attention_kl",
+    "chunked",
     "cross_entropy",
     "divide",
+    "entropy_aware_kl",
     "forward_kl",
     "generalized_jsd",
     "hidden_cosine",
     "hidden_mse",
+    "jeffreys",
     "layer_map",
+    "logit_mse",
     "masked_sum",
+    "pearson",
     "projected_mse",
     "relation_kl",
+    "renyi",
     "reverse_kl",
+    "sample_targets",
+    "sampled_cross_entropy",
+    "sampled_forward_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "sparse",
+    "taid",
+    "top_k_forward_kl",
+    "top_k_targets",
+    "total_variation",
 ]
