@@ -28,6 +28,8 @@ class TrainingConfig:
     """Global batch, in examples; must be divisible by micro_batches and by the number of devices."""
     micro_batches: int = 1
     """Parts in which a batch is worked through; the update is that of the whole batch."""
+    chunk_size: int | None = None
+    """Positions whose logits are alive at a time; 0: all; None: chosen by the vocabulary (``step.CHUNKED_FROM``)."""
     steps_per_dispatch: int = 50
     """Small steps in one program; evaluation and saving fall on its multiples."""
     evaluate_every: int = 250
@@ -48,6 +50,8 @@ class TrainingConfig:
                     f"training: {name}={getattr(self, name)} is no multiple of "
                     f"steps_per_dispatch={self.steps_per_dispatch}; change one of them."
                 )
+        if self.chunk_size is not None and self.chunk_size < 0:
+            raise ValueError(f"training: chunk_size={self.chunk_size}; expected at least 0, or None.")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"training: micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}."

@@ -6,6 +6,7 @@ T² (Hinton et al., arXiv 1503.02531): softening by T divides the gradient of a 
 is multiplied by T². It is done here, once; a metric named after a divergence is the bare divergence, in nats.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from distill import losses
 from distill.data.loader import Batch
 from distill.losses.reduce import Pair
-from distill.shapes import Labels, Logits, Nats
+from distill.shapes import Array, Labels, Logits, Nats
 
 PerPosition = Callable[[Logits, Logits, Labels], Nats]
 """``(student_logits, teacher_logits, labels) -> nats``: any pure function, a user's own included."""
@@ -35,6 +36,10 @@ class Term:
     needs_teacher: bool = True
 
 
+Terms = Sequence[Term] | Callable[[Array], Sequence[Term]]
+"""Terms, or a function of the optimizer step that gives them: weights and temperatures may follow a schedule."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """kd_weight · T² · divergence(teacher, student; T) + task_weight · cross-entropy(labels)."""
@@ -48,16 +53,44 @@ class ObjectiveConfig:
     task_weight: float = 0.0
     temperature_squared: bool = True
     """Multiply the soft term by T²."""
+    final_temperature: float | None = None
+    """T goes linearly to this value in ``schedule_steps`` optimizer steps, and stays; None: constant."""
+    final_kd_weight: float | None = None
+    """kd_weight likewise."""
+    schedule_steps: int = 0
 
     def __post_init__(self):
         if not self.temperature > 0.0:
             raise ValueError(f"objective: temperature={self.temperature}; expected a number above 0.")
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"objective: beta={self.beta}; expected a number in [0, 1].")
+        if self.final_temperature is not None and not self.final_temperature > 0.0:
+            raise ValueError(f"objective: final_temperature={self.final_temperature}; expected a number above 0.")
+        if self.final_kd_weight is not None and self.final_kd_weight < 0.0:
+            raise ValueError(f"objective: final_kd_weight={self.final_kd_weight}; expected ≥ 0.")
+        if self.scheduled and self.schedule_steps < 1:
+            raise ValueError("objective: a final value needs schedule_steps ≥ 1; set --objective.schedule-steps.")
         if min(self.kd_weight, self.task_weight) < 0.0 or self.kd_weight + self.task_weight <= 0.0:
             raise ValueError(
                 f"objective: kd_weight={self.kd_weight}, task_weight={self.task_weight}; expected ≥ 0, one above."
             )
+
+    @property
+    def scheduled(self) -> bool:
+        """Does anything change with the step?"""
+        return self.final_temperature is not None or self.final_kd_weight is not None
+
+    def at(self, step: Array) -> "ObjectiveConfig":
+        """The objective at an optimizer step, its scheduled numbers as arrays."""
+        done = jnp.clip(step / self.schedule_steps, 0.0, 1.0)
+
+        def value(start: float, end: float | None):
+            return start if end is None else start + (end - start) * done
+
+        now = copy.copy(self)  # no __post_init__: arrays cannot be checked
+        object.__setattr__(now, "temperature", value(self.temperature, self.final_temperature))
+        object.__setattr__(now, "kd_weight", value(self.kd_weight, self.final_kd_weight))
+        return now
 
 
 def task_term(weight: float = 1.0) -> Term:
@@ -75,8 +108,11 @@ def distillation_term(config: ObjectiveConfig) -> Term:
     return Term(config.divergence, lambda s, t, labels: divergence(s, t, **options), config.kd_weight * factor)
 
 
-def terms_of(config: ObjectiveConfig) -> tuple[Term, ...]:
-    """The terms with a weight above 0."""
+def terms_of(config: ObjectiveConfig) -> Terms:
+    """The terms with a weight above 0; a function of the step if anything is scheduled."""
+    if config.scheduled:
+        task = (task_term(config.task_weight),) if config.task_weight else ()
+        return lambda step: (distillation_term(config.at(step)), *task)
     terms = []
     if config.kd_weight:
         terms.append(distillation_term(config))
@@ -85,25 +121,39 @@ def terms_of(config: ObjectiveConfig) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+def terms_at(terms: Terms, step: Array) -> Sequence[Term]:
+    """The terms at an optimizer step."""
+    return terms(step) if callable(terms) else terms
+
+
 def select(logits: Logits, mask) -> Logits:
     """Logits with zeros where nothing counts: chosen BEFORE a loss is computed, so that no NaN comes back as 0·NaN."""
     return jnp.where(mask[..., None], logits, 0.0)
 
 
-def evaluate_terms(
-    terms: Sequence[Term], student_logits: Logits, teacher_logits: Logits | None, batch: Batch
-) -> dict[str, Pair]:
-    """Every term's (sum, weight) on a batch; positions outside ``batch.mask`` have no part in it.
+def per_position(terms: Sequence[Term], student_logits: Logits, teacher_logits: Logits | None, labels: Labels):
+    """Every term's nats, by name.
 
     Raises:
       ValueError: a term needs a teacher and there is none.
     """
-    student_logits = select(student_logits, batch.mask)
-    teacher_logits = None if teacher_logits is None else select(teacher_logits, batch.mask)
-    labels = jnp.where(batch.mask, batch.labels, 0)
-    pairs = {}
     for term in terms:
         if term.needs_teacher and teacher_logits is None:
             raise ValueError(f"the term {term.name!r} needs a teacher; give the step one, or set needs_teacher=False.")
-        pairs[term.name] = losses.masked_sum(term.per_position(student_logits, teacher_logits, labels), batch.mask)
-    return pairs
+    return {term.name: term.per_position(student_logits, teacher_logits, labels) for term in terms}
+
+
+def total(terms: Sequence[Term], values: dict[str, Array]) -> Array:
+    """Σ weight · value."""
+    return sum(term.weight * values[term.name] for term in terms)
+
+
+def evaluate_terms(
+    terms: Sequence[Term], student_logits: Logits, teacher_logits: Logits | None, batch: Batch
+) -> dict[str, Pair]:
+    """Every term's (sum, weight) on a batch; positions outside ``batch.mask`` have no part in it."""
+    student_logits = select(student_logits, batch.mask)
+    teacher_logits = None if teacher_logits is None else select(teacher_logits, batch.mask)
+    labels = jnp.where(batch.mask, batch.labels, 0)
+    nats = per_position(terms, student_logits, teacher_logits, labels)
+    return {name: losses.masked_sum(values, batch.mask) for name, values in nats.items()}

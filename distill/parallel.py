@@ -196,12 +196,12 @@ def _owned(tree):
 
 def wrap(
     config: ParallelConfig,
-    make_step: Callable[[str | None], TrainStep],
+    make_step: Callable[..., TrainStep],
     student: Model,
     optimizer: optax.GradientTransformation,
     teacher: Model | None = None,
 ) -> Wrapping:
-    """The wrapping a configuration asks for; ``make_step(axis_name)`` builds the pure step."""
+    """The wrapping a configuration asks for; ``make_step(axis_name, mesh=None)`` builds the pure step."""
     backend = config.backend
     if backend == "auto":
         backend = "mesh" if jax.device_count() > 1 else "one_device"
@@ -209,4 +209,5 @@ def wrap(
         return pmapped(make_step)
     if backend == "one_device":
         return one_device(make_step(None))
-    return on_mesh(make_step(None), student, optimizer, make_mesh(config), teacher)
+    mesh = make_mesh(config)
+    return on_mesh(make_step(None, mesh=mesh), student, optimizer, mesh, teacher)

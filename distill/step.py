@@ -6,20 +6,24 @@ The teacher is a separate argument: not in the state, the optimizer, the gradien
 wraps this function for one device, a mesh or ``pmap``; ``vmap`` over it trains several students at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from distill import losses
 from distill.data.loader import Batch
 from distill.losses.reduce import Pair, masked_sum
 from distill.models.model import Model
-from distill.objective import Term, evaluate_terms
+from distill.objective import Terms, evaluate_terms, per_position, terms_at, total
 from distill.shapes import Array, Int, Params
 
 Metrics = dict[str, Pair]
+CHUNKED_FROM = 2048
+"""Words from which on the head is worked through in chunks; below, all logits at once are as fast and small anyway."""
 TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Metrics]]
 
 
@@ -39,12 +43,14 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 def make_train_step(
     student: Model,
-    terms: Sequence[Term],
+    terms: Terms,
     optimizer: optax.GradientTransformation,
     *,
     teacher: Model | None = None,
     micro_batches: int = 1,
     axis_name: str | None = None,
+    mesh: Mesh | None = None,
+    chunk_size: int | None = None,
 ) -> TrainStep:
     """The train step of a student.
 
@@ -53,48 +59,80 @@ def make_train_step(
 
     Args:
       student: what is trained.
-      terms: of the objective.
+      terms: of the objective, or a function of the step that gives them.
       optimizer: an optax transformation.
       teacher: gives ``teacher_logits``; None: ``batch.teacher_logits`` are used if there are any, and
         ``teacher_params`` is ignored.
       micro_batches: the batch is worked through in so many parts, one update at the end; must divide it.
       axis_name: of the ``pmap`` or ``shard_map`` around the step, each device holding its part of the batch.
+      mesh: the step will be compiled for; the chunked head then works on every device's own tokens.
+      chunk_size: positions whose logits are alive at a time (``losses.chunked``); 0: all logits at once; None: chunks
+        from a vocabulary of ``CHUNKED_FROM`` words on, where both models know their head.
 
     Returns:
       ``train_step(state, teacher_params, batch) -> (state, metrics)``; metrics are (sum, weight) pairs, global:
       ``loss``, every term by its name, ``agreement`` (share of top-1 tokens equal to the teacher's) and
       ``teacher_cross_entropy`` when there is a teacher, ``gradient_norm``.
     """
+    chunks = _chunks(chunk_size, student, teacher)
     if not terms:
         raise ValueError("make_train_step: no terms; expected at least one, such as objective.task_term().")
 
     def global_sum(tree):
         return jax.lax.psum(tree, axis_name) if axis_name else tree
 
-    def loss_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array):
-        student_logits = student.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments)
+    def hidden(model: Model, params: Params, batch: Batch) -> Array:
+        return model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments).hidden
+
+    def whole(terms, params: Params, teacher_params: Params | None, batch: Batch) -> Metrics:
+        """Every term's sum, and what is logged beside them, from all logits at once."""
+        student_logits = student.unembed(params, hidden(student, params, batch))
         teacher_logits = batch.teacher_logits
         if teacher is not None:
-            frozen = jax.lax.stop_gradient(teacher_params)
-            teacher_logits = teacher.logits(frozen, batch.inputs, positions=batch.positions, segments=batch.segments)
+            teacher_logits = teacher.unembed(teacher_params, hidden(teacher, teacher_params, batch))
         pairs = evaluate_terms(terms, student_logits, teacher_logits, batch)
-        loss = sum(term.weight * pairs[term.name][0] for term in terms) / jnp.where(weight > 0, weight, 1.0)
-        return loss, {"loss": (loss * weight, pairs[terms[0].name][1])} | pairs | _beside(
-            student_logits, teacher_logits, batch
-        )
+        if teacher_logits is None:
+            return pairs
+        beside = _beside(student_logits, teacher_logits, jnp.where(batch.mask, batch.labels, 0))
+        return pairs | {name: masked_sum(values, batch.mask) for name, values in beside.items()}
 
-    def gradients_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array):
-        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, teacher_params, batch, weight)
+    def in_chunks(terms, params: Params, teacher_params: Params | None, batch: Batch) -> Metrics:
+        """The same from hidden states; no array of tokens · words."""
+
+        def loss(student_logits, teacher_logits, labels):
+            nats = per_position(terms, student_logits, teacher_logits, labels)
+            beside = {} if teacher_logits is None else _beside(student_logits, teacher_logits, labels)
+            return total(terms, nats), nats | beside
+
+        states, head = hidden(student, params, batch), student.head(params)
+        of_teacher = (None, None)
+        if teacher is not None:
+            of_teacher = hidden(teacher, teacher_params, batch), teacher.head(teacher_params)
+        options = {"chunk_size": chunk_size, "mesh": mesh, "has_aux": True}
+        (loss_sum, weight), sums = losses.chunked(loss, states, head, *of_teacher, batch.labels, batch.mask, **options)
+        return {"loss": (loss_sum, weight)} | {name: (value, weight) for name, value in sums.items()}
+
+    def loss_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array, step: Array):
+        now = terms_at(terms, step)
+        chunked = chunks and batch.teacher_logits is None
+        pairs = (in_chunks if chunked else whole)(now, params, jax.lax.stop_gradient(teacher_params), batch)
+        loss = pairs["loss"][0] if chunked else total(now, {term.name: pairs[term.name][0] for term in now})
+        return loss / jnp.where(weight > 0, weight, 1.0), {"loss": (loss, pairs[now[0].name][1])} | {
+            name: pair for name, pair in pairs.items() if name != "loss"
+        }
+
+    def gradients_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array, step: Array):
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, teacher_params, batch, weight, step)
         return gradients, metrics
 
     def train_step(state: TrainState, teacher_params: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         weight = global_sum(jnp.sum(batch.mask, dtype=jnp.float32))
         if micro_batches == 1:
-            gradients, metrics = gradients_of(state.params, teacher_params, batch, weight)
+            gradients, metrics = gradients_of(state.params, teacher_params, batch, weight, state.step)
         else:
             parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
             gradients, metrics = _accumulate(
-                lambda part: gradients_of(state.params, teacher_params, part, weight), parts
+                lambda part: gradients_of(state.params, teacher_params, part, weight, state.step), parts
             )
         gradients, metrics = global_sum((gradients, metrics))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -104,18 +142,23 @@ def make_train_step(
     return train_step
 
 
-def _beside(student_logits: Array, teacher_logits: Array | None, batch: Batch) -> Metrics:
-    """What is logged of student and teacher side by side; no gradient."""
-    if teacher_logits is None:
-        return {}
+def _chunks(chunk_size: int | None, student: Model, teacher: Model | None) -> bool:
+    """Whether the head is worked through in chunks."""
+    known = student.head is not None and (teacher is None or teacher.head is not None)
+    if chunk_size and not known:
+        raise ValueError(
+            "make_train_step: chunk_size is set, but a model has no head(params); set it, or chunk_size=0."
+        )
+    if chunk_size is None:
+        return known and student.vocab_size >= CHUNKED_FROM
+    return chunk_size > 0
+
+
+def _beside(student_logits: Array, teacher_logits: Array, labels: Array) -> dict[str, Array]:
+    """What is logged of student and teacher side by side, per position; no gradient."""
     same = jnp.argmax(student_logits, axis=-1) == jnp.argmax(teacher_logits, axis=-1)
-    log_p = jax.nn.log_softmax(teacher_logits.astype(jnp.float32), axis=-1)
-    labels = jnp.where(batch.mask, batch.labels, 0)
-    nats = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
-    return {
-        "agreement": masked_sum(same.astype(jnp.float32), batch.mask),
-        "teacher_cross_entropy": masked_sum(nats, batch.mask),
-    }
+    nats = losses.cross_entropy(teacher_logits, labels)
+    return {"agreement": same.astype(jnp.float32), "teacher_cross_entropy": nats}
 
 
 def _split(x: Array, parts: int) -> Array:

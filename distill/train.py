@@ -89,7 +89,7 @@ def fit(
 
 
 def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig) -> Wrapping:
-    def make_step(axis_name: str | None):
+    def make_step(axis_name: str | None, mesh=None):
         return make_train_step(
             task.student,
             task.terms,
@@ -97,6 +97,8 @@ def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig) 
             teacher=task.teacher,
             micro_batches=training.micro_batches,
             axis_name=axis_name,
+            mesh=mesh,
+            chunk_size=training.chunk_size,
         )
 
     return parallel.wrap(config, make_step, task.student, update, task.teacher)

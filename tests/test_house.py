@@ -25,7 +25,7 @@ ARROWS = {
     "vocab": {"shapes"},
     "head": {"shapes"},
     "losses": {"shapes", "head"},
-    "models": {"shapes"},
+    "models": {"shapes", "head"},
     "optim": {"shapes"},
     "data": {"shapes", "tokenizer"},
     "report": {"metrics"},

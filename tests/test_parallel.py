@@ -22,9 +22,15 @@ EIGHT = ParallelConfig(backend="mesh")
 CUBE = ParallelConfig(backend="mesh", fsdp=2, tensor=2)
 
 
-def make_step(axis_name, micro_batches=1):
+def make_step(axis_name, micro_batches=1, mesh=None, chunk_size=0):
     options = {"teacher": TEACHER, "axis_name": axis_name, "micro_batches": micro_batches}
+    options |= {"mesh": mesh, "chunk_size": chunk_size}
     return make_train_step(STUDENT, TERMS, UPDATE, **options)
+
+
+def chunked_on(config):
+    mesh = make_mesh(config)
+    return parallel.on_mesh(make_step(None, mesh=mesh, chunk_size=4), STUDENT, UPDATE, mesh, TEACHER)
 
 
 WRAPPINGS = {
@@ -33,6 +39,9 @@ WRAPPINGS = {
     "mesh_2x2x2": lambda: parallel.on_mesh(make_step(None), STUDENT, UPDATE, make_mesh(CUBE), TEACHER),
     "mesh_micro_batches": lambda: parallel.on_mesh(make_step(None, 2), STUDENT, UPDATE, make_mesh(EIGHT), TEACHER),
     "pmap": lambda: parallel.pmapped(make_step),
+    "chunked": lambda: parallel.one_device(make_step(None, chunk_size=4)),
+    "chunked_mesh_2x2x2": lambda: chunked_on(CUBE),
+    "chunked_pmap": lambda: parallel.pmapped(lambda axis_name: make_step(axis_name, chunk_size=4)),
 }
 
 

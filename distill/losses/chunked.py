@@ -161,26 +161,28 @@ def _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, m
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _total(loss, chunk_size, hidden, head, teacher, labels, mask):
     """Σ loss and Σ aux, without gradients."""
+    kernel = head.kernel.astype(hidden.dtype)
 
     def one(part, h, t, of_labels, counts):
-        nats, aux = loss(head.finish(product(h, head.kernel)), t, of_labels)
+        nats, aux = loss(head.finish(product(h, kernel)), t, of_labels)
         return _add(part, _sums((nats, aux), counts))
 
     def like(h, t, of_labels, counts):
-        return _sums(loss(head.finish(product(h, head.kernel)), t, of_labels), counts)
+        return _sums(loss(head.finish(product(h, kernel)), t, of_labels), counts)
 
     return _loop(one, like, chunk_size, hidden, teacher, labels, mask)
 
 
 def _forward(loss, chunk_size, hidden, head, teacher, labels, mask):
     """The sums, and with them the gradients of Σ loss with respect to hidden and head."""
-    back = _back(head.kernel)
+    kernel = head.kernel.astype(hidden.dtype)
+    back = _back(kernel)
 
     def chunk(h, t, of_labels, counts):
         def finish(s, bias):
             return _sums(loss(head.replace(bias=bias).finish(s), t, of_labels), counts)
 
-        total, pullback, aux = jax.vjp(finish, product(h, head.kernel), head.bias, has_aux=True)
+        total, pullback, aux = jax.vjp(finish, product(h, kernel), head.bias, has_aux=True)
         gradient, bias = pullback(jnp.float32(1.0))
         return (total, aux), gradient, bias
 
@@ -246,6 +248,8 @@ def _loop(one, like, chunk_size, hidden, teacher, labels, mask, rows=False):
     order = jnp.argsort(~mask, stable=True)
     order = jnp.concatenate([order, jnp.full(chunks * chunk_size - tokens, tokens, order.dtype)])
     counted = jnp.sum(mask, dtype=jnp.int32)
+    states, head = (None, None) if teacher is None else teacher
+    kernel = None if teacher is None else head.kernel.astype(states.dtype)
 
     def inputs(i):
         index = jax.lax.dynamic_slice_in_dim(order, i * chunk_size, chunk_size)
@@ -255,9 +259,7 @@ def _loop(one, like, chunk_size, hidden, teacher, labels, mask, rows=False):
             """Rows of x, zeros where nothing counts: selected before anything is computed."""
             return jnp.where(counts.reshape(-1, *[1] * (x.ndim - 1)), x.at[index].get(mode="clip"), 0)
 
-        logits = None
-        if teacher is not None:
-            logits = teacher[1].finish(product(pick(teacher[0]), teacher[1].kernel))
+        logits = None if teacher is None else head.finish(product(pick(states), kernel))
         return pick(hidden), logits, jax.tree.map(pick, labels), counts, *([index] if rows else [])
 
     def body(i, carry):

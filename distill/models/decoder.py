@@ -3,11 +3,12 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from distill.head import Head
 from distill.models.collect import collected, empty, slots_of
 from distill.models.config import DecoderConfig
 from distill.models.layers import Block, Norm
 from distill.models.model import Cache, Collect, Model, Output, from_linen, parameter
-from distill.shapes import Array
+from distill.shapes import Array, Params
 
 
 class Decoder(nn.Module):
@@ -70,8 +71,7 @@ class Decoder(nn.Module):
 
     def unembed(self, hidden_BLD: Array) -> Array:
         """Logits ``[..., V]``; the matmul accumulates in float32."""
-        kernel = self.embedding.T if self.config.tied else self.head
-        return jnp.matmul(hidden_BLD, kernel.astype(hidden_BLD.dtype), preferred_element_type=jnp.float32)
+        return Head(self.embedding.T if self.config.tied else self.head).logits(hidden_BLD)
 
 
 def _write_segments(cache: Cache | None, segments_BL: Array) -> Cache | None:
@@ -92,4 +92,7 @@ def decoder(config: DecoderConfig) -> Model:
         zeros = jnp.zeros(shape, config.dtype)
         return Cache(zeros, zeros, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
 
-    return from_linen(Decoder(config), config.vocab_size, config=config, init_cache=init_cache)
+    def head(params: Params) -> Head:
+        return Head(params["embedding"].T if config.tied else params["head"])
+
+    return from_linen(Decoder(config), config.vocab_size, config=config, init_cache=init_cache, head=head)

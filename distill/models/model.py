@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from distill.head import Head
 from distill.shapes import Array, Float, Int, Params
 
 
@@ -114,6 +115,8 @@ class Model:
     """Logical axis names of each parameter (``parallel.py`` maps them to the mesh); None: replicate."""
     init_cache: Callable[[int, int], Cache] | None = None
     """``init_cache(batch, length) -> Cache`` with room for ``length`` tokens; None: the model has no cache."""
+    head: Callable[[Params], Head] | None = None
+    """``head(params) -> Head``, what ``unembed`` multiplies by, for losses that never hold all logits."""
     config: Any = None
 
     def logits(self, params: Params, tokens: Array, **inputs: Any) -> Array:
