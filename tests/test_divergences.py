@@ -39,7 +39,7 @@ DIVERGENCES = {
     "jeffreys": with_twin(losses.jeffreys, twins.jeffreys),
     **{
         f"alpha_beta_{a}_{b}": with_twin(losses.alpha_beta, twins.alpha_beta(a, b), alpha=a, beta=b)
-        for a, b in ((0.2, 0.7), (1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.0, 0.5), (1.0, 1.0), (0.0, 0.0))
+        for a, b in ((0.2, 0.7), (1.0, 0.0), (0.0, 0.5), (1.0, 1.0), (0.0, 0.0))
     },
     "alpha_divergence": with_twin(losses.alpha_divergence, twins.alpha_divergence(0.3), alpha=0.3),
     "renyi_0.5": with_twin(losses.renyi, twins.renyi(0.5)),
@@ -52,7 +52,7 @@ DIVERGENCES = {
     "top_k_forward_kl": with_twin(losses.top_k_forward_kl, twins.top_k_forward_kl(2), k=2),
 }
 TEMPERATURES = (0.1, 1.0, 4.0, 16.0)
-SHAPES = ((2, 3, 7), (3, 130))
+GRID = (((2, 3, 7), jnp.float32), ((3, 130), jnp.float32), ((2, 3, 7), jnp.bfloat16))
 KINDS = ("small", "large", "extreme", "masked")
 EPSILON = 2.0**-24  # relative rounding error of float32
 
@@ -82,9 +82,8 @@ def float64(array):
 
 
 # Rows 24 and 25: bf16 arithmetic, underflow of mixtures.
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), GRID)
 def test_value_is_that_of_float64(divergence, shape, kind, dtype):
     function, expected, _ = divergence
     student, teacher = logits_of(kind, shape, dtype)
@@ -98,9 +97,8 @@ def test_value_is_that_of_float64(divergence, shape, kind, dtype):
 
 
 # Row 22: right value, wrong gradient. Rows 23 and 25: no NaN from −inf or from extreme logits.
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), GRID)
 def test_gradient_is_that_of_float64(divergence, shape, kind, dtype):
     function, _, expected = divergence
     student, teacher = logits_of(kind, shape, dtype)

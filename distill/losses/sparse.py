@@ -15,6 +15,7 @@ Targets remember the temperature they were stored at, a Python number that ``jit
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from distill.shapes import Array, Float, Int, Logits, Nats
 
 Kept = Float[Array, "*batch kept"]
 Ids = Int[Array, "*batch kept"]
+Leaf = Any  # an array or None, or what JAX puts in its place while it transforms a tree
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("ids", "log_probs", "log_tail"), meta_fields=("temperature",))
@@ -36,7 +38,7 @@ class SparseTargets:
       ids: ``[..., K]`` integers in [0, V), different from each other within a position.
       log_probs: ``[..., K]`` log P of these words among *all* words, not among the K. −inf: the slot is not used.
       log_tail: ``[...]`` log of the mass of the words not stored, or None: then log(1 − Σ P), which float32 resolves
-        down to 1e-7; below that there is no tail, and a reverse KL is +inf.
+        down to 1e-7; what is smaller is rounding, or −inf, which makes a reverse KL +inf. Better stored.
       temperature: the T of the softmax the log-probabilities come from.
 
     Example:
@@ -44,9 +46,9 @@ class SparseTargets:
       2.0
     """
 
-    ids: Array
-    log_probs: Array
-    log_tail: Array | None = None
+    ids: Leaf
+    log_probs: Leaf
+    log_tail: Leaf = None
     temperature: float = 1.0
 
 
@@ -66,9 +68,9 @@ class SampledTargets:
       1.0
     """
 
-    ids: Array
-    counts: Array
-    log_probs: Array | None = None
+    ids: Leaf
+    counts: Leaf
+    log_probs: Leaf = None
     temperature: float = 1.0
 
 
