@@ -8,15 +8,39 @@ is multiplied by T². It is done here, once; a metric named after a divergence i
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from distill import losses
 from distill.data.loader import Batch
 from distill.losses.reduce import Pair
 from distill.shapes import Array, Labels, Logits, Nats
+
+DIVERGENCES = {
+    function.__name__: function
+    for function in (
+        losses.forward_kl,
+        losses.reverse_kl,
+        losses.generalized_jsd,
+        losses.skewed_forward_kl,
+        losses.skewed_reverse_kl,
+        losses.jeffreys,
+        losses.total_variation,
+        losses.alpha_beta,
+        losses.alpha_divergence,
+        losses.renyi,
+        losses.adaptive_kl,
+        losses.entropy_aware_kl,
+        losses.taid,
+        losses.logit_mse,
+        losses.pearson,
+    )
+}
+"""The soft terms a configuration can name; any other goes into a ``Term`` of one's own."""
 
 PerPosition = Callable[[Logits, Logits, Labels], Nats]
 """``(student_logits, teacher_logits, labels) -> nats``: any pure function, a user's own included."""
@@ -44,11 +68,19 @@ Terms = Sequence[Term] | Callable[[Array], Sequence[Term]]
 class ObjectiveConfig:
     """kd_weight · T² · divergence(teacher, student; T) + task_weight · cross-entropy(labels)."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd"] = "forward_kl"
+    divergence: Literal[*DIVERGENCES] = "forward_kl"
     temperature: float = 1.0
     """T of the soft term (sampling has its own)."""
     beta: float = 0.5
-    """Of generalized_jsd: 0 is forward KL, 1 reverse KL."""
+    """Of generalized_jsd (0 is forward KL, 1 reverse KL) and of alpha_beta."""
+    alpha: float | None = None
+    """Of skewed_forward_kl, skewed_reverse_kl, alpha_beta, alpha_divergence and renyi; None: the divergence's own."""
+    mu: float = 0.5
+    """Of adaptive_kl: the teacher's mass that counts as head."""
+    interpolation: float = 0.5
+    """Of taid: 0 is the student itself, 1 the teacher."""
+    final_interpolation: float | None = None
+    """interpolation goes linearly to this value in ``schedule_steps``, as TAID wants it; None: constant."""
     kd_weight: float = 1.0
     task_weight: float = 0.0
     temperature_squared: bool = True
@@ -62,8 +94,12 @@ class ObjectiveConfig:
     def __post_init__(self):
         if not self.temperature > 0.0:
             raise ValueError(f"objective: temperature={self.temperature}; expected a number above 0.")
-        if not 0.0 <= self.beta <= 1.0:
+        if self.divergence != "alpha_beta" and not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"objective: beta={self.beta}; expected a number in [0, 1].")
+        try:  # the hyperparameters, by the divergence itself; nothing is computed
+            jax.eval_shape(distillation_term(self).per_position, jnp.zeros(2), jnp.zeros(2), jnp.int32(0))
+        except ValueError as error:
+            raise ValueError(f"objective: {error}") from error
         if self.final_temperature is not None and not self.final_temperature > 0.0:
             raise ValueError(f"objective: final_temperature={self.final_temperature}; expected a number above 0.")
         if self.final_kd_weight is not None and self.final_kd_weight < 0.0:
@@ -78,7 +114,8 @@ class ObjectiveConfig:
     @property
     def scheduled(self) -> bool:
         """Does anything change with the step?"""
-        return self.final_temperature is not None or self.final_kd_weight is not None
+        finals = (self.final_temperature, self.final_kd_weight, self.final_interpolation)
+        return any(final is not None for final in finals)
 
     def at(self, step: Array) -> "ObjectiveConfig":
         """The objective at an optimizer step, its scheduled numbers as arrays."""
@@ -89,6 +126,7 @@ class ObjectiveConfig:
 
         now = copy.copy(self)  # no __post_init__: arrays cannot be checked
         object.__setattr__(now, "temperature", value(self.temperature, self.final_temperature))
+        object.__setattr__(now, "interpolation", value(self.interpolation, self.final_interpolation))
         object.__setattr__(now, "kd_weight", value(self.kd_weight, self.final_kd_weight))
         return now
 
@@ -100,10 +138,10 @@ def task_term(weight: float = 1.0) -> Term:
 
 def distillation_term(config: ObjectiveConfig) -> Term:
     """The soft term, T² included in its weight."""
-    options = {"temperature": config.temperature}
-    if config.divergence == "generalized_jsd":
-        options["beta"] = config.beta
-    divergence = getattr(losses, config.divergence)
+    divergence = DIVERGENCES[config.divergence]
+    known = inspect.signature(divergence).parameters
+    chosen = {name: getattr(config, name) for name in ("temperature", "alpha", "beta", "mu", "interpolation")}
+    options = {name: value for name, value in chosen.items() if name in known and value is not None}
     factor = config.temperature**2 if config.temperature_squared else 1.0
     return Term(config.divergence, lambda s, t, labels: divergence(s, t, **options), config.kd_weight * factor)
 

@@ -34,7 +34,9 @@ Logits = Float[Array, "*batch vocab"]
 Nats = Float[Array, "*batch"]
 Labels = Int[Array, "*batch"]
 Mask = Bool[Array, "*batch"]
+Scalar = float | Float[Array, ""]
+"""A hyperparameter that may follow a schedule."""
 Params = dict[str, Any]
 """Weights: plain nested dicts of arrays."""
 
-__all__ = ["Array", "Bool", "Float", "Int", "Labels", "Logits", "Mask", "Nats", "Params"]
+__all__ = ["Array", "Bool", "Float", "Int", "Labels", "Logits", "Mask", "Nats", "Params", "Scalar"]

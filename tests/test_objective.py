@@ -8,7 +8,7 @@ import reference
 from builders import VOCAB, on_device, rows_of, uneven_batch
 
 from distill import losses
-from distill.objective import ObjectiveConfig, Term, evaluate_terms, task_term, terms_of
+from distill.objective import DIVERGENCES, ObjectiveConfig, Term, evaluate_terms, task_term, terms_at, terms_of
 
 SOFT = ("forward_kl", "reverse_kl", "generalized_jsd")
 
@@ -167,6 +167,38 @@ def test_a_term_of_ones_own():
     assert float(weight) == np.sum(batch.mask)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_can_be_named(divergence):
+    student, teacher, batch = case()
+    config = ObjectiveConfig(divergence=divergence, temperature=2.0, beta=0.3)
+    options = {"beta": 0.3} if divergence in ("generalized_jsd", "alpha_beta") else {}
+    want = getattr(losses, divergence)(student, teacher, temperature=2.0, **options)
+    got = evaluate_terms(terms_of(config), student, teacher, batch)[divergence]
+    np.testing.assert_allclose(got[0], losses.masked_sum(want, batch.mask)[0], rtol=1e-5)
+
+
+def test_schedules_follow_the_optimizer_step():
+    """Linear from the first value to the last in schedule_steps, constant after; T² follows T."""
+    config = ObjectiveConfig(
+        "taid", temperature=1.0, final_temperature=3.0, interpolation=0.2, final_interpolation=1.0, schedule_steps=10,
+        kd_weight=1.0, final_kd_weight=0.5, task_weight=0.25,
+    )  # fmt: skip
+    student, teacher, batch = case()
+
+    @jax.jit
+    def at(step):
+        terms = terms_at(terms_of(config), step)
+        return [term.weight for term in terms], evaluate_terms(terms, student, teacher, batch)["taid"][0]
+
+    for step, done in ((0, 0.0), (5, 0.5), (10, 1.0), (99, 1.0)):
+        (kd, task), nats = at(jnp.int32(step))
+        temperature = 1.0 + 2.0 * done
+        np.testing.assert_allclose(kd, (1.0 - 0.5 * done) * temperature**2, rtol=1e-6)
+        assert float(task) == 0.25
+        want = losses.taid(student, teacher, interpolation=0.2 + 0.8 * done, temperature=temperature)
+        np.testing.assert_allclose(nats, losses.masked_sum(want, batch.mask)[0], rtol=1e-5)
+
+
 def test_terms_without_weight_are_not_computed():
     names = [
         [term.name for term in terms_of(ObjectiveConfig(kd_weight=k, task_weight=1.0 - k))] for k in (1.0, 0.5, 0.0)
@@ -186,8 +218,12 @@ def test_missing_teacher_is_named():
         {"temperature": 0.0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
-        {"beta": -0.1},
+        {"beta": -0.1, "divergence": "generalized_jsd"},
         {"beta": 1.1},
+        {"alpha": -1.0, "divergence": "renyi"},
+        {"final_temperature": 0.0, "schedule_steps": 5},
+        {"schedule_steps": 0, "final_temperature": 2.0},
+        {"final_kd_weight": -1.0, "schedule_steps": 5},
         {"kd_weight": -0.1, "task_weight": 1.0},
         {"kd_weight": 0.0, "task_weight": 0.0},
     ],

@@ -13,7 +13,7 @@ from distill.data.loader import shift
 from distill.models import decoder
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig, optimizer
-from distill.step import init_state, make_train_step, scan_steps
+from distill.step import CHUNKED_FROM, init_state, make_train_step, scan_steps
 
 TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))
 STUDENT = tiny_decoder(layers=1, feed_forward=14)
@@ -262,6 +262,38 @@ def test_logits_computed_beforehand_are_the_live_teacher(step, state, teacher_pa
     cached = jax.jit(make_train_step(STUDENT, TERMS, SGD))
     got = cached(state, None, batch._replace(teacher_logits=logits))
     assert_close(got, step(state, teacher_params, batch))
+
+
+# ---- the head in chunks
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_chunks_change_nothing(state, teacher_params, batch, micro_batches):
+    """Weights and metrics of a step that never holds all logits are those of one that does."""
+    options = {"teacher": TEACHER, "micro_batches": micro_batches}
+    whole = jax.jit(make_train_step(STUDENT, TERMS, SGD, chunk_size=0, **options))(state, teacher_params, batch)
+    for chunk_size in (3, 64):
+        step = jax.jit(make_train_step(STUDENT, TERMS, SGD, chunk_size=chunk_size, **options))
+        assert_close(step(state, teacher_params, batch), whole)
+
+
+def test_chunks_are_the_default_of_large_vocabularies():
+    def largest(vocab):
+        models = [tiny_decoder(layers=1, vocab_size=vocab, width=width) for width in (8, 16)]
+        update = optax.sgd(0.1)
+        student, teacher = (jax.eval_shape(model.init, jax.random.key(0)) for model in models)
+        state = jax.eval_shape(lambda params: init_state(params, update), student)
+        step = jax.jit(make_train_step(models[0], TERMS, update, teacher=models[1]))
+        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((64, 32), x.dtype), uneven_batch())
+        return step.lower(state, teacher, whole).compile().memory_analysis().temp_size_in_bytes / (64 * 32 * vocab * 4)
+
+    assert largest(CHUNKED_FROM // 2) > 1.9  # both logits, whole
+    assert largest(CHUNKED_FROM * 8) < 1.0
+
+
+def test_chunks_of_a_model_without_a_head_are_refused():
+    with pytest.raises(ValueError, match="head"):
+        make_train_step(nnx_model(), TERMS, SGD, teacher=TEACHER, chunk_size=8)
 
 
 # ---- many students at once

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from distill.losses.divergences import _kl, _log_probs
-from distill.shapes import Array, Float, Logits, Nats
+from distill.shapes import Logits, Nats, Scalar
 
 
-def adaptive_kl(student_logits: Logits, teacher_logits: Logits, *, mu: float = 0.5, temperature: float = 1.0) -> Nats:
+def adaptive_kl(student_logits: Logits, teacher_logits: Logits, *, mu: float = 0.5, temperature: Scalar = 1.0) -> Nats:
     """Adaptive KL: g_head/(g_head+g_tail)·KL(P‖Q) + g_tail/(g_head+g_tail)·KL(Q‖P), with gaps g = Σ |P_v − Q_v|.
 
     AKL (arXiv 2404.02657). The teacher's words are sorted by probability; a word belongs to the head while the mass up
@@ -61,7 +61,7 @@ def _mix(share: Nats, one: Nats, other: Nats) -> Nats:
     return first + jnp.where(share < 1.0, (1.0 - share) * jnp.where(share < 1.0, other, 0.0), 0.0)
 
 
-def entropy_aware_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> Nats:
+def entropy_aware_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
     """h·KL(P‖Q) + (1−h)·KL(Q‖P), with h = H(P)/log V the teacher's normalised entropy.
 
     Cover where the teacher is uncertain (h = 1: ``forward_kl``), imitate where it is confident (h = 0:
@@ -96,8 +96,8 @@ def taid(
     student_logits: Logits,
     teacher_logits: Logits,
     *,
-    interpolation: float | Float[Array, ""] = 0.5,
-    temperature: float = 1.0,
+    interpolation: Scalar = 0.5,
+    temperature: Scalar = 1.0,
 ) -> Nats:
     """KL(R‖Q) to the interpolated teacher R = softmax(((1−t)·stop_gradient(student) + t·teacher) / T).
 

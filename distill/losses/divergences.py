@@ -14,10 +14,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from distill.shapes import Array, Logits, Nats
+from distill.shapes import Array, Logits, Nats, Scalar
 
 
-def _log_probs(logits: Logits, temperature: float) -> Logits:
+def _log_probs(logits: Logits, temperature: Scalar) -> Logits:
     return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
 
 
@@ -35,7 +35,7 @@ def _kl(log_p: Logits, log_q: Logits) -> Nats:
     return jnp.sum(jnp.where(missing, jnp.inf, terms), axis=-1)
 
 
-def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> Nats:
+def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
     """Forward KL, teacher first: KL(P‖Q) = Σ_v P_v (log P_v − log Q_v). Mode covering.
 
     The soft-target loss of Hinton et al. (arXiv 1503.02531), less the teacher's entropy, so that 0 means equal.
@@ -57,7 +57,7 @@ def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: f
     return _kl(_log_probs(teacher_logits, temperature), _log_probs(student_logits, temperature))
 
 
-def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> Nats:
+def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
     """Reverse KL, student first: KL(Q‖P) = Σ_v Q_v (log Q_v − log P_v). Mode seeking.
 
     The divergence of MiniLLM (arXiv 2306.08543), here per position on given tokens.
@@ -79,7 +79,7 @@ def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: f
 
 
 def generalized_jsd(
-    student_logits: Logits, teacher_logits: Logits, *, beta: float = 0.5, temperature: float = 1.0
+    student_logits: Logits, teacher_logits: Logits, *, beta: float = 0.5, temperature: Scalar = 1.0
 ) -> Nats:
     """Generalised Jensen–Shannon divergence: β·KL(P‖M) + (1−β)·KL(Q‖M), with M = βP + (1−β)Q.
 
@@ -126,7 +126,7 @@ def _log_mixture(log_p: Logits, log_q: Logits, beta: float) -> Logits:
 
 
 def skewed_forward_kl(
-    student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.1, temperature: float = 1.0
+    student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.1, temperature: Scalar = 1.0
 ) -> Nats:
     """Skewed forward KL: KL(P ‖ αP + (1−α)Q). Bounded by log(1/α), unlike ``forward_kl``, its limit at α → 0.
 
@@ -154,7 +154,7 @@ def skewed_forward_kl(
 
 
 def skewed_reverse_kl(
-    student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.1, temperature: float = 1.0
+    student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.1, temperature: Scalar = 1.0
 ) -> Nats:
     """Skewed reverse KL: KL(Q ‖ (1−α)P + αQ). Bounded by log(1/α), unlike ``reverse_kl``, its limit at α → 0.
 
@@ -189,7 +189,7 @@ def _skewed_kl(name: str, log_a: Logits, log_b: Logits, alpha: float) -> Nats:
     return _kl(log_a, _log_mixture(log_a, log_b, alpha) if alpha else log_b)
 
 
-def total_variation(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> Nats:
+def total_variation(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
     """Total variation distance: ½ Σ_v |P_v − Q_v|, in [0, 1] (a share of mass, not nats).
 
     One of the losses of f-DISTILL (arXiv 2307.15190). Symmetric, and no word can make it infinite. Where P_v = Q_v the
@@ -212,7 +212,7 @@ def total_variation(student_logits: Logits, teacher_logits: Logits, *, temperatu
     return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
 
 
-def jeffreys(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> Nats:
+def jeffreys(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
     """Jeffreys divergence: KL(P‖Q) + KL(Q‖P) = Σ_v (P_v − Q_v)(log P_v − log Q_v). A sum, without a factor ½.
 
     Jeffreys 1946, the f-divergence of f(r) = (r − 1)·log r. Symmetric and unbounded. The mean of the two KLs, also
@@ -241,7 +241,7 @@ def alpha_beta(
     *,
     alpha: float = 0.5,
     beta: float = 0.5,
-    temperature: float = 1.0,
+    temperature: Scalar = 1.0,
 ) -> Nats:
     """α-β divergence: −1/(αβ) · Σ_v [P^α Q^β − α/(α+β)·P^(α+β) − β/(α+β)·Q^(α+β)].
 
@@ -284,7 +284,7 @@ def alpha_beta(
 
 
 def alpha_divergence(
-    student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.5, temperature: float = 1.0
+    student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.5, temperature: Scalar = 1.0
 ) -> Nats:
     """Amari's α-divergence: (1 − Σ_v P_v^α Q_v^(1−α)) / (α(1−α)); α = 1 is ``forward_kl``, α = 0 ``reverse_kl``.
 
@@ -314,7 +314,7 @@ def alpha_divergence(
     return _alpha_beta(log_p, log_q, alpha, 1.0 - alpha)
 
 
-def renyi(student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.5, temperature: float = 1.0) -> Nats:
+def renyi(student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.5, temperature: Scalar = 1.0) -> Nats:
     """Rényi divergence of order α: 1/(α−1) · log Σ_v P_v^α Q_v^(1−α). α = 1 is ``forward_kl``.
 
     A monotone function of ``alpha_divergence`` (arXiv 1206.2459), in nats at every order and growing with it; for

@@ -7,10 +7,10 @@ in nats, and have no form for stored targets.
 import jax
 import jax.numpy as jnp
 
-from distill.shapes import Logits, Mask, Nats
+from distill.shapes import Logits, Mask, Nats, Scalar
 
 
-def logit_mse(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> Nats:
+def logit_mse(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
     """½ · mean_v (x_v − y_v)² of the logits / T, each row less its own mean: x = s/T − mean(s/T), y = t/T − mean(t/T).
 
     The limit of T²·``forward_kl`` at high temperatures is exactly T² times this (Hinton et al., arXiv 1503.02531,
@@ -41,7 +41,7 @@ def logit_mse(student_logits: Logits, teacher_logits: Logits, *, temperature: fl
     return 0.5 * jnp.sum(jnp.square(centred(student) - centred(teacher)), axis=-1) / number[..., 0]
 
 
-def pearson(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> Nats:
+def pearson(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
     """1 − Pearson's correlation of P and Q over the words of a position: the inter-class relation of DIST.
 
     DIST (arXiv 2205.10536). Only the relation matters, not the size: Q = aP + b costs nothing. The paper's second half,
