@@ -121,11 +121,7 @@ def test_with_all_words_or_all_but_one_it_is_the_full_divergence(name):
         full = divergence(log_s, log_t, **options)  # TAID's mixture depends on the constant in the logits; not the rest
         for k in (11, 12):
             targets = losses.top_k_targets(teacher, k, temperature=temperature)
-            got = losses.sparse(divergence, student, targets, temperature=temperature, **options)
-            if name == "entropy_aware_kl" and k == 12:
-                same(got, full, rtol=1e-5)  # the empty tail is no word
-            else:
-                same(got, full)
+            same(losses.sparse(divergence, student, targets, temperature=temperature, **options), full)
 
 
 @pytest.mark.parametrize("name", BOUNDED_BELOW)
@@ -201,9 +197,8 @@ def test_gradient_with_a_tail_is_closest_to_the_full_one():
         )
 
     with_tail = cosine(lambda s: losses.sparse(losses.forward_kl, s, targets))
-    cut = cosine(lambda s: cross_entropy(kept, jax.nn.log_softmax(s)))
-    renormalised = cosine(lambda s: cross_entropy(kept / jnp.sum(kept, -1, keepdims=True), jax.nn.log_softmax(s)))
-    assert with_tail > 0.9 and with_tail > cut + 0.01 and with_tail > renormalised + 0.01
+    cut = cosine(lambda s: cross_entropy(kept, jax.nn.log_softmax(s)))  # renormalised weights: the same direction
+    assert with_tail > 0.9 and with_tail > cut + 0.2
 
 
 def test_tail_is_computed_when_it_is_not_stored():
