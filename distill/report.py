@@ -283,6 +283,16 @@ def _draw_curves(runs: list[Run], path: Path) -> None:
         _legend(above)
 
 
+def curves(path: Path, x: Sequence[float], lines: dict[str, Sequence[float]], x_label: str, y_label: str) -> None:
+    """One PNG of named curves over the same x, for measurements that belong to no run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _canvas(path, 3.2) as axes:
+        for name, y in lines.items():
+            axes.plot(x, y, marker="o", label=name)
+        axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
+        axes.legend(frameon=False)
+
+
 def _draw_parameters(runs: list[Run], path: Path) -> None:
     with _canvas(path, 3.5) as axes:
         for run, model in [(each, model) for each in reversed(runs) for model in each.models]:

@@ -2,6 +2,7 @@
 
 pip install -e ".[bench]"              # PyTorch, the peer
 python scripts/benchmark.py tiny       # steps per second against eager PyTorch; start-up; about 3 minutes
+python scripts/benchmark.py head       # memory and time of the loss head, chunked against plain; about 3 minutes
 """
 
 import sys
@@ -17,9 +18,13 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, measures, prints."""
     options = cli.parser(__doc__)
-    options.add_argument("what", choices=("tiny",))
-    options.parse_args(argv)
+    options.add_argument("what", choices=("tiny", "head"))
+    what = options.parse_args(argv).what
     from distill import benchmark
+
+    if what == "head":
+        print("\n".join(benchmark.head(Path("runs/benchmark_head.png"))))
+        return
 
     sys.path.append(peers)
     try:
