@@ -373,3 +373,11 @@ def test_sampling_is_a_function_of_the_key_and_keeps_leading_axes():
     jitted = jax.jit(lambda k, t: losses.sample_targets(k, t, 5))(jax.random.key(0), teacher)
     np.testing.assert_array_equal(_counts(jitted, 8), _counts(one, 8))
     same(one.log_probs, jnp.take_along_axis(jax.nn.log_softmax(teacher), one.ids, axis=-1))
+
+
+# In a fixed order neighbours would never be drawn together, and the variance would depend on how ids are numbered.
+def test_systematic_draws_know_no_neighbours():
+    targets = losses.sample_targets(jax.random.key(4), jnp.zeros((2000, 4)), 2)
+    drawn = _counts(targets, 4)
+    together = [np.mean(drawn[:, i] * drawn[:, j]) for i in range(4) for j in range(i)]
+    np.testing.assert_allclose(together, 1 / 6, atol=0.04)
