@@ -124,13 +124,13 @@ def _on_mesh(sums: Callable, mesh: Mesh, axes: tuple[str, ...]) -> Callable:
 
 
 def default_chunk_size(vocab_size: int) -> int:
-    """Positions at a time: 256 on CPU, where a chunk should stay in the cache; elsewhere as many as 256 MiB hold.
+    """Positions at a time: 256 on CPU (128 above 65 536 words); on an accelerator as many as 256 MiB of logits hold.
 
     On an accelerator the gradient of the head, ``[D, V]`` in float32, is read and written once per chunk, so that few
     large chunks are wanted: at V = 128k, 512 positions.
     """
     if jax.default_backend() == "cpu":
-        return 256
+        return 256 if vocab_size <= 2**16 else 128
     return int(np.clip(2 ** round(math.log2(2**26 / vocab_size)), 128, 4096))
 
 
