@@ -15,10 +15,10 @@ def adaptive_kl(student_logits: Logits, teacher_logits: Logits, *, mu: float = 0
     """Adaptive KL: g_head/(g_head+g_tail)·KL(P‖Q) + g_tail/(g_head+g_tail)·KL(Q‖P), with gaps g = Σ |P_v − Q_v|.
 
     AKL (arXiv 2404.02657). The teacher's words are sorted by probability; a word belongs to the head while the mass up
-    to and including it is ≤ μ, and the first word always does; the tail is the rest. This follows the authors' code
-    (``cumsum > mu`` is the tail), which leaves the word that crosses μ in the tail. As there, the weights carry no
-    gradient. Where both gaps are 0 the weights are ½ (there the authors' code divides 0 by 0). Words with equal logits
-    are sorted by their ids.
+    to and including it is ≤ μ, and the first word always does; the tail is the rest. This is the rule of the public
+    implementations (``cumsum > mu`` is the tail), which leaves the word that crosses μ in the tail. As there, the
+    weights carry no gradient. Where both gaps are 0 the weights are ½ (there 0 is divided by 0). Words with equal
+    logits are sorted by their ids.
 
     Args:
       student_logits: ``[..., V]``.
