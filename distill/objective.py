@@ -102,6 +102,8 @@ class ObjectiveConfig:
             raise ValueError(f"objective: {error}") from error
         if self.final_temperature is not None and not self.final_temperature > 0.0:
             raise ValueError(f"objective: final_temperature={self.final_temperature}; expected a number above 0.")
+        if self.final_interpolation is not None and not 0.0 <= self.final_interpolation <= 1.0:
+            raise ValueError(f"objective: final_interpolation={self.final_interpolation}; expected a number in [0, 1].")
         if self.final_kd_weight is not None and self.final_kd_weight < 0.0:
             raise ValueError(f"objective: final_kd_weight={self.final_kd_weight}; expected ≥ 0.")
         if self.scheduled and self.schedule_steps < 1:

@@ -23,7 +23,7 @@ from distill.shapes import Array, Int, Params
 
 Metrics = dict[str, Pair]
 CHUNKED_FROM = 2048
-"""Words from which on the head is worked through in chunks; below, all logits at once are as fast and small anyway."""
+"""Words from which on the head is worked through in chunks; below, all logits at once are small anyway."""
 TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Metrics]]
 
 
@@ -84,19 +84,20 @@ def make_train_step(
     def hidden(model: Model, params: Params, batch: Batch) -> Array:
         return model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments).hidden
 
-    def whole(terms, params: Params, teacher_params: Params | None, batch: Batch) -> Metrics:
-        """Every term's sum, and what is logged beside them, from all logits at once."""
+    def whole(terms, params: Params, teacher_params: Params | None, batch: Batch) -> tuple[Array, Metrics]:
+        """Σ weight · sum of the terms, and what is logged, from all logits at once."""
         student_logits = student.unembed(params, hidden(student, params, batch))
         teacher_logits = batch.teacher_logits
         if teacher is not None:
             teacher_logits = teacher.unembed(teacher_params, hidden(teacher, teacher_params, batch))
         pairs = evaluate_terms(terms, student_logits, teacher_logits, batch)
-        if teacher_logits is None:
-            return pairs
-        beside = _beside(student_logits, teacher_logits, jnp.where(batch.mask, batch.labels, 0))
-        return pairs | {name: masked_sum(values, batch.mask) for name, values in beside.items()}
+        loss = total(terms, {name: value for name, (value, _) in pairs.items()})
+        if teacher_logits is not None:
+            beside = _beside(student_logits, teacher_logits, jnp.where(batch.mask, batch.labels, 0))
+            pairs |= {name: masked_sum(values, batch.mask) for name, values in beside.items()}
+        return loss, pairs
 
-    def in_chunks(terms, params: Params, teacher_params: Params | None, batch: Batch) -> Metrics:
+    def in_chunks(terms, params: Params, teacher_params: Params | None, batch: Batch) -> tuple[Array, Metrics]:
         """The same from hidden states; no array of tokens · words."""
 
         def loss(student_logits, teacher_logits, labels):
@@ -109,17 +110,14 @@ def make_train_step(
         if teacher is not None:
             of_teacher = hidden(teacher, teacher_params, batch), teacher.head(teacher_params)
         options = {"chunk_size": chunk_size, "mesh": mesh, "has_aux": True}
-        (loss_sum, weight), sums = losses.chunked(loss, states, head, *of_teacher, batch.labels, batch.mask, **options)
-        return {"loss": (loss_sum, weight)} | {name: (value, weight) for name, value in sums.items()}
+        (value, weight), sums = losses.chunked(loss, states, head, *of_teacher, batch.labels, batch.mask, **options)
+        return value, {name: (part, weight) for name, part in sums.items()}
 
     def loss_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array, step: Array):
         now = terms_at(terms, step)
-        chunked = chunks and batch.teacher_logits is None
-        pairs = (in_chunks if chunked else whole)(now, params, jax.lax.stop_gradient(teacher_params), batch)
-        loss = pairs["loss"][0] if chunked else total(now, {term.name: pairs[term.name][0] for term in now})
-        return loss / jnp.where(weight > 0, weight, 1.0), {"loss": (loss, pairs[now[0].name][1])} | {
-            name: pair for name, pair in pairs.items() if name != "loss"
-        }
+        evaluate = in_chunks if chunks and batch.teacher_logits is None else whole
+        loss, pairs = evaluate(now, params, jax.lax.stop_gradient(teacher_params), batch)
+        return loss / jnp.where(weight > 0, weight, 1.0), {"loss": (loss, pairs[now[0].name][1])} | pairs
 
     def gradients_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array, step: Array):
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, teacher_params, batch, weight, step)

@@ -224,6 +224,7 @@ def test_missing_teacher_is_named():
         {"final_temperature": 0.0, "schedule_steps": 5},
         {"schedule_steps": 0, "final_temperature": 2.0},
         {"final_kd_weight": -1.0, "schedule_steps": 5},
+        {"final_interpolation": 1.5, "schedule_steps": 5},
         {"kd_weight": -0.1, "task_weight": 1.0},
         {"kd_weight": 0.0, "task_weight": 0.0},
     ],

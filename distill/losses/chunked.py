@@ -163,14 +163,13 @@ def _total(loss, chunk_size, hidden, head, teacher, labels, mask):
     """Σ loss and Σ aux, without gradients."""
     kernel = head.kernel.astype(hidden.dtype)
 
-    def one(part, h, t, of_labels, counts):
-        nats, aux = loss(head.finish(product(h, kernel)), t, of_labels)
-        return _add(part, _sums((nats, aux), counts))
-
-    def like(h, t, of_labels, counts):
+    def sums(h, t, of_labels, counts):
         return _sums(loss(head.finish(product(h, kernel)), t, of_labels), counts)
 
-    return _loop(one, like, chunk_size, hidden, teacher, labels, mask)
+    def one(total, *inputs):
+        return _add(total, sums(*inputs))
+
+    return _loop(one, sums, chunk_size, hidden, teacher, labels, mask)
 
 
 def _forward(loss, chunk_size, hidden, head, teacher, labels, mask):
