@@ -135,8 +135,8 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
     ``apply`` takes ``collect`` if the module's ``__call__`` does.
 
     Parameters declared with ``parameter`` are drawn from ONE stream of normals cut into leaves: one small program
-    whatever the depth (a draw per leaf costs seconds of compilation), and the same numbers however they are sharded
-    (to the last bit but one: XLA may fuse the scaling otherwise).
+    whatever the depth (a draw per leaf costs seconds of compilation), and the same bits however they are sharded (the
+    barrier: fused with its scaling, the last bit of a normal depends on how the leaf is cut).
     """
     specification = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     boxes, structure = jax.tree.flatten(specification, is_leaf=lambda leaf: isinstance(leaf, Parameter))
@@ -145,7 +145,7 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
     @jax.jit
     def init(key: Array) -> Params:
         sizes = [math.prod(box.value.shape) for box in boxes]
-        stream = jax.random.normal(key, (sum(sizes),), jnp.float32)
+        stream = jax.lax.optimization_barrier(jax.random.normal(key, (sum(sizes),), jnp.float32))
         leaves, start = [], 0
         for box, size in zip(boxes, sizes, strict=True):
             normal = stream[start : start + size].reshape(box.value.shape)
