@@ -34,8 +34,8 @@ from distill.shapes import Array, Float, Mask
 
 PerPosition = Callable[[Any, Any, Any], Any]
 
-CPU_ROWS = 32
-"""Rows of logits in the loss at a time on CPU: 16 to 32 are the fastest from 8 192 to 49 152 words."""
+CPU_ROWS = 16
+"""Rows of logits in the loss at a time on CPU: 16 to 32 are the fastest from 8 192 to 128 256 words."""
 
 
 def chunked(
@@ -137,13 +137,13 @@ def _platform(mesh: Mesh | None) -> str:
 
 
 def default_chunk_size(vocab_size: int, platform: str | None = None) -> int:
-    """Positions at a time: 256 on CPU (128 above 65 536 words); on an accelerator as many as 256 MiB of logits hold.
+    """Positions at a time: 256 on CPU, the fastest there; on an accelerator as many as 256 MiB of logits hold.
 
     On an accelerator the gradient of the head, ``[D, V]`` in float32, is read and written once per chunk, so that few
     large chunks are wanted: at V = 128k, 512 positions. ``platform``: that of the default backend if None.
     """
     if (platform or jax.default_backend()) == "cpu":
-        return 256 if vocab_size <= 2**16 else 128
+        return 256
     return int(np.clip(2 ** round(math.log2(2**26 / vocab_size)), 128, 4096))
 
 
@@ -210,8 +210,8 @@ def _forward(loss, sizes, hidden, head, teacher, labels, mask):
             return _add(total, values), gradient
 
         sums, gradient = _by_rows(rows, sizes, sums, (product(h, kernel), t, of_labels, counts))
-        by_h = back(gradient).astype(by_hidden.dtype)
-        by_hidden = by_hidden.at[index].set(by_h, mode="drop", unique_indices=True)
+        by_h = jnp.einsum("nv,dv->nd", gradient, kernel, preferred_element_type=jnp.float32)
+        by_hidden = by_hidden.at[index].set(by_h.astype(hidden.dtype), mode="drop", unique_indices=True)
         transposed = jax.lax.optimization_barrier(h.T)  # a copy of h alone: XLA's CPU products are a fifth faster
         by_kernel = by_kernel + jnp.matmul(transposed, gradient, preferred_element_type=jnp.float32)
         return sums, by_hidden, by_kernel
@@ -220,7 +220,6 @@ def _forward(loss, sizes, hidden, head, teacher, labels, mask):
         sums, bias = part(product(h, kernel), *rest)[0]
         return (sums, jax.tree.map(lambda b: b.astype(jnp.float32), bias)), hidden, head.kernel.astype(jnp.float32)
 
-    back = _back(kernel)
     (sums, by_bias), by_hidden, by_kernel = _loop(one, like, sizes[0], hidden, teacher, labels, mask, rows=True)
     gradient = head.replace(kernel=by_kernel, bias=by_bias)
     return sums, (by_hidden, gradient, jax.tree.map(lambda x: x[:0], head))
@@ -244,17 +243,6 @@ def _backward(loss, sizes, kept, cotangent):
 
 
 _total.defvjp(_forward, _backward)
-
-
-def _back(kernel: Array) -> Callable[[Array], Array]:
-    """``G -> G·Wᵀ`` in float32. W is not transposed beforehand: that would be a second head in memory.
-
-    Only for bfloat16 on CPU it is, where XLA's products of transposed operands are three times slower.
-    """
-    if jax.default_backend() == "cpu" and kernel.dtype == jnp.bfloat16:
-        transposed = jax.lax.optimization_barrier(kernel.T)
-        return lambda gradient: jnp.matmul(gradient, transposed, preferred_element_type=jnp.float32)
-    return lambda gradient: jnp.einsum("nv,dv->nd", gradient, kernel, preferred_element_type=jnp.float32)
 
 
 def _sums(values, counts):
