@@ -11,13 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from distill import losses, parallel
+from distill import parallel
 from distill.data import addition
 from distill.data.loader import Batch, Loader
-from distill.head import Head
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
@@ -102,16 +100,21 @@ def tiny(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
         speeds = in_turn({"distill": scan, "one step a call": single} | others, case.steps)
         lines += [f"batch {case.batch_size}: {_speed(name, values)}" for name, values in speeds.items()]
         for name in peers:
-            ratios = [a / b for a, b in zip(speeds["distill"], speeds[name], strict=True)]
-            lines.append(f"batch {case.batch_size}: distill / {name} = {_spread(ratios)}")
+            lines.append(f"batch {case.batch_size}: distill / {name} = {spread(ratio(speeds, 'distill', name))}")
     return lines + start_up()
 
 
 def _speed(name: str, values: list[float]) -> str:
-    return f"{name:<26} {_spread(values)} steps/s"
+    return f"{name:<26} {spread(values)} steps/s"
 
 
-def _spread(values: list[float]) -> str:
+def ratio(speeds: dict[str, list[float]], ours: str, other: str) -> list[float]:
+    """How many times as fast ``ours`` is as ``other``, round by round."""
+    return [a / b for a, b in zip(speeds[ours], speeds[other], strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """Median [least, most]."""
     return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
@@ -122,7 +125,7 @@ def start_up(rounds: int = 3) -> list[str]:
         with tempfile.TemporaryDirectory() as cache:
             for name in times:
                 times[name].append(_process_seconds(cache))
-    return [f"start-up to the first step, {name}: {_spread(values)} s" for name, values in times.items()]
+    return [f"start-up to the first step, {name}: {spread(values)} s" for name, values in times.items()]
 
 
 def _process_seconds(cache: str) -> float:
@@ -151,89 +154,3 @@ def time_data(steps: int = 1000, batch_size: int = 256) -> float:
     start = time.perf_counter()
     loader.rows(0, steps)
     return (time.perf_counter() - start) * 1e3 / steps
-
-
-# ---- the head
-
-HEADS = (
-    ("8192 tokens, V=128256, D=2048/4096", 8192, 2048, 4096, 128_256),
-    ("8192 tokens, V=151936, D=256/512", 8192, 256, 512, 151_936),
-    ("8192 tokens, V=32768, D=256/512", 8192, 256, 512, 32_768),
-)
-"""Name, tokens, widths of student and teacher, words: shapes whose memory is known of other libraries."""
-
-
-def _task_and_kl(student_logits, teacher_logits, labels):
-    soft = 4.0 * losses.forward_kl(student_logits, teacher_logits, temperature=2.0)
-    return 0.5 * soft + 0.5 * losses.cross_entropy(student_logits, labels)
-
-
-def _plain_head(hidden, kernel, teacher_hidden, teacher_kernel, labels, mask):
-    logits, teacher_logits = Head(kernel).logits(hidden), Head(teacher_kernel).logits(teacher_hidden)
-    return losses.divide(losses.masked_sum(_task_and_kl(logits, teacher_logits, labels), mask))
-
-
-def _chunked_head(hidden, kernel, teacher_hidden, teacher_kernel, labels, mask):
-    heads = hidden, Head(kernel), teacher_hidden, Head(teacher_kernel)
-    return losses.divide(losses.chunked(_task_and_kl, *heads, labels, mask))
-
-
-def _head_shapes(tokens: int, width: int, teacher_width: int, vocab: int, dtype) -> list[jax.ShapeDtypeStruct]:
-    sizes = [(tokens, width), (width, vocab), (tokens, teacher_width), (teacher_width, vocab)]
-    shapes = [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
-    return [*shapes, jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((tokens,), bool)]
-
-
-def _compiled(function: Callable, shapes: list[jax.ShapeDtypeStruct]):
-    return jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(*shapes).compile()
-
-
-def _temporary(function: Callable, shapes: list[jax.ShapeDtypeStruct]) -> float:
-    """GiB that live beside inputs and gradients; compiled, not run."""
-    return _compiled(function, shapes).memory_analysis().temp_size_in_bytes / 2**30
-
-
-def _head_run(function: Callable, shapes: list[jax.ShapeDtypeStruct]) -> Run:
-    keys = jax.random.split(jax.random.key(0), 5)
-    arrays = [
-        (jax.random.normal(key, s.shape) * s.shape[0] ** -0.25).astype(s.dtype)
-        for key, s in zip(keys, shapes[:4], strict=False)
-    ]
-    labels = jax.random.randint(keys[4], shapes[4].shape, 0, shapes[1].shape[1])
-    arguments, compiled = [*arrays, labels, jnp.ones(shapes[5].shape, bool)], _compiled(function, shapes)
-
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            jax.block_until_ready(compiled(*arguments))
-
-    return run
-
-
-def head(figure: Path) -> list[str]:
-    """Lines of the head benchmark: temporary memory (compiled only), time against the plain version, and a curve.
-
-    Args:
-      figure: PNG of temporary memory against the number of tokens, written anew.
-    """
-    lines = []
-    for name, *sizes in HEADS:
-        plain, chunked = (_temporary(f, _head_shapes(*sizes, jnp.float32)) for f in (_plain_head, _chunked_head))
-        lines.append(f"{name}, float32: plain {plain:.2f} GiB, chunked {chunked:.2f} GiB, {plain / chunked:.1f}x less")
-    for vocab in (8192, 49_152):
-        for dtype in (jnp.float32, jnp.bfloat16):
-            shapes = _head_shapes(2048, 256, 512, vocab, dtype)
-            contestants = {"plain": _head_run(_plain_head, shapes), "chunked": _head_run(_chunked_head, shapes)}
-            speeds = in_turn(contestants, steps=2, rounds=5)
-            ratios = [a / b for a, b in zip(speeds["chunked"], speeds["plain"], strict=True)]
-            seconds = 1 / statistics.median(speeds["chunked"])
-            name = f"2048 tokens, V={vocab}, D=256/512, {jnp.dtype(dtype).name}"
-            lines.append(f"{name}: chunked {seconds:.3f} s, {_spread(ratios)} times as fast as plain")
-    counts = [1024, 2048, 4096, 8192, 16_384]
-    curves = {
-        name: [_temporary(f, _head_shapes(n, 256, 512, 32_768, jnp.float32)) for n in counts]
-        for name, f in (("all logits at once", _plain_head), ("in chunks", _chunked_head))
-    }
-    from distill import report
-
-    report.curves(figure, counts, curves, "tokens", "temporary memory, GiB (V = 32 768, float32)")
-    return [*lines, f"{figure}: temporary memory against tokens"]

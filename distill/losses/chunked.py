@@ -226,7 +226,7 @@ def _forward(loss, sizes, hidden, head, teacher, labels, mask):
 
 
 def _by_rows(function, sizes, carry, inputs):
-    """``carry, outputs = function(carry, inputs)`` over the rows of a chunk, some at a time; outputs are put together."""
+    """``carry, outputs = function(carry, inputs)`` over the rows of a chunk, some at a time."""
     chunk_size, rows = sizes
     if rows == chunk_size:
         return function(carry, inputs)
