@@ -2,6 +2,7 @@
 
 python scripts/reproduce.py addition            # every arm, five seeds: about an hour of CPU time
     python scripts/reproduce.py kills               # 20 times kill -9, then the same bits: about 6 minutes
+    python scripts/reproduce.py conformance         # our losses beside TRL's, Liger's, DistiLLM's: seconds
 """
 
 import sys
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+peers = str(Path(__file__).parent / "peers")
 sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
 
 from distill import cli
@@ -17,7 +19,7 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, runs, writes the page."""
     options = cli.parser(__doc__)
-    options.add_argument("what", choices=("addition", "kills"))
+    options.add_argument("what", choices=("addition", "kills", "conformance"))
     options.add_argument("--run", type=Path, default=Path("runs/addition_arms"), help="run folder")
     options.add_argument("--page", type=Path, default=Path("REPRODUCE.md"), help="the page to write")
     known = options.parse_args(argv)
@@ -25,6 +27,17 @@ def main(argv: Sequence[str]) -> None:
     from distill import reproduce
     from distill.config import load_config
 
+    if known.what == "conformance":
+        from distill import conformance
+
+        sys.path.append(peers)
+        try:
+            import torch_conformance
+        except ImportError as error:
+            raise ValueError(f"{error}: a library is missing; pip install -e '.[conformance]'.") from error
+        conformance.collect(*torch_conformance.measure())
+        print(f"written: {conformance.STORED}, {conformance.PAGE}")
+        return
     if known.what == "kills":
         often = [f"--{role}.training.save-every=100" for role in ("teacher", "student")]
         with tempfile.TemporaryDirectory() as folder:

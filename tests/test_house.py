@@ -40,7 +40,7 @@ ARROWS = {
 }
 """Part of distill → the parts it may import, besides itself."""
 
-TOP = {"train", "arms", "experiment", "protocol", "reproduce", "benchmark", "benchmark_head", "cli"}
+TOP = {"train", "arms", "experiment", "protocol", "reproduce", "conformance", "benchmark", "benchmark_head", "cli"}
 """These may import everything, and only they each other."""
 
 HEAVY = {

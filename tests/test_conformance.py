@@ -1,0 +1,83 @@
+"""distill/losses/CONFORMANCE.md: every number is what it is said to be. Nothing of the libraries is needed here."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+
+from distill import conformance
+from distill.conformance import CALLS, CASES, CONVENTION, PEERS, ROWS
+
+ROOT = Path(__file__).parents[1]
+STORED = json.loads((ROOT / conformance.STORED).read_text())
+CELLS = [(name, peer) for name in ROWS for peer in PEERS if peer in STORED["rows"].get(name, {})]
+
+
+def is_close(value, other):
+    """A number, or the same word; NaN is a word in the stored values."""
+    return conformance.close(value, other) and value == value
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_ours_is_the_float64_definition(name):
+    stored = STORED["rows"][name]
+    assert is_close(conformance.definition(ROWS[name]), stored["float64"])
+    assert is_close(conformance.ours(ROWS[name]), stored["float64"])
+    assert is_close(stored["distill"], stored["float64"])
+
+
+@pytest.mark.parametrize(("name", "peer"), CELLS)
+def test_a_library_differs_in_what_is_said_and_in_nothing_else(name, peer):
+    text, value = conformance.expected(peer, ROWS[name])
+    assert is_close(STORED["rows"][name][peer], value)
+    same = is_close(value, STORED["rows"][name]["float64"])
+    assert same if text in ("", CONVENTION) else not same
+
+
+def test_every_loss_a_library_has_is_measured():
+    wanted = [(name, peer) for name, row in ROWS.items() for peer in PEERS if conformance.expected(peer, row)]
+    assert wanted == CELLS and len(CELLS) > 100
+    assert STORED["rows"].keys() == ROWS.keys() and STORED["calls"].keys() == CALLS.keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_is_what_is_said(name):
+    call = CALLS[name]
+    assert is_close(STORED["calls"][name], call.value(call.case))
+    plain = conformance.definition(conformance.Row("forward_kl", call.case))
+    assert not is_close(STORED["calls"][name], plain)  # or it would not be worth a line
+
+
+def test_the_page_is_that_of_the_stored_values():
+    assert (ROOT / conformance.PAGE).read_text() == conformance.page(STORED)
+
+
+# The float64 column has two sources: sums over probabilities here, loops over log-probabilities there.
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_definitions_are_those_of_the_other_reference(temperature):
+    case = CASES["T = 2" if temperature == 2.0 else "T = 1"]
+    given = case.student, case.teacher
+    for row in ROWS.values():
+        if row.case is not case or row.squared:
+            continue
+        if row.loss in ("forward_kl", "reverse_kl"):
+            want = getattr(reference, row.loss)(*given, temperature)
+        elif row.loss == "generalized_jsd":
+            want = reference.generalized_jsd(*given, dict(row.options)["beta"], temperature)
+        elif row.loss == "cross_entropy":
+            want = reference.cross_entropy(case.student, case.labels)
+        else:
+            continue
+        np.testing.assert_allclose(conformance.definition(row), want.mean(), rtol=1e-12)
+
+
+def test_numbers_by_hand():
+    p, q = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.75, 0.0])
+    half = np.log(2.0) / 2.0 + np.log(2.0 / 3.0) / 2.0
+    assert conformance.DEFINITIONS["forward_kl"](p, q) == pytest.approx(half)
+    assert conformance.DEFINITIONS["total_variation"](p, q) == pytest.approx(0.25)
+    assert conformance.DEFINITIONS["teacher_entropy"](p, q) == pytest.approx(np.log(2.0))
+    skewed = 0.5 * np.log(0.5 / 0.275) + 0.5 * np.log(0.5 / 0.725)
+    assert conformance.DEFINITIONS["skewed_forward_kl"](p, q, alpha=0.1) == pytest.approx(skewed)
