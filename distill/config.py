@@ -129,11 +129,16 @@ class Config:
 
     def __post_init__(self):
         for role, recipe in (("teacher", self.teacher), ("student", self.student)):
-            if recipe.model.vocab_size != TOKENIZER.vocab_size:
+            if recipe.model.vocab_size < TOKENIZER.vocab_size:
                 raise ValueError(
                     f"{role}: vocab_size={recipe.model.vocab_size}, but the tokenizer has {TOKENIZER.vocab_size} ids; "
-                    f"set --{role}.model.vocab-size {TOKENIZER.vocab_size}."
+                    f"set --{role}.model.vocab-size {TOKENIZER.vocab_size} (more is padding)."
                 )
+        if self.objective.features.used and self.teacher_signal == "cached":
+            raise ValueError(
+                "objective.features: hidden states, attention maps and relations are not cached; set "
+                "--teacher-signal live."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

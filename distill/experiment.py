@@ -23,11 +23,13 @@ from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes
 from distill.config import Config, Recipe, read_config, to_dict, write_json
 from distill.data import addition
 from distill.data.addition import TOKENIZER, Examples
+from distill.features import feature_terms, projector_shapes, with_projectors, without_projectors
 from distill.metrics import Writer
 from distill.models import Model, decoder
 from distill.objective import task_term, terms_of
 from distill.shapes import Params
 from distill.train import Task, fit
+from distill.vocab import align
 
 WATTS_PER_CORE = 10.0
 """Assumed draw of one busy CPU core, in watts; energy here is modelled from CPU time, ± 40 %, not measured."""
@@ -60,7 +62,7 @@ def identity(config: Config, *parts: str, **fingerprints: str) -> dict[str, Any]
 
 def train_alone(config: Config, recipe: Recipe, run: Path, sides: dict[str, Examples], role: str) -> Trained:
     """A model on the true answers of the whole train side."""
-    model = decoder(recipe.model)
+    model = network(recipe)
     task = Task(
         student=model,
         terms=[task_term()],
@@ -77,7 +79,12 @@ def train_teacher(config: Config, run: Path, sides: dict[str, Examples]) -> Trai
     """The teacher: read from ``config.teacher_run`` if given, else trained in RUN/teacher."""
     if config.teacher_run is None:
         return train_alone(config, config.teacher, run / "teacher", sides, "teacher")
-    return restore(decoder(config.teacher.model), Path(config.teacher_run))
+    return restore(network(config.teacher), Path(config.teacher_run))
+
+
+def network(recipe: Recipe) -> Model:
+    """The decoder of a recipe; rows of its embedding that are no token of the tokenizer get no logit."""
+    return decoder(recipe.model).with_vocabulary(TOKENIZER.vocab_size)
 
 
 def restore(model: Model, run: Path) -> Trained:
@@ -107,8 +114,10 @@ def transfer_set(config: Config, sides: dict[str, Examples], teacher: Trained) -
 def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Trained) -> Trained:
     """The student, from the teacher's soft targets on the transfer set."""
     addition.assert_disjoint(config.data, sides["train"], sides["test"])
-    model, training = decoder(config.student.model), config.student.training
-    cached = config.teacher_signal == "cached"
+    model, training, cached = network(config.student), config.student.training, config.teacher_signal == "cached"
+    features = config.objective.features
+    learner = with_projectors(model, projector_shapes(features, model, teacher.model))
+    align(TOKENIZER.ids(), TOKENIZER.ids(), config.student.model.vocab_size, config.teacher.model.vocab_size)
     examples = transfer_set(config, sides, teacher).batch(config.data)
     flops = training.steps * _step_flops(config.student, config)
     reads = len(examples.inputs) if cached else training.steps * training.batch_size
@@ -117,17 +126,18 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
         examples = examples._replace(teacher_logits=evaluate.logits_on(*teacher, examples))
     parts = ("data", "student", "objective", "answers", "teacher_signal")
     task = Task(
-        student=model,
-        terms=terms_of(config.objective),
+        student=learner,
+        terms=terms_of(config.objective, feature_terms(features, learner, teacher.model)),
+        reduction=config.objective.reduction,
         examples=examples,
         teacher=None if cached else teacher.model,
         teacher_params=None if cached else teacher.params,
-        evaluate=_curve(model, config, sides["test"]),
+        evaluate=_curve(learner, config, sides["test"]),
         identity=identity(config, *parts, teacher_weights=fingerprint(teacher.params)),
     )
     with _cost(run, flops):
         params = fit(run, task, training, parallel_config=config.parallel, log=config.log, label="student")
-    return Trained(model, params)
+    return Trained(model, without_projectors(params))
 
 
 def labelled(config: Config, train: Examples, seed: int) -> tuple[Examples, Examples]:
@@ -144,7 +154,7 @@ def labelled(config: Config, train: Examples, seed: int) -> tuple[Examples, Exam
 def train_baseline(config: Config, run: Path, sides: dict[str, Examples]) -> tuple[Trained, dict[str, Any]]:
     """The student alone: a sweep over learning rate × weight decay × steps, chosen on the validation split."""
     folder = run / "baseline"
-    model, sweep, seed = decoder(config.student.model), config.baseline, config.student.training.seed
+    model, sweep, seed = network(config.student), config.baseline, config.student.training.seed
     asked = identity(config, "data", "baseline") | {"model": to_dict(config)["student"]["model"], "seed": seed}
     with lock(folder), Checkpoints(folder) as checkpoints:
         if checkpoints.latest is not None:
@@ -280,7 +290,7 @@ def open_run(run: Path) -> tuple[Config, dict[str, Trained]]:
     models = {}
     for name, folder in folders.items():
         if name != "baseline" or (folder / "checkpoints").is_dir():
-            models[name] = restore(decoder(recipes[name].model), folder)
+            models[name] = restore(network(recipes[name]), folder)
     return config, models
 
 

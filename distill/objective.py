@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from distill import losses
 from distill.data.loader import Batch
+from distill.features import FeatureConfig, FeatureTerm
 from distill.losses.reduce import Pair
 from distill.shapes import Array, Labels, Logits, Nats
 
@@ -60,7 +61,8 @@ class Term:
     needs_teacher: bool = True
 
 
-Terms = Sequence[Term] | Callable[[Array], Sequence[Term]]
+AnyTerm = Term | FeatureTerm
+Terms = Sequence[AnyTerm] | Callable[[Array], Sequence[AnyTerm]]
 """Terms, or a function of the optimizer step that gives them: weights and temperatures may follow a schedule."""
 
 
@@ -90,6 +92,10 @@ class ObjectiveConfig:
     final_kd_weight: float | None = None
     """kd_weight likewise."""
     schedule_steps: int = 0
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """token_mean: every counted token of the global batch weighs the same; sequence_mean: every sequence does."""
+    features: FeatureConfig = FeatureConfig()
+    """Terms between hidden states, attention maps and relations; they need a live teacher."""
 
     def __post_init__(self):
         if not self.temperature > 0.0:
@@ -108,9 +114,11 @@ class ObjectiveConfig:
             raise ValueError(f"objective: final_kd_weight={self.final_kd_weight}; expected ≥ 0.")
         if self.scheduled and self.schedule_steps < 1:
             raise ValueError("objective: a final value needs schedule_steps ≥ 1; set --objective.schedule-steps.")
-        if min(self.kd_weight, self.task_weight) < 0.0 or self.kd_weight + self.task_weight <= 0.0:
+        outside = self.kd_weight + self.task_weight
+        if min(self.kd_weight, self.task_weight) < 0.0 or not (outside > 0.0 or self.features.used):
             raise ValueError(
-                f"objective: kd_weight={self.kd_weight}, task_weight={self.task_weight}; expected ≥ 0, one above."
+                f"objective: kd_weight={self.kd_weight}, task_weight={self.task_weight}; expected ≥ 0, one above "
+                "(or a weight of objective.features)."
             )
 
     @property
@@ -148,20 +156,15 @@ def distillation_term(config: ObjectiveConfig) -> Term:
     return Term(config.divergence, lambda s, t, labels: divergence(s, t, **options), config.kd_weight * factor)
 
 
-def terms_of(config: ObjectiveConfig) -> Terms:
-    """The terms with a weight above 0; a function of the step if anything is scheduled."""
+def terms_of(config: ObjectiveConfig, features: Sequence[FeatureTerm] = ()) -> Terms:
+    """The terms with a weight above 0 and ``features``; a function of the step if anything is scheduled."""
+    task = (task_term(config.task_weight),) if config.task_weight else ()
     if config.scheduled:
-        task = (task_term(config.task_weight),) if config.task_weight else ()
-        return lambda step: (distillation_term(config.at(step)), *task)
-    terms = []
-    if config.kd_weight:
-        terms.append(distillation_term(config))
-    if config.task_weight:
-        terms.append(task_term(config.task_weight))
-    return tuple(terms)
+        return lambda step: (distillation_term(config.at(step)), *task, *features)
+    return (*((distillation_term(config),) if config.kd_weight else ()), *task, *features)
 
 
-def terms_at(terms: Terms, step: Array) -> Sequence[Term]:
+def terms_at(terms: Terms, step: Array) -> Sequence[AnyTerm]:
     """The terms at an optimizer step."""
     return terms(step) if callable(terms) else terms
 
@@ -183,17 +186,32 @@ def per_position(terms: Sequence[Term], student_logits: Logits, teacher_logits: 
     return {term.name: term.per_position(student_logits, teacher_logits, labels) for term in terms}
 
 
-def total(terms: Sequence[Term], values: dict[str, Array]) -> Array:
+def total(terms: Sequence[AnyTerm], values: dict[str, Array]) -> Array:
     """Σ weight · value."""
-    return sum(term.weight * values[term.name] for term in terms)
+    return sum((term.weight * values[term.name] for term in terms), start=jnp.float32(0.0))
+
+
+def position_weights(reduction: str, batch: Batch) -> Array | None:
+    """What a position weighs in a mean; None: all that count weigh 1.
+
+    Raises:
+      ValueError: an unknown reduction.
+    """
+    if reduction not in ("token_mean", "sequence_mean"):
+        raise ValueError(f"reduction={reduction!r}; expected 'token_mean' or 'sequence_mean'.")
+    return losses.sequence_weights(batch.mask, batch.segments) if reduction == "sequence_mean" else None
 
 
 def evaluate_terms(
-    terms: Sequence[Term], student_logits: Logits, teacher_logits: Logits | None, batch: Batch
+    terms: Sequence[Term],
+    student_logits: Logits,
+    teacher_logits: Logits | None,
+    batch: Batch,
+    weights: Array | None = None,
 ) -> dict[str, Pair]:
     """Every term's (sum, weight) on a batch; positions outside ``batch.mask`` have no part in it."""
     student_logits = select(student_logits, batch.mask)
     teacher_logits = None if teacher_logits is None else select(teacher_logits, batch.mask)
     labels = jnp.where(batch.mask, batch.labels, 0)
     nats = per_position(terms, student_logits, teacher_logits, labels)
-    return {name: losses.masked_sum(values, batch.mask) for name, values in nats.items()}
+    return {name: losses.masked_sum(values, batch.mask, weights) for name, values in nats.items()}

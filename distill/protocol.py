@@ -31,7 +31,8 @@ from distill.config import ProtocolConfig, Recipe, to_dict, write_json
 from distill.data import addition
 from distill.data.addition import AdditionConfig, Examples
 from distill.data.loader import Batch
-from distill.models import Model, decoder
+from distill.experiment import network
+from distill.models import Model
 from distill.objective import task_term, terms_of
 from distill.shapes import Params
 
@@ -78,7 +79,7 @@ def _open_results(config: ProtocolConfig, run: Path) -> dict[str, Any]:
 
 def make_worlds(config: ProtocolConfig, run: Path, results: dict[str, Any]) -> list[World]:
     """Splits and two teachers for every seed; teachers are read from RUN/teachers when they stand there."""
-    model, training = decoder(config.teacher.model), config.teacher.training
+    model, training = network(config.teacher), config.teacher.training
     splits = [dataclasses.replace(config.data, split_seed=seed) for seed in range(config.seeds)]
     sides = [{side: addition.encode(split, rows) for side, rows in addition.pairs(split).items()} for split in splits]
     for split, world in zip(splits, sides, strict=True):
@@ -119,7 +120,7 @@ def run_arm(
 ) -> dict[str, Any]:
     """One arm of one student over all seeds."""
     wall, cpu = time.perf_counter(), time.process_time()
-    model, teacher = decoder(recipe.model), decoder(config.teacher.model)
+    model, teacher = network(recipe), network(config.teacher)
     tuned = labels is not None
     train = _train_tuned if tuned else _train_untuned
     params, chosen = train(config, recipe, model, teacher, worlds, arm, labels)

@@ -6,7 +6,7 @@ The teacher is a separate argument: not in the state, the optimizer, the gradien
 wraps this function for one device, a mesh or ``pmap``; ``vmap`` over it trains several students at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,14 +16,16 @@ from jax.sharding import Mesh
 
 from distill import losses
 from distill.data.loader import Batch
+from distill.features import FeatureTerm, collect_of
 from distill.losses.reduce import Pair, masked_sum
-from distill.models.model import Model
-from distill.objective import Terms, evaluate_terms, per_position, terms_at, total
+from distill.models.model import Collect, Model, Output
+from distill.objective import AnyTerm, Terms, evaluate_terms, per_position, position_weights, terms_at, total
 from distill.shapes import Array, Int, Params
 
 Metrics = dict[str, Pair]
-CHUNKED_FROM = 2048
-"""Words from which on the head is worked through in chunks; below, all logits at once are small anyway."""
+CHUNKED_FROM = 1024
+"""Words from which on the head is worked through in chunks: there it is 1.5 to 2.2 times as fast as all logits at once,
+at half as many it is slower (``scripts/benchmark.py head``)."""
 TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Metrics]]
 
 
@@ -51,11 +53,13 @@ def make_train_step(
     axis_name: str | None = None,
     mesh: Mesh | None = None,
     chunk_size: int | None = None,
+    reduction: str = "token_mean",
 ) -> TrainStep:
     """The train step of a student.
 
-    The loss is Σ weight · sum / W with W the number of counted tokens of the WHOLE global batch: over micro-batches
-    and, with ``axis_name``, over devices. W does not depend on the parameters, so gradients of sums are added.
+    The loss is Σ weight · sum / W with W the number of counted tokens (of sequences, with ``sequence_mean``) of the
+    WHOLE global batch: over micro-batches and, with ``axis_name``, over devices. W does not depend on the parameters,
+    so gradients of sums are added.
 
     Args:
       student: what is trained.
@@ -68,55 +72,58 @@ def make_train_step(
       mesh: the step will be compiled for; the chunked head then works on every device's own tokens.
       chunk_size: positions whose logits are alive at a time (``losses.chunked``); 0: all logits at once; None: chunks
         from a vocabulary of ``CHUNKED_FROM`` words on, where both models know their head.
+      reduction: of every mean: ``token_mean``, or ``sequence_mean`` (``losses.sequence_weights``).
 
     Returns:
       ``train_step(state, teacher_params, batch) -> (state, metrics)``; metrics are (sum, weight) pairs, global:
       ``loss``, every term by its name, ``agreement`` (share of top-1 tokens equal to the teacher's) and
       ``teacher_cross_entropy`` when there is a teacher, ``gradient_norm``.
     """
+    _check_terms(terms, student, teacher)
     chunks = _chunks(chunk_size, student, teacher)
-    if not terms:
-        raise ValueError("make_train_step: no terms; expected at least one, such as objective.task_term().")
 
     def global_sum(tree):
         return jax.lax.psum(tree, axis_name) if axis_name else tree
 
-    def hidden(model: Model, params: Params, batch: Batch) -> Array:
-        return model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments).hidden
-
-    def whole(terms, params: Params, teacher_params: Params | None, batch: Batch) -> tuple[Array, Metrics]:
-        """Σ weight · sum of the terms, and what is logged, from all logits at once."""
-        student_logits = student.unembed(params, hidden(student, params, batch))
-        teacher_logits = batch.teacher_logits
-        if teacher is not None:
-            teacher_logits = teacher.unembed(teacher_params, hidden(teacher, teacher_params, batch))
-        pairs = evaluate_terms(terms, student_logits, teacher_logits, batch)
-        loss = total(terms, {name: value for name, (value, _) in pairs.items()})
+    def whole(terms, sides: _Sides, batch: Batch, weights: Array | None) -> tuple[Array, Metrics]:
+        """Σ weight · sum of the terms, and sums, from all logits at once."""
+        student_logits, teacher_logits = sides.logits(student, teacher, batch)
+        pairs = evaluate_terms(terms, student_logits, teacher_logits, batch, weights)
         if teacher_logits is not None:
             beside = _beside(student_logits, teacher_logits, jnp.where(batch.mask, batch.labels, 0))
-            pairs |= {name: masked_sum(values, batch.mask) for name, values in beside.items()}
-        return loss, pairs
+            pairs |= {name: masked_sum(values, batch.mask, weights) for name, values in beside.items()}
+        return total(terms, {name: value for name, (value, _) in pairs.items()}), pairs
 
-    def in_chunks(terms, params: Params, teacher_params: Params | None, batch: Batch) -> tuple[Array, Metrics]:
+    def in_chunks(terms, sides: _Sides, batch: Batch, weights: Array | None) -> tuple[Array, Metrics]:
         """The same from hidden states; no array of tokens · words."""
 
-        def loss(student_logits, teacher_logits, labels):
+        def loss(student_logits, teacher_logits, inputs):
+            labels, weights = inputs
             nats = per_position(terms, student_logits, teacher_logits, labels)
-            beside = {} if teacher_logits is None else _beside(student_logits, teacher_logits, labels)
-            return total(terms, nats), nats | beside
+            nats |= {} if teacher_logits is None else _beside(student_logits, teacher_logits, labels)
+            nats = nats if weights is None else {name: weights * values for name, values in nats.items()}
+            return jnp.broadcast_to(total(terms, nats), labels.shape), nats
 
-        states, head = hidden(student, params, batch), student.head(params)
+        states, head = sides.of_student.hidden, student.head(sides.student_params)
         of_teacher = (None, None)
         if teacher is not None:
-            of_teacher = hidden(teacher, teacher_params, batch), teacher.head(teacher_params)
-        options = {"chunk_size": chunk_size, "mesh": mesh, "has_aux": True}
-        (value, weight), sums = losses.chunked(loss, states, head, *of_teacher, batch.labels, batch.mask, **options)
+            of_teacher = sides.of_teacher.hidden, teacher.head(sides.teacher_params)
+        options = {"chunk_size": chunk_size or None, "mesh": mesh, "has_aux": True}
+        inputs = batch.labels, weights
+        (value, weight), sums = losses.chunked(loss, states, head, *of_teacher, inputs, batch.mask, **options)
+        weight = weight if weights is None else jnp.sum(weights, dtype=jnp.float32)
         return value, {name: (part, weight) for name, part in sums.items()}
 
     def loss_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array, step: Array):
-        now = terms_at(terms, step)
+        now, weights = terms_at(terms, step), position_weights(reduction, batch)
+        inside = [term for term in now if isinstance(term, FeatureTerm)]
+        sides = _forward(student, params, teacher, jax.lax.stop_gradient(teacher_params), batch, inside)
         evaluate = in_chunks if chunks and batch.teacher_logits is None else whole
-        loss, pairs = evaluate(now, params, jax.lax.stop_gradient(teacher_params), batch)
+        loss, pairs = evaluate([term for term in now if not isinstance(term, FeatureTerm)], sides, batch, weights)
+        for term in inside:
+            features = sides.of_student.collected, sides.of_teacher.collected
+            pairs[term.name] = masked_sum(term.per_position(*features, batch, params), batch.mask, weights)
+        loss = loss + total(inside, {name: value for name, (value, _) in pairs.items()})
         return loss / jnp.where(weight > 0, weight, 1.0), {"loss": (loss, pairs[now[0].name][1])} | pairs
 
     def gradients_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array, step: Array):
@@ -124,7 +131,8 @@ def make_train_step(
         return gradients, metrics
 
     def train_step(state: TrainState, teacher_params: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
-        weight = global_sum(jnp.sum(batch.mask, dtype=jnp.float32))
+        weights = position_weights(reduction, batch)
+        weight = global_sum(jnp.sum(batch.mask if weights is None else weights, dtype=jnp.float32))
         if micro_batches == 1:
             gradients, metrics = gradients_of(state.params, teacher_params, batch, weight, state.step)
         else:
@@ -138,6 +146,63 @@ def make_train_step(
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     return train_step
+
+
+class _Sides(NamedTuple):
+    """Both networks on a batch."""
+
+    student_params: Params
+    of_student: Output
+    teacher_params: Params | None
+    of_teacher: Output | None
+
+    def logits(self, student: Model, teacher: Model | None, batch: Batch) -> tuple[Array, Array | None]:
+        """All logits of the student, and of the teacher: live, stored, or none."""
+        of_student = student.unembed(self.student_params, self.of_student.hidden)
+        if self.of_teacher is None:
+            return of_student, batch.teacher_logits
+        return of_student, teacher.unembed(self.teacher_params, self.of_teacher.hidden)
+
+
+def _forward(
+    student: Model,
+    params: Params,
+    teacher: Model | None,
+    teacher_params: Params | None,
+    batch: Batch,
+    inside: list[FeatureTerm],
+) -> _Sides:
+    """What both networks make of a batch, with the features that terms ask for."""
+
+    def run(model: Model, params: Params, collect: Collect | None) -> Output:
+        options = {} if collect is None else {"collect": collect}
+        return model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments, **options)
+
+    of_student = run(student, params, collect_of(inside, "student"))
+    of_teacher = None if teacher is None else run(teacher, teacher_params, collect_of(inside, "teacher"))
+    return _Sides(params, of_student, teacher_params, of_teacher)
+
+
+def _check_terms(terms: Terms, student: Model, teacher: Model | None) -> None:
+    """What can be said before anything is traced.
+
+    Raises:
+      ValueError: no terms, features without a live teacher, or two vocabularies.
+    """
+    if not terms:
+        raise ValueError("make_train_step: no terms; expected at least one, such as objective.task_term().")
+    listed: Sequence[AnyTerm] = terms(jnp.int32(0)) if callable(terms) else terms
+    inside = [term.name for term in listed if isinstance(term, FeatureTerm)]
+    if inside and teacher is None:
+        raise ValueError(
+            f"make_train_step: {', '.join(inside)} look inside the teacher; give the step a teacher (in a "
+            "configuration: --teacher-signal live)."
+        )
+    if teacher is not None and teacher.vocab_size != student.vocab_size:
+        raise ValueError(
+            f"make_train_step: the student has {student.vocab_size} words, the teacher {teacher.vocab_size}; cut both "
+            "to the ids they share: model.with_vocabulary(vocab.align(…).vocab_size)."
+        )
 
 
 def _chunks(chunk_size: int | None, student: Model, teacher: Model | None) -> bool:

@@ -29,6 +29,10 @@ class CharacterTokenizer:
         """Every id's text, in order of id."""
         return ("<pad>", "<eos>", *self.characters)
 
+    def ids(self) -> dict[str, int]:
+        """Token → id."""
+        return {symbol: number for number, symbol in enumerate(self.symbols)}
+
     @property
     def vocab_size(self) -> int:
         """Number of ids."""

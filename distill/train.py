@@ -46,6 +46,8 @@ class Task:
     teacher_params: Params | None = None
     evaluate: Evaluate = lambda params: {}
     """Metrics of the learning curve, such as exact match."""
+    reduction: str = "token_mean"
+    """Of every mean (``make_train_step``)."""
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Configuration and fingerprints; a run folder with another identity is refused."""
 
@@ -99,6 +101,7 @@ def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig) 
             axis_name=axis_name,
             mesh=mesh,
             chunk_size=training.chunk_size,
+            reduction=task.reduction,
         )
 
     return parallel.wrap(config, make_step, task.student, update, task.teacher)

@@ -29,9 +29,10 @@ ARROWS = {
     "optim": {"shapes"},
     "data": {"shapes", "tokenizer"},
     "report": {"metrics"},
-    "objective": {"shapes", "losses", "data"},
+    "features": {"shapes", "losses", "models", "data"},
+    "objective": {"shapes", "losses", "data", "features"},
     "sampling": {"shapes", "models"},
-    "step": {"shapes", "losses", "models", "data", "objective", "optim"},
+    "step": {"shapes", "losses", "models", "data", "features", "objective", "optim"},
     "parallel": {"shapes", "models", "data", "step"},
     "evaluate": {"shapes", "models", "data", "step", "sampling", "metrics"},
     "config": {"models", "data", "objective", "optim", "parallel", "configs"},
@@ -40,7 +41,7 @@ ARROWS = {
 }
 """Part of distill → the parts it may import, besides itself."""
 
-TOP = {"train", "arms", "experiment", "protocol", "reproduce", "conformance", "benchmark", "benchmark_head", "cli"}
+TOP = {"train", "arms", "experiment", "protocol", "reproduce", "conformance", "benchmark", "benchmark_head", "benchmark_tpu", "cli"}
 """These may import everything, and only they each other."""
 
 HEAVY = {

@@ -123,6 +123,27 @@ class Model:
         """``unembed(apply(tokens))``: ``[B, L, V]`` float32."""
         return self.unembed(params, self.apply(params, tokens, **inputs).hidden)
 
+    def with_vocabulary(self, size: int) -> "Model":
+        """This model with the ids below ``size`` alone: rows of its embedding beyond are padding and get no logit.
+
+        Embeddings are often padded, to a multiple of 128 or to the size of a larger sibling; ``vocab.align`` tells
+        how many ids there are. Two models cut to one size have the same words, whatever their rows.
+
+        Raises:
+          ValueError: a size outside 1 … vocab_size.
+        """
+        if not 0 < size <= self.vocab_size:
+            raise ValueError(f"with_vocabulary: size={size}; expected 1 … {self.vocab_size}, the rows of the model.")
+        if size == self.vocab_size:
+            return self
+        known = self.head
+        head = None if known is None else lambda params: known(params).replace(vocab_size=size)
+
+        def unembed(params: Params, hidden: Array) -> Array:
+            return self.unembed(params, hidden)[..., :size] if head is None else head(params).logits(hidden)
+
+        return dataclasses.replace(self, unembed=unembed, head=head, vocab_size=size)
+
     def parameter_count(self) -> int:
         """Number of parameters."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))

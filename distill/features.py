@@ -1,0 +1,222 @@
+"""Feature distillation: terms between what happens inside teacher and student, beside those between their logits.
+
+A term says which layers it needs (``Collect``); only these are kept on the way through both networks. Layers of equal
+depth are matched by ``losses.layer_map``, and a mean over the matched pairs is taken, so that a weight means the same
+at any depth. Widths that differ meet through a learned projector, which lives in the student's parameter tree under
+``projectors`` (``with_projectors``), learns with it, and is dropped when training ends.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from distill import losses
+from distill.data.loader import Batch
+from distill.models.model import Collect, Model
+from distill.shapes import Array, Nats, Params
+
+Features = dict[str, dict[int, Any]]
+"""``Output.collected``: by the names of ``Collect``, then by layer."""
+
+HIDDEN_LOSSES = {"mse": losses.hidden_mse, "cosine": losses.hidden_cosine, "projected_mse": losses.projected_mse}
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureTerm:
+    """One summand of the objective that looks inside both networks.
+
+    Example:
+      >>> def last(student, teacher, batch, params):
+      ...     return losses.hidden_cosine(student["hidden"][2], teacher["hidden"][4])
+      >>> term = FeatureTerm("last_cosine", last, Collect(hidden=(2,)), Collect(hidden=(4,)), weight=0.1)
+    """
+
+    name: str
+    per_position: Callable[[Features, Features, Batch, Params], Nats]
+    """``(student_features, teacher_features, batch, student_params) -> [B, L]``."""
+    student: Collect
+    teacher: Collect
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureConfig:
+    """Hidden states, attention maps and relations of tokens; what has a weight of 0 is left out."""
+
+    hidden_weight: float = 0.0
+    hidden_loss: Literal[*HIDDEN_LOSSES] = "projected_mse"
+    """projected_mse learns a map from the student's width to the teacher's; the others want equal widths."""
+    embeddings: bool = False
+    """Compare the embeddings too, as layer 0."""
+    attention_weight: float = 0.0
+    """KL of attention maps (MiniLM, arXiv 2002.10957)."""
+    average_heads: bool = False
+    """Average attention maps over heads first: for numbers of heads that differ."""
+    relation_weight: float = 0.0
+    """KL of query, key and value relations, summed (MiniLM v2, arXiv 2012.15828): last layer against last layer."""
+    relation_heads: int = 1
+    relation_layer: int | None = None
+    """The teacher's layer for the relations, counted from 1; None: its last."""
+    layers: Literal["uniform", "last", "first"] = "uniform"
+    """Which teacher layers the student's layers learn hidden states and attention from (``losses.layer_map``)."""
+
+    def __post_init__(self):
+        if min(self.hidden_weight, self.attention_weight, self.relation_weight) < 0.0:
+            raise ValueError("features: weights must be at least 0.")
+        if self.relation_heads < 1:
+            raise ValueError(f"features: relation_heads={self.relation_heads}; expected at least 1.")
+
+    @property
+    def used(self) -> bool:
+        """Does any term count?"""
+        return self.hidden_weight + self.attention_weight + self.relation_weight > 0.0
+
+    @property
+    def projected(self) -> bool:
+        """Is anything learnt beside the student?"""
+        return self.hidden_weight > 0.0 and self.hidden_loss == "projected_mse"
+
+
+def feature_terms(config: FeatureConfig, student: Model, teacher: Model) -> tuple[FeatureTerm, ...]:
+    """The terms with a weight above 0, for these two models.
+
+    Raises:
+      ValueError: widths, heads or layers that a term cannot compare, or a model that keeps no features.
+    """
+    if not config.used:
+        return ()
+    depths = [_depth(name, model) for name, model in (("student", student), ("teacher", teacher))]
+    terms = []
+    if config.hidden_weight:
+        pairs = losses.layer_map(*depths, config.layers)
+        terms.append(_hidden_term(config, (((0, 0),) if config.embeddings else ()) + pairs))
+    if config.attention_weight:
+        terms.append(_attention_term(config, losses.layer_map(*depths, config.layers)))
+    if config.relation_weight:
+        terms.append(_relation_term(config, depths[0], config.relation_layer or depths[1]))
+    _try(terms, student, teacher)
+    return tuple(terms)
+
+
+def _depth(name: str, model: Model) -> int:
+    if getattr(model.config, "layers", None) is None:
+        raise ValueError(f"features: the {name} has no config with a number of layers; use models.decoder.")
+    return model.config.layers
+
+
+def _hidden_term(config: FeatureConfig, pairs) -> FeatureTerm:
+    loss = HIDDEN_LOSSES[config.hidden_loss]
+
+    def per_position(student: Features, teacher: Features, batch: Batch, params: Params) -> Nats:
+        extra = (params["projectors"]["hidden"],) if config.projected else ()
+        counted = batch.mask[..., None]
+
+        def one(m: int, n: int) -> Nats:
+            s, t = student["hidden"][m], teacher["hidden"][n]
+            return loss(jnp.where(counted, s, 0), jnp.where(counted, t, 0), *extra)
+
+        return sum(one(m, n) for m, n in pairs) / len(pairs)
+
+    sides = [Collect(hidden=tuple(layers)) for layers in zip(*pairs, strict=True)]
+    return FeatureTerm(f"hidden_{config.hidden_loss}", per_position, *sides, config.hidden_weight)
+
+
+def _attention_term(config: FeatureConfig, pairs) -> FeatureTerm:
+    def per_position(student: Features, teacher: Features, batch: Batch, params: Params) -> Nats:
+        options = {"segments": batch.segments, "average_heads": config.average_heads}
+        maps = ((student["attention"][m], teacher["attention"][n]) for m, n in pairs)
+        return sum(losses.attention_kl(s, t, **options) for s, t in maps) / len(pairs)
+
+    sides = [Collect(attention=tuple(layers)) for layers in zip(*pairs, strict=True)]
+    return FeatureTerm("attention_kl", per_position, *sides, config.attention_weight)
+
+
+def _relation_term(config: FeatureConfig, student_layer: int, teacher_layer: int) -> FeatureTerm:
+    def per_position(student: Features, teacher: Features, batch: Batch, params: Params) -> Nats:
+        options = {"segments": batch.segments, "relation_heads": config.relation_heads}
+        kinds = zip(student["relations"][student_layer], teacher["relations"][teacher_layer], strict=True)
+        return sum(losses.relation_kl(s, t, **options) for s, t in kinds)
+
+    sides = Collect(relations=(student_layer,)), Collect(relations=(teacher_layer,))
+    return FeatureTerm("relation_kl", per_position, *sides, config.relation_weight)
+
+
+def _try(terms: Sequence[FeatureTerm], student: Model, teacher: Model) -> None:
+    """Every check of the losses, on shapes alone."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    batch = Batch(tokens, tokens, tokens == 0, tokens, tokens + 1)
+
+    def values(key: Array):
+        sides = [(model, model.init(key)) for model in (student, teacher)]
+        wanted = [collect_of(terms, name) for name in ("student", "teacher")]
+        features = [
+            model.apply(params, tokens, collect=collect).collected
+            for (model, params), collect in zip(sides, wanted, strict=True)
+        ]
+        return [term.per_position(*features, batch, sides[0][1]) for term in terms]
+
+    try:
+        jax.eval_shape(values, jax.random.key(0))
+    except ValueError as error:
+        raise ValueError(f"features: {error}") from error
+
+
+def collect_of(terms: Sequence[Any], side: Literal["student", "teacher"]) -> Collect | None:
+    """All that the feature terms among ``terms`` need from one side; None if there are none."""
+    wanted = [getattr(term, side) for term in terms if isinstance(term, FeatureTerm)]
+    if not wanted:
+        return None
+    names = (field.name for field in dataclasses.fields(Collect))
+    return Collect(**{name: tuple(sorted({n for c in wanted for n in getattr(c, name)})) for name in names})
+
+
+def projector_shapes(config: FeatureConfig, student: Model, teacher: Model) -> dict[str, tuple[int, int]]:
+    """The projectors the configuration needs, name → (student's width, teacher's width)."""
+    return {"hidden": (student.config.width, teacher.config.width)} if config.projected else {}
+
+
+def with_projectors(model: Model, shapes: dict[str, tuple[int, int]]) -> Model:
+    """The model with learned projectors beside its parameters: ``params["projectors"][name]``, ``[Ds, Dt]``.
+
+    Everything that is done with parameters (optimizer, sharding, checkpoints) is then done with the projectors; the
+    network does not see them. ``without_projectors`` gives the parameters of the model alone.
+
+    Example:
+      >>> from distill.models import DecoderConfig, decoder
+      >>> model = decoder(DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16))
+      >>> params = with_projectors(model, {"hidden": (8, 32)}).init(jax.random.key(0))
+      >>> params["projectors"]["hidden"].shape, "projectors" in without_projectors(params)
+      ((8, 32), False)
+    """
+    if not shapes:
+        return model
+
+    def init(key: Array) -> Params:
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(shapes))
+        drawn = {
+            name: jax.random.normal(key, shape) * shape[0] ** -0.5
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+        return model.init(key) | {"projectors": drawn}
+
+    def apply(params: Params, *inputs: Any, **options: Any):
+        return model.apply(without_projectors(params), *inputs, **options)
+
+    axes = None if model.axes is None else model.axes | {"projectors": {name: ("embed", "norm") for name in shapes}}
+    head = None if model.head is None else lambda params: model.head(without_projectors(params))
+    return dataclasses.replace(
+        model,
+        init=init,
+        apply=apply,
+        unembed=lambda params, hidden: model.unembed(without_projectors(params), hidden),
+        head=head,
+        axes=axes,
+    )
+
+
+def without_projectors(params: Params) -> Params:
+    """The model's own parameters."""
+    return {name: value for name, value in params.items() if name != "projectors"}
