@@ -14,7 +14,7 @@ from distill import losses, parallel
 from distill.config import Config, LogConfig, Recipe, TrainingConfig
 from distill.data import addition
 from distill.data.loader import shift
-from distill.experiment import Trained, distil, network, restore
+from distill.experiment import Trained, distil, network, restore, transfer_set
 from distill.features import (
     FeatureConfig,
     FeatureTerm,
@@ -310,6 +310,28 @@ def test_a_model_without_a_head_can_be_cut():
 
 
 # ---- all of it from a configuration
+
+
+def test_sequence_level_distillation_is_cross_entropy_on_the_teachers_answers():
+    data = addition.AdditionConfig(digits=1)
+    recipe = Recipe(DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16))
+    objective = ObjectiveConfig(kd_weight=0.0, task_weight=1.0)
+    config = Config(data=data, teacher=recipe, student=recipe, objective=objective)
+    sides, model = addition.load(data), network(recipe)
+    teacher = Trained(model, random_params(model, seed=3))
+    examples = transfer_set(config, sides, teacher)
+    prompts = examples.prompts(data)
+    tokens = np.asarray(prompts)
+    for _ in range(data.answer_length):  # greedy, without a cache
+        logits = model.logits(teacher.params, jnp.asarray(tokens))
+        tokens = np.concatenate([tokens, np.asarray(jnp.argmax(logits[:, -1], axis=-1))[:, None]], axis=1)
+    before_end = np.cumsum(tokens[:, prompts.shape[1] :] == 1, axis=1) == 0
+    written = np.asarray(examples.answers(data))
+    assert np.all(written[before_end] == tokens[:, prompts.shape[1] :][before_end]) and before_end.any()
+    batch = on_device(examples.batch(data))
+    _, metrics = stepped(model, terms_of(config.objective), random_params(model), None, batch, teacher=None)
+    nats = losses.cross_entropy(model.logits(random_params(model), batch.inputs), batch.labels)
+    assert means(metrics)["loss"] == pytest.approx(float(jnp.mean(nats[batch.mask])), rel=1e-5)
 
 
 def test_an_experiment_with_features_sequence_means_and_padded_vocabularies(tmp_path):

@@ -102,7 +102,8 @@ def taid(
     """KL(R‖Q) to the interpolated teacher R = softmax(((1−t)·stop_gradient(student) + t·teacher) / T).
 
     TAID (arXiv 2501.16937): t = ``interpolation`` grows from 0 to 1 over the training (t = 1 is ``forward_kl``; at 0
-    nothing is learnt). The paper's adaptive schedule belongs to the train loop. The mixture is of *logits*, so R is
+    nothing is learnt), linearly in ``ObjectiveConfig(final_interpolation=1.0, schedule_steps=…)``; the paper's schedule
+    that follows the loss is not here. The mixture is of *logits*, so R is
     the normalised geometric mean of the two: not the mixture of ``skewed_forward_kl``. KL where the authors minimise
     the cross-entropy: the gradient is the same, since R is a constant to the student.
 
