@@ -3,6 +3,8 @@
 pip install -e ".[bench]"              # PyTorch, the peer
 python scripts/benchmark.py tiny       # steps per second against eager PyTorch; start-up; about 3 minutes
 python scripts/benchmark.py head       # memory and time of the loss head, chunked against plain; about 4 minutes
+pip install -e ".[tpu]"                # the compiler for TPUs; no TPU is needed
+python scripts/benchmark.py tpu        # the head compiled for v5e slices: memory, collectives; about 2 minutes
 """
 
 import sys
@@ -18,12 +20,15 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, measures, prints."""
     options = cli.parser(__doc__)
-    options.add_argument("what", choices=("tiny", "head"))
+    options.add_argument("what", choices=("tiny", "head", "tpu"))
     what = options.parse_args(argv).what
-    from distill import benchmark, benchmark_head
+    from distill import benchmark, benchmark_head, benchmark_tpu
 
     if what == "head":
         print("\n".join(benchmark_head.head(Path("runs/benchmark_head.png"))))
+        return
+    if what == "tpu":
+        print("\n".join(benchmark_tpu.tpu()))
         return
 
     sys.path.append(peers)

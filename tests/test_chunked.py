@@ -12,6 +12,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distill import losses
+from distill.benchmark_head import chunked_head, head_shapes
+from distill.benchmark_tpu import collectives, compiled_on
 from distill.losses import Head, chunked
 from distill.parallel import ParallelConfig, make_mesh
 
@@ -279,21 +281,58 @@ def test_positions_that_do_not_count_cost_nothing():
 # ---- on several devices
 
 
-@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4, "data": 2}])
-def test_on_a_mesh(shape):
-    """Tokens over data and fsdp, the student's words over tensor: same sums, same gradients."""
-    config = ParallelConfig(**({"fsdp": 1, "tensor": 1} | {k: n for k, n in shape.items() if k != "data"}))
-    mesh = make_mesh(config)
-    arguments = problem(tokens=(8, 6))
-    hidden, head, teacher_hidden, teacher_head, labels, mask = arguments
+MESHES = [{"fsdp": 1, "tensor": 1}, {"fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 4}]
+
+
+def on_a_mesh(shape, dtype):
+    """Value and gradients on the mesh and of the plain computation in float32."""
+    mesh = make_mesh(ParallelConfig(**shape))
+    hidden, head, teacher_hidden, teacher_head, labels, mask = problem(tokens=(8, 6), dtype=dtype)
     cut = lambda head: head.replace(kernel=jnp.pad(head.kernel, ((0, 0), (0, 1))))  # noqa: E731  20 words: 4 · 5
     arguments = (hidden, cut(head), teacher_hidden, cut(teacher_head), labels, mask)
-    want = mean_and_gradients(plain, task_and_kl, arguments)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments)
     tokens, words = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((("data", "fsdp"),), (None, "tensor")))
     places = (tokens, words, tokens, words, tokens, tokens)
     placed = tuple(jax.tree.map(lambda x, p=p: jax.device_put(x, p), a) for a, p in zip(arguments, places, strict=True))
     got = mean_and_gradients(functools.partial(chunked, mesh=mesh), task_and_kl, placed, chunk_size=2)
-    assert_close(jax.device_get(got), want)
+    return jax.device_get(got), mean_and_gradients(plain, task_and_kl, exact)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_on_a_mesh(shape):
+    """Tokens over data and fsdp, the student's words over tensor: same sums, same gradients."""
+    assert_close(*on_a_mesh(shape, jnp.float32))
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_bfloat16_on_a_mesh(shape):
+    (value, got), (want, exact) = on_a_mesh(shape, jnp.bfloat16)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.float32(one) - other) < 2.0**-6 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_what_is_exchanged_for_each_chunk(shape):
+    """Sums over words of a chunk's positions and of its gradients, where words are sharded. No logits, no head.
+
+    Heads whose width lies over fsdp are gathered once, before the loop; the student's gradient is added once, after.
+    """
+    mesh = make_mesh(ParallelConfig(**shape))
+    tokens, width, teacher_width, vocab, chunk_size = 1024, 8, 16, 640, 64
+    function = functools.partial(chunked_head, mesh=mesh, chunk_size=chunk_size)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        text = compiled_on(mesh, function, head_shapes(tokens, width, teacher_width, vocab, dtype)).as_text()
+        found = collectives(text)
+        inside, outside = ([one for one in found if one.inside == where] for where in (True, False))
+        assert bool(inside) == (shape["tensor"] > 1)
+        assert {one.kind for one in inside} <= {"all-reduce"}
+        assert all(one.devices == shape["tensor"] for one in inside)  # else devices would wait for each other's loops
+        assert max((one.size for one in inside), default=0) <= chunk_size * width * 4
+        assert sum(one.size for one in inside) <= chunk_size * (width + 16) * 4
+        assert len([one for one in outside if one.kind == "all-gather"]) <= 2
+        assert max(one.size for one in outside) <= teacher_width * vocab * 4
 
 
 # ---- mistakes

@@ -41,7 +41,18 @@ ARROWS = {
 }
 """Part of distill → the parts it may import, besides itself."""
 
-TOP = {"train", "arms", "experiment", "protocol", "reproduce", "conformance", "benchmark", "benchmark_head", "benchmark_tpu", "cli"}
+TOP = {
+    "train",
+    "arms",
+    "experiment",
+    "protocol",
+    "reproduce",
+    "conformance",
+    "benchmark",
+    "benchmark_head",
+    "benchmark_tpu",
+    "cli",
+}
 """These may import everything, and only they each other."""
 
 HEAVY = {

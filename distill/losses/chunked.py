@@ -113,6 +113,8 @@ def chunked(
         return _total(loss, (size, rows), flat(student_hidden), student_head, teacher, flat(labels), flat(mask))
 
     if mesh is not None:
+        if platform == "cpu":  # where XLA aborts on a sum of bfloat16 over a mesh, here the head's gradient
+            student_head = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), student_head)
         sums = _on_mesh(sums, mesh, tuple(axis for axis in token_axes if axis in mesh.shape))
     total, aux = sums(student_hidden, student_head, ((teacher_hidden, teacher_head), labels, mask))
     pair = total, jnp.sum(mask, dtype=jnp.float32)
