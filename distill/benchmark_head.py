@@ -1,12 +1,13 @@
-"""The loss head measured: in chunks against all logits at once, its memory (compiled, not run) and its time."""
+"""The loss head measured: in chunks against all logits at once, and against the heads of other libraries."""
 
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distill import losses
 from distill.benchmark import Run, in_turn, ratio, spread
@@ -148,3 +149,93 @@ def head(figure: Path) -> list[str]:
       figure: PNG of temporary memory against the number of tokens, written anew.
     """
     return [*memory(), *speed(), *small_vocabularies(), curve(figure)]
+
+
+# ---- beside another library, on a GPU
+
+
+class Mixture(NamedTuple):
+    """soft · generalised Jensen–Shannon divergence at β (0: forward KL) + hard · cross-entropy, temperature 1."""
+
+    beta: float
+    soft: float
+    hard: float
+
+    def loss(self, student_logits, teacher_logits, labels):
+        """Per position."""
+        soft = self.soft * losses.generalized_jsd(student_logits, teacher_logits, beta=self.beta)
+        return soft + self.hard * losses.cross_entropy(student_logits, labels) if self.hard else soft
+
+    def head(self, hidden, kernel, teacher_hidden, teacher_kernel, labels, mask):
+        """The mean loss in chunks."""
+        heads = hidden, Head(kernel), teacher_hidden, Head(teacher_kernel)
+        return losses.divide(losses.chunked(self.loss, *heads, labels, mask))
+
+
+class Rival(NamedTuple):
+    """Another library's head on given arrays."""
+
+    run: Run
+    value: Callable[[], tuple[Any, Any, Any]]
+    """Loss, and gradients as ours: ``[tokens, D]`` and ``[D, V]``."""
+    peak: Callable[[], int]
+    """Bytes at the worst moment of a run, its inputs too; 0 where that is not known."""
+
+
+Peers = dict[str, Callable[[Mixture, list[jax.Array]], Rival | None]]
+"""Name → the rival, None where it has no such loss; from scripts/peers."""
+
+MIXTURES = {
+    "JSD + cross-entropy": Mixture(0.5, 0.5, 0.5),
+    "forward KL + cross-entropy": Mixture(0.0, 0.5, 0.5),
+    "JSD": Mixture(0.5, 1.0, 0.0),
+}
+BESIDE = (8192, 2048, 4096, 128_256)
+"""Tokens, widths of student and teacher, words: the shape Liger's own figures are of."""
+
+
+def need_gpu() -> None:
+    """Raises ValueError where JAX sees none."""
+    if jax.default_backend() != "gpu":
+        raise ValueError(
+            f"this measures on a GPU, and JAX sees only {jax.default_backend()}; pip install -e '.[cuda]'."
+        )
+
+
+def rivals(mixture: Mixture, peers: Peers, arrays: list[jax.Array]) -> dict[str, Rival]:
+    """Those of ``peers`` that have this loss."""
+    made = {name: peer(mixture, arrays) for name, peer in peers.items()}
+    return {name: rival for name, rival in made.items() if rival is not None}
+
+
+def agreement(peers: Peers, sizes: tuple[int, ...] = (96, 16, 24, 160)) -> list[str]:
+    """How far loss and gradients of the peers are from ours, in float32 on a small shape; relative."""
+    lines, shapes = [], head_shapes(*sizes, jnp.float32)
+    for name, mixture in MIXTURES.items():
+        arrays = arguments(shapes)
+        with jax.default_matmul_precision("highest"):
+            loss, gradients = compiled(mixture.head, shapes)(*arrays)
+        for peer, rival in rivals(mixture, peers, arrays).items():
+            pairs = zip((loss, *gradients), rival.value(), strict=True)
+            far = [np.max(np.abs(theirs - ours)) / np.max(np.abs(ours)) for ours, theirs in pairs]
+            lines.append("{}: {} is off by {:.0e}, its gradients by {:.0e} and {:.0e}".format(name, peer, *far))
+    return lines
+
+
+def beside(peers: Peers, sizes: tuple[int, ...] = BESIDE, steps: int = 5, rounds: int = 7) -> list[str]:
+    """Milliseconds and peak memory of our head and the peers', in turn, bfloat16 hidden states and heads."""
+    tokens, width, teacher_width, vocab = sizes
+    lines, shapes = [], head_shapes(*sizes, jnp.bfloat16)
+    title = f"{tokens} tokens, V={vocab}, D={width}/{teacher_width}, bfloat16"
+    for name, mixture in MIXTURES.items():
+        found, memory = rivals(mixture, peers, arguments(shapes)), compiled(mixture.head, shapes).memory_analysis()
+        contestants = {"distill": head_run(mixture.head, shapes)} | {peer: rival.run for peer, rival in found.items()}
+        speeds = in_turn(contestants, steps, rounds)
+        ours = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        peaks = {"distill": ours} | {peer: rival.peak() for peer, rival in found.items()}
+        for one, values in speeds.items():
+            milliseconds = spread([1e3 / value for value in values])
+            line = f"{title}, {name}: {one} {milliseconds} ms, peak {peaks[one] / 1e9:.2f} GB"
+            faster = "" if one == "distill" else f"; distill {spread(ratio(speeds, 'distill', one))} times as fast"
+            lines.append(line + faster)
+    return lines
