@@ -26,7 +26,7 @@ from distill.data.addition import TOKENIZER, Examples
 from distill.features import feature_terms, projector_shapes, with_projectors, without_projectors
 from distill.metrics import Writer
 from distill.models import Model, decoder
-from distill.objective import task_term, terms_of
+from distill.objective import Terms, task_term, terms_of
 from distill.shapes import Params
 from distill.train import Task, fit
 from distill.vocab import align
@@ -47,7 +47,8 @@ def run_experiment(config: Config, run: Path) -> dict[str, Any]:
     with lock(run / ".experiment"):
         write_json(run / "config.json", to_dict(config))
         sides = addition.load(config.data)
-        labelled(config, sides["train"], 0)  # refuses too many labels before anything is trained
+        labelled(config, sides["train"], 0)  # refuses too many labels, and
+        learner(config)  # networks that cannot be compared, before anything is trained
         teacher = train_teacher(config, run, sides)
         student = distil(config, run, sides, teacher)
         baseline, chosen = train_baseline(config, run, sides)
@@ -114,9 +115,8 @@ def transfer_set(config: Config, sides: dict[str, Examples], teacher: Trained) -
 def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Trained) -> Trained:
     """The student, from the teacher's soft targets on the transfer set."""
     addition.assert_disjoint(config.data, sides["train"], sides["test"])
-    model, training, cached = network(config.student), config.student.training, config.teacher_signal == "cached"
-    features = config.objective.features
-    learner = with_projectors(model, projector_shapes(features, model, teacher.model))
+    training, cached = config.student.training, config.teacher_signal == "cached"
+    model, terms = learner(config)
     align(TOKENIZER.ids(), TOKENIZER.ids(), config.student.model.vocab_size, config.teacher.model.vocab_size)
     examples = transfer_set(config, sides, teacher).batch(config.data)
     flops = training.steps * _step_flops(config.student, config)
@@ -126,18 +126,26 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
         examples = examples._replace(teacher_logits=evaluate.logits_on(*teacher, examples))
     parts = ("data", "student", "objective", "answers", "teacher_signal")
     task = Task(
-        student=learner,
-        terms=terms_of(config.objective, feature_terms(features, learner, teacher.model)),
+        student=model,
+        terms=terms,
         reduction=config.objective.reduction,
         examples=examples,
         teacher=None if cached else teacher.model,
         teacher_params=None if cached else teacher.params,
-        evaluate=_curve(learner, config, sides["test"]),
+        evaluate=_curve(model, config, sides["test"]),
         identity=identity(config, *parts, teacher_weights=fingerprint(teacher.params)),
     )
     with _cost(run, flops):
         params = fit(run, task, training, parallel_config=config.parallel, log=config.log, label="student")
-    return Trained(model, without_projectors(params))
+    return Trained(network(config.student), without_projectors(params))
+
+
+def learner(config: Config) -> tuple[Model, Terms]:
+    """The student with the projectors it learns beside itself, and the terms of its objective."""
+    features, teacher = config.objective.features, network(config.teacher)
+    student = network(config.student)
+    student = with_projectors(student, projector_shapes(features, student, teacher))
+    return student, terms_of(config.objective, feature_terms(features, student, teacher))
 
 
 def labelled(config: Config, train: Examples, seed: int) -> tuple[Examples, Examples]:

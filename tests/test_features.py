@@ -14,7 +14,7 @@ from distill import losses, parallel
 from distill.config import Config, LogConfig, Recipe, TrainingConfig
 from distill.data import addition
 from distill.data.loader import shift
-from distill.experiment import Trained, distil, network, restore, transfer_set
+from distill.experiment import Trained, distil, network, restore, run_experiment, transfer_set
 from distill.features import (
     FeatureConfig,
     FeatureTerm,
@@ -310,6 +310,16 @@ def test_a_model_without_a_head_can_be_cut():
 
 
 # ---- all of it from a configuration
+
+
+def test_an_experiment_refuses_what_cannot_be_compared_before_it_trains(tmp_path):
+    sides = (DecoderConfig(vocab_size=14, layers=1, width=8, heads=heads, feed_forward=16) for heads in (2, 4))
+    student, teacher = (Recipe(model) for model in sides)
+    objective = ObjectiveConfig(features=FeatureConfig(attention_weight=1.0))
+    config = Config(teacher=teacher, student=student, objective=objective, teacher_signal="live")
+    with pytest.raises(ValueError, match="student has 2 heads, teacher 4"):
+        run_experiment(config, tmp_path)
+    assert not (tmp_path / "teacher").exists()
 
 
 def test_sequence_level_distillation_is_cross_entropy_on_the_teachers_answers():
