@@ -1,0 +1,177 @@
+"""Every benchmark at shapes so small that it takes a second: what it prints and what it compares."""
+
+import functools
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from distill import benchmark, benchmark_head, benchmark_tpu
+from distill.head import Head
+from distill.losses import divide, masked_sum
+from distill.parallel import ParallelConfig, make_mesh
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- tiny
+
+
+def test_in_turn_leaves_out_the_first_round():
+    calls = []
+    contestants = {name: functools.partial(lambda name, n: calls.append((name, n)), name) for name in "ab"}
+    speeds = benchmark.in_turn(contestants, steps=3, rounds=2)
+    assert calls == [("a", 3), ("b", 3)] * 3
+    assert {name: len(values) for name, values in speeds.items()} == {"a": 2, "b": 2}
+    assert benchmark.ratio({"a": [4.0, 1.0], "b": [2.0, 2.0]}, "a", "b") == [2.0, 0.5]
+    assert benchmark.spread([3.0, 1.0, 2.0]) == "2.00 [1.00, 3.00]"
+
+
+def test_tiny(addition, monkeypatch):
+    case = benchmark.Tiny(benchmark._model(1, 16), benchmark._model(1, 8), batch_size=4, steps=2)
+    monkeypatch.setattr(benchmark, "TINY", (case,))
+    monkeypatch.setattr(benchmark.addition, "load", lambda data: {"train": addition[1]["train"]})
+    monkeypatch.setattr(benchmark.addition, "AdditionConfig", lambda: addition[0])
+    monkeypatch.setattr(benchmark, "_process_seconds", lambda cache: 1.5)
+    calls = []
+    lines = benchmark.tiny({"a peer": lambda case, examples: calls.append})
+    assert calls == [2] * 8
+    assert [line.partition(":")[0] for line in lines] == ["batch 4"] * 4 + [
+        "start-up to the first step, cold",
+        "start-up to the first step, with the compilation cache",
+    ]
+    assert lines[3].startswith("batch 4: distill / a peer = ")
+    assert benchmark.time_data(steps=3) > 0
+
+
+# ---- the head
+
+
+def test_memory_of_the_head():
+    (line,) = benchmark_head.memory((("a shape", 2048, 8, 16, 4096),))
+    assert line.startswith("a shape, float32: plain 0.")
+    assert float(line.removesuffix("x less").rpartition(" ")[2]) > 4
+
+
+def test_time_of_the_head(monkeypatch):
+    shapes = benchmark_head.head_shapes(32, 8, 16, 64, jnp.float32)
+    speeds, ratios = benchmark_head._race(shapes, steps=1, rounds=2)
+    assert len(speeds) == len(ratios) == 2 and min(speeds + ratios) > 0
+    monkeypatch.setattr(benchmark_head, "_race", lambda shapes, steps, rounds: ([2.0], [3.0]))
+    assert benchmark_head.speed((64,))[1] == (
+        "2048 tokens, V=64, D=256/512, bfloat16: chunked 0.500 s, 3.00 [3.00, 3.00] times as fast as plain"
+    )
+
+
+def test_from_how_many_words_on_the_chunked_head_is_faster(monkeypatch):
+    """The first vocabulary from which on it wins every round; one lost round, and it is a later one."""
+    ratios = {256: [1.1, 1.2], 512: [0.9, 1.3], 1024: [1.1, 1.5], 2048: [2.0, 3.0]}
+    monkeypatch.setattr(benchmark_head, "_race", lambda shapes, steps, rounds: ([], ratios[shapes[1].shape[1]]))
+    lines = benchmark_head.small_vocabularies(tuple(ratios))
+    assert lines[4] == "2048 tokens, D=64/128, float32: chunked is faster in every round from V=1024 on"
+    assert lines[6] == "2048 tokens, D=256/512, float32, V=512: chunked 1.10 [0.90, 1.30] times as fast as plain"
+    assert len(lines) == 10
+
+
+def test_curve_of_the_head(tmp_path):
+    figure = tmp_path / "a.png"
+    assert benchmark_head.curve(figure, (32,), vocab=128).startswith(str(figure))
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- for TPUs
+
+
+def test_the_head_on_a_mesh():
+    mesh = make_mesh(ParallelConfig(fsdp=2, tensor=2))
+    lines = benchmark_tpu.head_on(mesh, benchmark_head.head_shapes(2048, 8, 16, 640, jnp.float32))
+    assert [line.partition(":")[0] for line in lines] == ["chunked"] * 3 + ["plain"] * 2
+    assert "MiB, temporary " in lines[0]
+    assert lines[1].startswith("chunked: exchanged for each chunk: ") and "gather" not in lines[1]
+    assert lines[2].startswith("chunked: exchanged once: 2 all-gather (0.03 MiB)")
+
+
+def test_collectives_are_found_in_the_text_of_a_tpu_program():
+    text = """HloModule a
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%x, %y)
+}
+%inner (p: f32[4]) -> f32[4] {
+  %r = (f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0}) all-reduce(%p, %q), replica_groups=[2,2]<=[4], to_apply=%add
+}
+%body (c: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %f = f32[4]{0} fusion(%g), kind=kCustom, calls=%inner
+}
+%condition (c: (s32[], f32[4])) -> pred[] {
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%condition, body=%body
+  %h = (f32[4], f32[8]) all-gather-start(%p), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  %d = f32[8] all-gather-done(%h)
+}
+"""
+    assert benchmark_tpu.collectives(text) == [("all-reduce", 28, True, 2), ("all-gather", 32, False, 4)]
+    assert benchmark_tpu.summary(benchmark_tpu.collectives(text)) == [
+        "exchanged for each chunk: 1 all-reduce (0.00 MiB)",
+        "exchanged once: 1 all-gather (0.00 MiB)",
+    ]
+
+
+def test_a_program_that_does_not_fit_says_what_it_would_need():
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: it needs (25G).\nmore")
+    assert benchmark_tpu._too_large(full) == "Ran out of memory: it needs (25G)."
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        benchmark_tpu._too_large(jax.errors.JaxRuntimeError("INTERNAL: other"))
+
+
+def test_without_the_compiler_for_tpus_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
+        benchmark_tpu.tpu()
+
+
+# ---- beside another library
+
+
+def rival(mixture, arrays, factor=1.0):
+    """The plain computation in the place of another library."""
+
+    def mean(hidden, kernel):
+        logits, teacher_logits = Head(kernel).logits(hidden), Head(arrays[3]).logits(arrays[2])
+        return divide(masked_sum(mixture.loss(logits, teacher_logits, arrays[4]), arrays[5]))
+
+    def value():
+        loss, gradients = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(*arrays[:2])
+        return loss, factor * gradients[0], gradients[1]
+
+    return benchmark_head.Rival(lambda steps: None, value, lambda: 3_000_000)
+
+
+def test_agreement_with_another_head(monkeypatch):
+    monkeypatch.setattr(benchmark_head, "MIXTURES", {"JSD": benchmark_head.MIXTURES["JSD"]})
+    peers = {"other": functools.partial(rival, factor=1.1), "without": lambda mixture, arrays: None}
+    (line,) = benchmark_head.agreement(peers, sizes=(24, 8, 12, 40))
+    loss, hidden, head = (float(number) for number in re.findall(r"\de[+-]\d\d", line))
+    assert hidden == 0.1 and max(loss, head) < 3e-6
+
+
+def test_beside_another_head(monkeypatch):
+    kind = "JSD + cross-entropy"
+    monkeypatch.setattr(benchmark_head, "MIXTURES", {kind: benchmark_head.MIXTURES[kind]})
+    lines = benchmark_head.beside({"another": rival}, sizes=(24, 8, 12, 40), steps=1, rounds=2)
+    assert len(lines) == 2
+    assert lines[0].startswith("24 tokens, V=40, D=8/12, bfloat16, JSD + cross-entropy: distill ")
+    assert "another 0.00 [" in lines[1] and "ms, peak 0.00 GB; distill 0.00 [" in lines[1]
+
+
+def test_without_a_gpu_it_ends_with_2():
+    command = [sys.executable, "scripts/benchmark.py", "liger"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: this measures on a GPU, and JAX sees only cpu; pip install -e '.[cuda]'.\n"
