@@ -26,6 +26,7 @@ ARROWS = {
     "head": {"shapes"},
     "losses": {"shapes", "head"},
     "models": {"shapes", "head"},
+    "weights": {"shapes", "models", "tokenizer"},
     "optim": {"shapes"},
     "data": {"shapes", "tokenizer"},
     "report": {"metrics"},

@@ -1,0 +1,147 @@
+"""Named tensors to parameters and back: stacking, axes, and everything that must be refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import random_params, tiny
+
+from distill.models import decoder
+from distill.weights.assemble import Row, assemble, disassemble, flat, linear, same, shapes_of
+
+SIZES = {"head_dim": 6, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
+
+
+class Tensors(dict):
+    """A source in memory that counts how many arrays it has given."""
+
+    read = 0
+
+    def names(self):
+        return set(self)
+
+    def get(self, name):
+        self.read += 1
+        return self[name]
+
+
+def table_of(config):
+    rows = {}
+    for path in shapes_of(config):
+        transform = same
+        if path[-1] == "kernel":
+            transform = linear(2 if path[-2] == "output" else 1)
+        elif path[-1] == "bias" and path[-2] in ("query", "key", "value"):
+            transform = flat
+        rows[path] = Row(("block.{layer}." if path[0] == "layers" else "") + ".".join(path), transform)
+    return rows
+
+
+@pytest.fixture
+def case():
+    """``(config, table, params, tensors)`` of a decoder with every bias."""
+    config = tiny(**SIZES)
+    params, table = random_params(decoder(config)), table_of(config)
+    return config, table, params, Tensors(disassemble(config, table, params))
+
+
+def test_there_and_back_are_the_same_bits(case):
+    config, table, params, tensors = case
+    again = assemble(config, table, tensors)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert tensors.read == len(tensors)  # every tensor once
+
+
+def test_every_layer_and_axis_is_where_pytorch_has_it(case):
+    config, _, params, tensors = case
+    x = np.random.default_rng(0).normal(size=config.width)
+    for layer in range(config.layers):
+        leaves = jax.tree.map(lambda leaf, n=layer: np.asarray(leaf[n]), params["layers"])
+        query, output = leaves["attention"]["query"], leaves["attention"]["output"]
+        name = f"block.{layer}.layers.attention"
+        by_head = np.stack([[x @ query["kernel"][:, h, k] for k in range(6)] for h in range(config.heads)])
+        by_row = tensors[f"{name}.query.kernel"] @ x + tensors[f"{name}.query.bias"]
+        np.testing.assert_allclose((by_head + query["bias"]).reshape(-1), by_row, rtol=1e-5)
+        mixed = sum(by_head[h, k] * output["kernel"][h, k] for h in range(config.heads) for k in range(6))
+        np.testing.assert_allclose(tensors[f"{name}.output.kernel"] @ by_head.reshape(-1), mixed, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [np.float16, jnp.bfloat16], ids=str)
+def test_types_are_kept_or_cast(case, kept):
+    config, table, _, tensors = case
+    half = Tensors({name: array.astype(kept) for name, array in tensors.items()})
+    as_stored, cast = assemble(config, table, half, dtype=None), assemble(config, table, half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(as_stored)} == {jnp.dtype(kept)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(cast)} == {jnp.dtype(np.float32)}
+    again = dict(disassemble(config, table, as_stored))
+    assert all(again[name].tobytes() == array.tobytes() for name, array in half.items())
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), as_stored, cast)
+
+
+def test_place_gets_each_parameter_whole(case):
+    config, table, params, tensors = case
+    seen = []
+
+    def place(path, array):
+        seen.append((path, array.shape, array.dtype))
+        return jnp.asarray(array) * 2
+
+    doubled = assemble(config, table, tensors, place)
+    assert seen == [(path, shape, np.float32) for path, shape in shapes_of(config).items()]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, params)
+
+
+@pytest.mark.parametrize("change", ["missing", "left over", "shape", "both"])
+def test_tensors_that_do_not_fit_are_named(case, change):
+    config, table, _, tensors = case
+    name = "block.1.layers.mlp.up.kernel"
+    expected = {
+        "missing": rf"missing: {name}\.$",
+        "left over": r"not understood: block\.2\.extra\.$",
+        "shape": rf"{name}: shape \(8, 12\); expected \(12, 8\)",
+        "both": r"missing: block.*; not understood: block\.2\.extra",
+    }[change]
+    if change in ("missing", "both"):
+        del tensors[name]
+    if change in ("left over", "both"):
+        tensors["block.2.extra"] = np.zeros(3)
+    if change == "shape":
+        tensors[name] = tensors[name].T
+    with pytest.raises(ValueError, match=expected):
+        assemble(config, table, tensors)
+    if change == "left over":
+        assemble(config, table, tensors, ignored=[r"block\.\d+\.extra"])
+        with pytest.raises(ValueError, match="extra"):
+            assemble(config, table, tensors, ignored=[r"block\.\d+"])  # matched whole
+
+
+def test_long_lists_are_cut(case):
+    config, table, _, _ = case
+    with pytest.raises(ValueError, match=r"missing: (\S+, ){4}\S+ and \d+ more\.$"):
+        assemble(config, table, Tensors())
+
+
+def test_tables_that_do_not_fit_are_refused(case):
+    config, table, params, tensors = case
+    norm, scale = ("norm", "scale"), ("layers", "mlp_norm", "scale")
+    fewer = {path: row for path, row in table.items() if path != norm}
+    with pytest.raises(ValueError, match="norm/scale"):
+        assemble(config, fewer, tensors)
+    with pytest.raises(ValueError, match="norm/scale"):
+        dict(disassemble(config, fewer, params))
+    with pytest.raises(ValueError, match="twice"):
+        assemble(config, table | {norm: Row("embedding")}, tensors)
+    with pytest.raises(ValueError, match=r"\{layer\}"):
+        assemble(config, table | {scale: Row("one_for_all")}, tensors)
+
+
+def test_parameters_of_another_decoder_are_refused(case):
+    config, table, params, _ = case
+    wider = dataclasses.replace(config, feed_forward=13)
+    with pytest.raises(ValueError, match="layers/mlp/down/kernel has shape"):
+        dict(disassemble(wider, table, params))
+    with pytest.raises(ValueError, match="no parameter head"):
+        dict(disassemble(config, table, {name: leaf for name, leaf in params.items() if name != "head"}))
