@@ -120,6 +120,8 @@ class Config:
     answers: Literal["teacher", "labels"] = "teacher"
     """Who writes the answers the student is distilled on: the teacher (no label is used) or the labels. The teacher's,
     with kd_weight 0 and task_weight 1, are sequence-level distillation (arXiv 1606.07947)."""
+    student_start: Literal["random", "teacher"] = "random"
+    """teacher: cut out of the teacher, layers evenly spread; heads, units and dimensions by importance."""
     teacher_signal: Literal["cached", "live"] = "cached"
     """cached: the teacher reads the transfer set once; live: it is evaluated in every step."""
     teacher_run: str | None = None

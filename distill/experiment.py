@@ -9,6 +9,7 @@ Every stage keeps its result in the run folder and is skipped when it stands the
 """
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -18,14 +19,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from distill import arms, evaluate
+from distill import arms, evaluate, losses
 from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes
 from distill.config import Config, Recipe, read_config, to_dict, write_json
 from distill.data import addition
 from distill.data.addition import TOKENIZER, Examples
+from distill.data.loader import Batch
 from distill.features import feature_terms, projector_shapes, with_projectors, without_projectors
 from distill.metrics import Writer
-from distill.models import Model, decoder
+from distill.models import DecoderConfig, Model, decoder
+from distill.models.init import Importance, importance, like
 from distill.objective import Terms, task_term, terms_of
 from distill.shapes import Params
 from distill.train import Task, fit
@@ -116,7 +119,7 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
     """The student, from the teacher's soft targets on the transfer set."""
     addition.assert_disjoint(config.data, sides["train"], sides["test"])
     training, cached = config.student.training, config.teacher_signal == "cached"
-    model, terms = learner(config)
+    model, terms = learner(config, teacher, sides["train"])
     align(TOKENIZER.ids(), TOKENIZER.ids(), config.student.model.vocab_size, config.teacher.model.vocab_size)
     examples = transfer_set(config, sides, teacher).batch(config.data)
     flops = training.steps * _step_flops(config.student, config)
@@ -124,7 +127,7 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
     flops += reads * examples.inputs.shape[1] * _flops(config.teacher, config)
     if cached:
         examples = examples._replace(teacher_logits=evaluate.logits_on(*teacher, examples))
-    parts = ("data", "student", "objective", "answers", "teacher_signal")
+    parts = ("data", "student", "student_start", "objective", "answers", "teacher_signal")
     task = Task(
         student=model,
         terms=terms,
@@ -140,12 +143,47 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
     return Trained(network(config.student), without_projectors(params))
 
 
-def learner(config: Config) -> tuple[Model, Terms]:
-    """The student with the projectors it learns beside itself, and the terms of its objective."""
+def learner(config: Config, trained: Trained | None = None, train: Examples | None = None) -> tuple[Model, Terms]:
+    """The student with the projectors it learns beside itself, and the terms of its objective.
+
+    With ``student_start="teacher"`` it starts as a part of ``trained``, by importance on ``train``; without a trained
+    teacher it is only checked that it could.
+    """
     features, teacher = config.objective.features, network(config.teacher)
     student = network(config.student)
+    if config.student_start == "teacher":
+        student = _cut_out(config, student, teacher, trained, train)
     student = with_projectors(student, projector_shapes(features, student, teacher))
     return student, terms_of(config.objective, feature_terms(features, student, teacher))
+
+
+def _cut_out(config: Config, student: Model, teacher: Model, trained: Trained | None, train: Examples | None) -> Model:
+    """The student model, its first parameters a part of the teacher's."""
+
+    def start(params: Params, measure) -> Params:
+        return like(config.teacher.model, params, config.student.model, measure)[1]
+
+    if trained is None:
+        nothing = Importance(*(np.zeros(shape) for shape in _unit_shapes(config.teacher.model)))
+        jax.eval_shape(lambda key: start(teacher.init(key), lambda: nothing), jax.random.key(0))
+        return student
+
+    def loss(params: Params, batch: Batch) -> Any:
+        logits = teacher.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments)
+        return losses.divide(losses.masked_sum(losses.cross_entropy(logits, batch.labels), batch.mask))
+
+    def measure() -> Importance:
+        parts = np.array_split(np.arange(min(len(train.tokens), 1024)), 8)
+        return importance(
+            config.teacher.model, trained.params, loss, [train.take(rows).batch(config.data) for rows in parts]
+        )
+
+    params = start(trained.params, measure)
+    return dataclasses.replace(student, init=lambda key: params)
+
+
+def _unit_shapes(model: DecoderConfig) -> tuple[tuple[int, ...], ...]:
+    return (model.layers, model.groups), (model.layers, model.feed_forward), (model.width,)
 
 
 def labelled(config: Config, train: Examples, seed: int) -> tuple[Examples, Examples]:

@@ -1,0 +1,200 @@
+"""A student from its teacher: some of its layers, heads, feed-forward units and residual dimensions.
+
+What to keep is decided by an importance measured on data: how much the loss would change, to first order, if a unit
+were scaled away (arXiv 1906.10771). A unit ``u`` is multiplied by a gate that is 1; then
+
+    ∂loss/∂gate_u = Σ w · ∂loss/∂w        over the weights w that carry what u gives
+
+so one gradient with respect to the parameters tells it of all units at once, without looking inside the network. Where
+to cut is told by the logical axes of the parameters (``Model.axes``).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
+from distill.shapes import Array, Float, Params
+
+Loss = Callable[[Params, Any], Array]
+"""``(params, batch) -> scalar``."""
+
+
+class Importance(NamedTuple):
+    """Mean |∂loss/∂gate| over batches; larger is more important. N layers, G groups of heads, F units, D dimensions."""
+
+    groups: Float[np.ndarray, "N G"]
+    """Key/value heads with the query heads that share them: they stay or go together."""
+    feed_forward: Float[np.ndarray, "N F"]
+    width: Float[np.ndarray, " D"]
+    """Residual dimensions, the same in all layers; the gate is where the norms read them."""
+
+
+def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Iterable[Any]) -> Importance:
+    """Importance of every group of heads, feed-forward unit and residual dimension of a decoder.
+
+    Args:
+      config: of ``params``.
+      params: the teacher's.
+      loss: ``(params, batch) -> scalar``, such as the cross-entropy of some text.
+      batches: at least one; the importance is the mean over them of the absolute derivative by a gate.
+
+    Raises:
+      ValueError: no batches.
+    """
+
+    @jax.jit
+    def of_batch(batch: Any) -> Importance:
+        gates = jax.tree.map(jnp.multiply, params, jax.grad(loss)(params, batch))
+        layers = gates["layers"]
+        by_head = _by_axis(layers["attention"]["output"]["kernel"], 0, 1)
+        reads = (layers["attention_norm"]["scale"], layers["mlp_norm"]["scale"], gates["norm"]["scale"])
+        return Importance(
+            jnp.abs(by_head.reshape(config.layers, config.groups, -1).sum(axis=-1)),
+            jnp.abs(_by_axis(layers["mlp"]["down"]["kernel"], 0, 1)),
+            jnp.abs(sum(scale.reshape(-1, config.width).sum(axis=0) for scale in reads)),
+        )
+
+    total, count = None, 0
+    for batch in batches:
+        values = of_batch(batch)
+        total = values if total is None else jax.tree.map(jnp.add, total, values)
+        count += 1
+    if not count:
+        raise ValueError("importance: no batches; expected at least one to measure on.")
+    return jax.tree.map(lambda value: np.asarray(value) / count, total)
+
+
+def _by_axis(x: Array, *kept: int) -> Array:
+    """Sums over all axes but ``kept``."""
+    return x.sum(axis=tuple(axis for axis in range(x.ndim) if axis not in kept))
+
+
+def spread(layers: int, of: int) -> tuple[int, ...]:
+    """``layers`` of ``of`` layers, counted from 0, evenly spread, the first and the last among them.
+
+    Example:
+      >>> spread(4, 10), spread(1, 10)
+      ((0, 3, 6, 9), (0,))
+    """
+    if not 1 <= layers <= of:
+        raise ValueError(f"spread: {layers} layers of {of}; expected 1 … {of}.")
+    return tuple(round(i * (of - 1) / max(layers - 1, 1)) for i in range(layers))
+
+
+def like(
+    config: DecoderConfig, params: Params, student: DecoderConfig, measure: Callable[[], Importance]
+) -> tuple[DecoderConfig, Params]:
+    """``student_from`` with the sizes of another configuration; ``measure`` is called if units are chosen by it.
+
+    Raises:
+      ValueError: a student that cannot be cut out of this teacher: more of something, or heads of another size.
+    """
+    sizes = {"kv_heads": student.groups, "feed_forward": student.feed_forward, "width": student.width}
+    there = {"kv_heads": config.groups, "feed_forward": config.feed_forward, "width": config.width}
+    measured = measure() if any(sizes[name] < there[name] for name in sizes) else None
+    small, params = student_from(config, params, layers=student.layers, measured=measured, **sizes)
+    names = [field.name for field in dataclasses.fields(DecoderConfig)]
+    different = [
+        f"{name}={getattr(student, name)} (a part of the teacher has {getattr(small, name)})"
+        for name in names
+        if name not in ("kv_heads", "head_dim", "dtype") and getattr(student, name) != getattr(small, name)
+    ]
+    if student.key_size != small.key_size:
+        different.append(f"head_dim={student.key_size} (the teacher's is {small.key_size})")
+    if different:
+        raise ValueError(f"a student cut out of its teacher cannot have {', '.join(different)}; change it to that.")
+    return small, params
+
+
+def student_from(
+    config: DecoderConfig,
+    params: Params,
+    *,
+    layers: int | Sequence[int] | None = None,
+    kv_heads: int | None = None,
+    feed_forward: int | None = None,
+    width: int | None = None,
+    measured: Importance | None = None,
+) -> tuple[DecoderConfig, Params]:
+    """A smaller decoder cut out of a larger one; what is not given stays whole.
+
+    Args:
+      config: of the teacher.
+      params: of the teacher; not changed.
+      layers: how many, evenly spread with the first and the last among them, or a list of those to keep, from 0.
+      kv_heads: groups of heads to keep in every layer, each with all its query heads; the most important ones.
+      feed_forward: units to keep in every layer, likewise.
+      width: residual dimensions to keep, the same everywhere, likewise.
+      measured: from ``importance``; needed unless only layers are left out.
+
+    Returns:
+      ``(config, params)`` of the student: parameters in the order they had, of the teacher's values.
+
+    Raises:
+      ValueError: sizes larger than the teacher's, layers it has not, or no ``measured`` where it is needed.
+
+    Example:
+      >>> config = DecoderConfig(vocab_size=14, layers=4, width=8, heads=2, feed_forward=16)
+      >>> small, params = student_from(config, decoder(config).init(jax.random.key(0)), layers=2)
+      >>> small.layers, params["layers"]["mlp"]["up"]["kernel"].shape
+      (2, (2, 8, 16))
+    """
+    asked = {"kv_heads": (kv_heads, config.groups), "feed_forward": (feed_forward, config.feed_forward)}
+    asked |= {"width": (width, config.width)}
+    for name, (size, there) in asked.items():
+        if size is not None and not 1 <= size <= there:
+            raise ValueError(f"student_from: {name}={size}; expected 1 … {there}, what the teacher has.")
+    if measured is None and any(size not in (None, there) for size, there in asked.values()):
+        raise ValueError("student_from: fewer heads, units or dimensions need measured=importance(…) to choose by.")
+    kept_layers = tuple(range(config.layers)) if layers is None else layers
+    kept_layers = spread(layers, config.layers) if isinstance(layers, int) else tuple(kept_layers)
+    if not kept_layers or not all(0 <= layer < config.layers for layer in kept_layers):
+        raise ValueError(f"student_from: layers={kept_layers}; expected some of 0 … {config.layers - 1}.")
+    chosen = {"layers": np.asarray(kept_layers)}
+    if kv_heads not in (None, config.groups):
+        chosen["kv"] = _largest(measured.groups, kv_heads)[chosen["layers"]]
+        per_group = config.heads // config.groups
+        heads = chosen["kv"][..., None] * per_group + np.arange(per_group)
+        chosen["heads"] = heads.reshape(len(kept_layers), -1)
+    if feed_forward not in (None, config.feed_forward):
+        chosen["mlp"] = _largest(measured.feed_forward, feed_forward)[chosen["layers"]]
+    if width not in (None, config.width):
+        chosen["embed"] = chosen["norm"] = _largest(measured.width[None], width)[0]
+    groups = config.groups if kv_heads is None else kv_heads
+    small = dataclasses.replace(
+        config,
+        layers=len(kept_layers),
+        width=width or config.width,
+        heads=groups * (config.heads // config.groups),
+        kv_heads=groups,
+        head_dim=config.key_size,
+        feed_forward=feed_forward or config.feed_forward,
+    )
+    axes = decoder(config).axes
+    return small, jax.tree.map(lambda leaf, names: _cut(leaf, names, chosen), params, axes)
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the ``count`` largest of every row, in the order they stand in."""
+    return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
+
+
+def _cut(leaf: Array, names: tuple[str, ...], chosen: dict[str, np.ndarray]) -> Array:
+    """The chosen part of a parameter; indices ``[N, …]`` differ by layer."""
+    if "layers" in names:
+        leaf = leaf[chosen["layers"]]  # the first axis of what is stacked
+    for axis, name in enumerate(names):
+        index = chosen.get(name)
+        if index is None or name == "layers":
+            continue
+        if index.ndim == 1:
+            leaf = jnp.take(leaf, index, axis=axis)
+        else:
+            leaf = jax.vmap(lambda part, rows, axis=axis: jnp.take(part, rows, axis=axis - 1))(leaf, index)
+    return leaf

@@ -1,0 +1,205 @@
+"""Students cut out of their teachers: what is kept is the teacher's, and what is left out did not matter."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import on_device, random_params, tiny, uneven_batch
+
+from distill import losses
+from distill.config import Config, LogConfig, Recipe, TrainingConfig
+from distill.data import addition
+from distill.experiment import Trained, distil, network, run_experiment
+from distill.metrics import read_metrics
+from distill.models import DecoderConfig, decoder
+from distill.models.init import Importance, importance, like, spread, student_from
+from distill.parallel import ParallelConfig
+
+CONFIG = tiny(layers=4, width=16, heads=6, kv_heads=3, head_dim=4, feed_forward=12, qkv_bias=True, mlp_bias=True)
+MODEL = decoder(CONFIG)
+BATCH = on_device(uneven_batch())
+
+
+def loss(params, batch):
+    logits = MODEL.logits(params, batch.inputs)
+    return losses.divide(losses.masked_sum(losses.cross_entropy(logits, batch.labels), batch.mask))
+
+
+def logits(config, params):
+    return decoder(config).logits(params, BATCH.inputs)
+
+
+def silenced(groups=(), units=()):
+    """Parameters whose groups of heads (two query heads each) and feed-forward units say nothing in any layer."""
+    params = random_params(MODEL)
+    layers = params["layers"]
+    for group in groups:
+        kernel = layers["attention"]["output"]["kernel"]
+        layers["attention"]["output"]["kernel"] = kernel.at[:, 2 * group : 2 * group + 2].set(0.0)
+    for unit in units:
+        layers["mlp"]["down"]["kernel"] = layers["mlp"]["down"]["kernel"].at[:, unit].set(0.0)
+    return params
+
+
+def test_nothing_left_out_is_the_teacher():
+    params = random_params(MODEL)
+    small, kept = student_from(CONFIG, params, layers=4, kv_heads=3, feed_forward=12, width=16)
+    jax.tree.map(np.testing.assert_array_equal, kept, params)
+    assert small == CONFIG
+
+
+def test_what_says_nothing_is_left_out_and_nothing_changes():
+    """Silent heads and units have importance 0, go first, and the student without them computes the same."""
+    params = silenced(groups=(1,), units=(0, 5, 11))
+    measured = importance(CONFIG, params, loss, [BATCH])
+    assert np.all(measured.groups[:, 1] == 0.0) and np.all(measured.groups[:, [0, 2]] > 0.0)
+    assert np.all(np.sum(measured.feed_forward == 0.0, axis=1) == 3)
+    small, kept = student_from(CONFIG, params, kv_heads=2, feed_forward=9, measured=measured)
+    assert (small.heads, small.groups, small.feed_forward) == (4, 2, 9)
+    np.testing.assert_allclose(logits(small, kept), logits(CONFIG, params), rtol=1e-4, atol=1e-4)
+    wrong = measured._replace(groups=-measured.groups)
+    other = logits(*student_from(CONFIG, params, kv_heads=2, feed_forward=9, measured=wrong))
+    assert float(jnp.max(jnp.abs(other - logits(CONFIG, params)))) > 0.1
+
+
+def test_layers_choose_their_own_units():
+    params = silenced()
+    down = params["layers"]["mlp"]["down"]["kernel"]
+    for layer in range(4):
+        down = down.at[layer, layer].set(0.0)
+    params["layers"]["mlp"]["down"]["kernel"] = down
+    measured = importance(CONFIG, params, loss, [BATCH])
+    small, kept = student_from(CONFIG, params, feed_forward=11, measured=measured)
+    np.testing.assert_allclose(logits(small, kept), logits(CONFIG, params), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_add_nothing_can_be_skipped():
+    params = random_params(MODEL)
+    for branch, name in (("attention", "output"), ("mlp", "down")):
+        weights = params["layers"][branch][name]
+        params["layers"][branch][name] = jax.tree.map(lambda w: w.at[jnp.array([1, 2])].set(0.0), weights)
+    for layers in ((0, 3), 2):
+        small, kept = student_from(CONFIG, params, layers=layers)
+        assert small.layers == 2
+        np.testing.assert_allclose(logits(small, kept), logits(CONFIG, params), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_dimensions_that_are_empty_are_left_out(tied):
+    """Nothing is written into dimensions 3 and 7. The norm's mean is over fewer: a factor √(14/16) that is put back."""
+    config = dataclasses.replace(CONFIG, tied=tied, norm_epsilon=1e-12)
+    params = random_params(decoder(config))
+    empty = jnp.array([3, 7])
+    params["embedding"] = params["embedding"].at[:, empty].set(0.0)
+    for branch, name in (("attention", "output"), ("mlp", "down")):
+        weights = params["layers"][branch][name]
+        params["layers"][branch][name] = jax.tree.map(lambda w: w.at[..., empty].set(0.0), weights)
+
+    def of_this(params, batch):
+        nats = losses.cross_entropy(decoder(config).logits(params, batch.inputs), batch.labels)
+        return losses.divide(losses.masked_sum(nats, batch.mask))
+
+    measured = importance(config, params, of_this, [BATCH])
+    assert np.flatnonzero(measured.width == 0.0).tolist() == [3, 7]
+    small, kept = student_from(config, params, width=14, measured=measured)
+    back = (16 / 14) ** 0.5
+    for scale in (kept["layers"]["attention_norm"], kept["layers"]["mlp_norm"], kept["norm"]):
+        scale["scale"] = scale["scale"] * back
+    np.testing.assert_allclose(logits(small, kept), logits(config, params), rtol=1e-3, atol=1e-3)
+
+
+def test_importance_is_the_slope_by_a_gate():
+    """Against finite differences: a unit's own weights scaled by 1 ± ε."""
+    params = random_params(MODEL)
+    measured = importance(CONFIG, params, loss, [BATCH])
+
+    def scaled(path, index, gate):
+        def change(where, leaf):
+            return leaf.at[index].multiply(gate) if jax.tree_util.keystr(where) == path else leaf
+
+        return float(loss(jax.tree_util.tree_map_with_path(change, params), BATCH))
+
+    cases = {
+        "['layers']['attention']['output']['kernel']": ((1, slice(2, 4)), measured.groups[1, 1]),
+        "['layers']['mlp']['down']['kernel']": ((2, 5), measured.feed_forward[2, 5]),
+    }
+    for path, (index, value) in cases.items():
+        slope = (scaled(path, index, 1.02) - scaled(path, index, 0.98)) / 0.04
+        assert abs(slope) == pytest.approx(value, rel=0.02, abs=1e-4)
+
+
+def test_importance_is_a_mean_over_batches():
+    params = random_params(MODEL)
+    others = [BATCH, on_device(uneven_batch(seed=1))]
+    single = [importance(CONFIG, params, loss, [batch]) for batch in others]
+    both = importance(CONFIG, params, loss, others)
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, (b + c) / 2, rtol=1e-5, atol=1e-8), both, *single)
+    with pytest.raises(ValueError, match="no batches"):
+        importance(CONFIG, params, loss, [])
+
+
+def test_spread_keeps_the_ends():
+    assert [spread(n, 6) for n in (1, 2, 3, 6)] == [(0,), (0, 5), (0, 2, 5), (0, 1, 2, 3, 4, 5)]
+    for of in range(2, 40):
+        for count in range(2, of + 1):
+            layers = spread(count, of)
+            assert len(set(layers)) == count and (layers[0], layers[-1]) == (0, of - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 17}, "width=17; expected 1 … 16"),
+        ({"kv_heads": 0}, "kv_heads=0; expected 1 … 3"),
+        ({"feed_forward": 6}, "measured=importance"),
+        ({"layers": 5}, "5 layers of 4"),
+        ({"layers": (0, 4)}, "some of 0 … 3"),
+        ({"layers": ()}, "some of 0 … 3"),
+    ],
+)
+def test_what_the_teacher_has_not_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        student_from(CONFIG, random_params(MODEL), **options)
+
+
+def test_heads_of_another_size_are_refused():
+    measured = Importance(np.zeros((4, 3)), np.zeros((4, 12)), np.zeros(16))
+    other = dataclasses.replace(CONFIG, layers=2, head_dim=2, rope_theta=5.0)
+    with pytest.raises(ValueError, match=r"rope_theta=5\.0 .*head_dim=2 \(the teacher's is 4\)"):
+        like(CONFIG, random_params(MODEL), other, lambda: measured)
+
+
+def experiment(**options):
+    training = TrainingConfig(steps=4, batch_size=8, steps_per_dispatch=2, evaluate_every=4, save_every=2)
+    teacher = DecoderConfig(vocab_size=14, layers=3, width=16, heads=4, kv_heads=2, feed_forward=16)
+    student = DecoderConfig(vocab_size=14, layers=2, width=12, heads=2, kv_heads=1, head_dim=4, feed_forward=8)
+    base = Config(
+        data=addition.AdditionConfig(digits=1),
+        teacher=Recipe(teacher),
+        student=Recipe(student, training),
+        student_start="teacher",
+        parallel=ParallelConfig(backend="one_device"),
+        log=LogConfig(progress=False),
+    )
+    return dataclasses.replace(base, **options)
+
+
+def test_an_experiment_starts_from_its_teacher(tmp_path):
+    config = experiment()
+    teacher = Trained(network(config.teacher), random_params(network(config.teacher)))
+    sides = addition.load(config.data)
+    distil(config, tmp_path / "cut", sides, teacher)
+    distil(dataclasses.replace(config, student_start="random"), tmp_path / "random", sides, teacher)
+    first = [next(r["loss"] for r in read_metrics(tmp_path / run) if "loss" in r) for run in ("cut", "random")]
+    assert first[0] != first[1]
+    again = distil(config, tmp_path / "again", sides, teacher)
+    jax.tree.map(np.testing.assert_array_equal, again.params, distil(config, tmp_path / "cut", sides, teacher).params)
+
+
+def test_a_student_that_cannot_be_cut_out_is_refused_before_anything_is_trained(tmp_path):
+    wide = Recipe(DecoderConfig(vocab_size=14, layers=2, width=32, heads=2, head_dim=4, feed_forward=8))
+    with pytest.raises(ValueError, match="width=32; expected 1 … 16"):
+        run_experiment(experiment(student=wide, data=addition.AdditionConfig()), tmp_path)
+    assert not (tmp_path / "teacher").exists()
