@@ -61,6 +61,7 @@ HEAVY = {
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
     "transformers": {"tokenizer", "weights"},
+    "gguf": {"weights"},
     "matplotlib": {"report"},
     "tensorboardX": {"metrics"},
     "tyro": {"cli"},

@@ -1,0 +1,248 @@
+"""Decoders in GGUF files, the format of llama.cpp: configuration, name table and tensors, dequantised as they are read.
+
+The tokenizer of such a file is built in ``gguf_tokenizer.py``.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from distill.models import DecoderConfig, Model, decoder
+from distill.shapes import Params
+from distill.weights.assemble import Place, Row, Shape, Table, Transform, assemble, flat, linear
+
+ARCHITECTURES = ("llama", "qwen2")
+"""Those whose header and tensors are read here."""
+
+_READ = {
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+}
+_IRRELEVANT = {"context_length", "vocab_size"}
+_HARMLESS: Mapping[str, Sequence[Any]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (1.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+"""Keys that may stand in a header if they ask for nothing the decoder lacks."""
+
+
+class GGUFSource:
+    """A GGUF file: its header, and its tensors as float32, one at a time.
+
+    Args:
+      path: the file; it is mapped into memory, not read.
+
+    Raises:
+      ValueError: no GGUF file, a broken one, one of several parts, or the package ``gguf`` is missing.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            import gguf
+        except ImportError as error:
+            raise ValueError("reading GGUF files needs a package: pip install 'distill[gguf]'.") from error
+        self.path = Path(path)
+        with self.path.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise ValueError(f"{path}: no GGUF file; it starts with {magic!r}, expected b'GGUF'.")
+        try:
+            reader = gguf.GGUFReader(self.path)
+        except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
+            raise ValueError(f"{path}: not readable as GGUF: cut off, damaged or too new ({error}).") from error
+        self._fields = reader.fields
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        if (parts := self.value("split.count", 1)) > 1:
+            raise ValueError(f"{path}: one of {parts} parts of a model; join them (gguf-split --merge) first.")
+
+    def header(self, prefix: str) -> dict[str, Any]:
+        """What the header says under keys that start so, without the prefix."""
+        return {key.removeprefix(prefix): self.value(key) for key in self._fields if key.startswith(prefix)}
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """What the header says under a key: a number, text, bool, or a list of them."""
+        return self._fields[key].contents() if key in self._fields else default
+
+    def names(self) -> set[str]:
+        """Every tensor's name."""
+        return set(self._tensors)
+
+    def shape(self, name: str) -> Shape:
+        """A tensor's shape, outermost axis first, as ``get`` returns it."""
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def get(self, name: str) -> np.ndarray:
+        """One tensor, dequantised now, float32.
+
+        Raises:
+          ValueError: a quantisation that cannot be undone.
+        """
+        from gguf import quants
+
+        tensor = self._tensors[name]
+        try:
+            array = quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            known = ", ".join(["F32", "F16", *sorted(kind.name for kind in quants._type_traits)])
+            raise ValueError(
+                f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be dequantised; "
+                f"supported: {known}."
+            ) from error
+        return np.asarray(array, np.float32).reshape(self.shape(name))
+
+
+def architecture_of(source: GGUFSource) -> str:
+    """``llama`` or ``qwen2``.
+
+    Raises:
+      ValueError: another one.
+    """
+    name = source.value("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{source.path}: architecture {name!r}; supported: {', '.join(ARCHITECTURES)}.")
+    return name
+
+
+def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float32") -> DecoderConfig:
+    """The decoder that a file's header and the names of its tensors describe.
+
+    Args:
+      source: the file.
+      dtype: of the activations.
+
+    Raises:
+      ValueError: an architecture or a key of the header that the decoder has no counterpart of, a missing key.
+    """
+    prefix = f"{architecture_of(source)}."
+    header = source.header(prefix)
+    for key, value in header.items():
+        if key not in _READ | _IRRELEVANT and value not in _HARMLESS.get(key, ()):
+            raise ValueError(f"{source.path}: the header has {prefix}{key} = {value!r}, which the decoder lacks.")
+        if isinstance(value, list) and key in _READ:
+            raise ValueError(f"{source.path}: {prefix}{key} differs between layers; the decoder's layers are alike.")
+    names = source.names()
+
+    def number(key: str) -> Any:
+        if key not in header:
+            raise ValueError(f"{source.path}: the header lacks {prefix}{key}.")
+        return header[key]
+
+    heads, width = number("attention.head_count"), number("embedding_length")
+    key_size = header.get("attention.key_length", width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if header.get(key, key_size) != key_size:
+            raise ValueError(f"{source.path}: {prefix}{key} = {header[key]}, a key has {key_size}; expected the same.")
+    if "token_embd.weight" not in names:
+        raise ValueError(f"{source.path}: the file has no tensor token_embd.weight.")
+    return DecoderConfig(
+        vocab_size=source.shape("token_embd.weight")[0],
+        layers=number("block_count"),
+        width=width,
+        heads=heads,
+        kv_heads=header.get("attention.head_count_kv", heads),
+        head_dim=None if key_size * heads == width else key_size,
+        feed_forward=number("feed_forward_length"),
+        tied="output.weight" not in names,
+        qkv_bias="blk.0.attn_q.bias" in names,
+        output_bias="blk.0.attn_output.bias" in names,
+        mlp_bias="blk.0.ffn_gate.bias" in names,
+        rope_theta=_short(header.get("rope.freq_base", 10_000.0)),
+        norm_epsilon=_short(number("attention.layer_norm_rms_epsilon")),
+        dtype=dtype,
+    )
+
+
+def _short(value: float) -> float:
+    """The shortest decimal number with the same float32: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def turned(transform: Transform) -> Transform:
+    """A query or key, ours ``[..., H, K]``, whose K lies in another order in files of architecture llama.
+
+    There the numbers that rotate together stand side by side, (0, K/2, 1, K/2 + 1, …); ours are half a head apart.
+
+    Example:
+      >>> there = np.array([0, 2, 1, 3, 4, 6, 5, 7])  # two heads of size 4
+      >>> turned(flat).read(there, (2, 4)).tolist()
+      [[0, 1, 2, 3], [4, 5, 6, 7]]
+      >>> turned(flat).write(turned(flat).read(there, (2, 4))).tolist()
+      [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+
+    def halves(array: np.ndarray) -> np.ndarray:
+        return array.reshape(*array.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(array.shape)
+
+    def pairs(array: np.ndarray) -> np.ndarray:
+        return array.reshape(*array.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(array.shape)
+
+    return Transform(
+        transform.shape,
+        lambda array, shape: halves(transform.read(array, shape)),
+        lambda array: transform.write(pairs(array)),
+    )
+
+
+def table_of(architecture: str, config: DecoderConfig) -> Table:
+    """Where each parameter of this decoder stands in a GGUF file."""
+    rotary = turned if architecture == "llama" else lambda transform: transform
+    table: Table = {("embedding",): Row("token_embd.weight"), ("norm", "scale"): Row("output_norm.weight")}
+    if not config.tied:
+        table["head",] = Row("output.weight", linear())
+
+    def layer(path: tuple[str, ...], name: str, transform: Transform | None = None) -> None:
+        row = Row(f"blk.{{layer}}.{name}") if transform is None else Row(f"blk.{{layer}}.{name}", transform)
+        table["layers", *path] = row
+
+    layer(("attention_norm", "scale"), "attn_norm.weight")
+    layer(("mlp_norm", "scale"), "ffn_norm.weight")
+    for ours, theirs, order in (("query", "q", rotary), ("key", "k", rotary), ("value", "v", lambda same: same)):
+        layer(("attention", ours, "kernel"), f"attn_{theirs}.weight", order(linear()))
+        if config.qkv_bias:
+            layer(("attention", ours, "bias"), f"attn_{theirs}.bias", order(flat))
+    layer(("attention", "output", "kernel"), "attn_output.weight", linear(2))
+    if config.output_bias:
+        layer(("attention", "output", "bias"), "attn_output.bias")
+    for name in ("gate", "up", "down"):
+        layer(("mlp", name, "kernel"), f"ffn_{name}.weight", linear())
+        if config.mlp_bias:
+            layer(("mlp", name, "bias"), f"ffn_{name}.bias")
+    return table
+
+
+def load(
+    source: GGUFSource,
+    *,
+    place: Place | None = None,
+    dtype: Any = np.float32,
+    activations: Literal["float32", "bfloat16"] = "float32",
+) -> tuple[Model, Params]:
+    """The model of a file and its parameters, dequantised.
+
+    Args:
+      source: the file.
+      place: puts one finished parameter onto its devices; None: ``jnp.asarray``.
+      dtype: of the parameters.
+      activations: type of activations and matmul operands.
+
+    Raises:
+      ValueError: what the decoder cannot be, named.
+    """
+    config = config_of(source, activations)
+    table = table_of(architecture_of(source), config)
+    return decoder(config), assemble(config, table, source, place, dtype=jnp.dtype(dtype))

