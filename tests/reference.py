@@ -107,14 +107,47 @@ def _rms_norm(x, scale, epsilon):
     return x / np.sqrt(np.mean(x**2) + epsilon) * scale
 
 
-def _rotate(x, position, theta):
-    """The pair (x_i, x_{i + K/2}) turned by the angle position · theta^(−2i/K)."""
+def _turn(i, size, theta, scaling, length):
+    """Radians per position of pair i of size / 2, stretched; ``length``: of the text."""
+    if scaling is None or scaling.kind == "none":
+        return theta ** (-2.0 * i / size)
+    factor, original = scaling.factor, scaling.original_length
+    if scaling.kind == "dynamic":
+        stretch = factor * max(length, original) / original - (factor - 1.0)
+        return (theta * stretch ** (size / (size - 2.0))) ** (-2.0 * i / size)
+    plain = theta ** (-2.0 * i / size)
+    if scaling.kind == "linear":
+        return plain / factor
+    if scaling.kind == "llama3":
+        wavelength = 2.0 * np.pi / plain
+        if wavelength > original / scaling.low_frequency:
+            return plain / factor
+        if wavelength < original / scaling.high_frequency:
+            return plain
+        smooth = (original / wavelength - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+        return (1.0 - smooth) * plain / factor + smooth * plain
+    bounds = [
+        size * np.log(original / (turns * 2.0 * np.pi)) / (2.0 * np.log(theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    ]
+    if scaling.truncate:
+        bounds = [np.floor(bounds[0]), np.ceil(bounds[1])]
+    low, high = max(bounds[0], 0.0), min(bounds[1], size - 1.0)
+    slow = min(max((i - low) / (high - low if high != low else 1e-3), 0.0), 1.0)
+    return slow * plain / factor + (1.0 - slow) * plain
+
+
+def _rotate(x, position, theta, scaling=None, length=None):
+    """The pair (x_i, x_{i + K/2}) turned by the angle position · theta^(−2i/K), or by what ``scaling`` makes of it."""
     half = len(x) // 2
     turned = np.empty_like(x)
     for i in range(half):
-        angle = position * theta ** (-2.0 * i / len(x))
+        angle = position * _turn(i, len(x), theta, scaling, length)
         turned[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
         turned[i + half] = x[i] * np.sin(angle) + x[i + half] * np.cos(angle)
+    if scaling is not None and scaling.kind == "yarn":
+        given = scaling.attention_factor
+        turned *= 0.1 * np.log(scaling.factor) + 1.0 if given is None else given
     return turned
 
 
@@ -122,19 +155,29 @@ def _project(x, leaf, equation):
     return np.einsum(equation, x, leaf["kernel"]) + leaf.get("bias", 0.0)
 
 
-def _layer(config, leaves, x_LD, positions, segments):
+def _layer(config, leaves, x_LD, positions, segments, n=0):
     length, repeat = len(x_LD), config.heads // config.groups
     attention = leaves["attention"]
     normed = [_rms_norm(x, leaves["attention_norm"]["scale"], config.norm_epsilon) for x in x_LD]
     query, key, value = ([_project(x, attention[n], "d,dhk->hk") for x in normed] for n in ("query", "key", "value"))
+    window = config.sliding_window if not config.window_layers or config.window_layers[n] else None
+
+    def turn(x, name, position):
+        if config.qk_norm:
+            x = _rms_norm(x, attention[f"{name}_norm"]["scale"], config.norm_epsilon)
+        if config.rope_layers and not config.rope_layers[n]:
+            return x
+        return _rotate(x, position, config.rope_theta, config.rope_scaling, max(positions) + 1)
+
     y_LD = np.empty_like(x_LD)
     for t in range(length):
         heads = np.zeros((config.heads, config.key_size))
         for h in range(config.heads):
             g = h // repeat  # neighbouring query heads share a group
-            seen = [s for s in range(t + 1) if segments[s] == segments[t]]
-            turned = _rotate(query[t][h], positions[t], config.rope_theta)
-            keys = [_rotate(key[s][g], positions[s], config.rope_theta) for s in seen]
+            first = 0 if window is None else max(0, t + 1 - window)
+            seen = [s for s in range(first, t + 1) if segments[s] == segments[t]]
+            turned = turn(query[t][h], "query", positions[t])
+            keys = [turn(key[s][g], "key", positions[s]) for s in seen]
             weights = softmax(np.array([turned @ k for k in keys]) / np.sqrt(config.key_size))
             heads[h] = sum(weight * value[s][g] for weight, s in zip(weights, seen, strict=True))
         x = x_LD[t] + _project(heads, attention["output"], "hk,hkd->d")
@@ -165,7 +208,7 @@ def decoder_logits(config, params, tokens, positions=None, segments=None):
     for row, position, segment in zip(tokens, positions, segments, strict=True):
         x_LD = params["embedding"][row]
         for n in range(config.layers):
-            x_LD = _layer(config, _take(params["layers"], n), x_LD, position, segment)
+            x_LD = _layer(config, _take(params["layers"], n), x_LD, position, segment, n)
         rows.append([_rms_norm(x, params["norm"]["scale"], config.norm_epsilon) @ head for x in x_LD])
     return np.array(rows)
 

@@ -1,5 +1,7 @@
 """Decoder and adapters: against float64 numpy, and identities between two ways to the same logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from builders import VOCAB, Recurrent, nnx_model, random_params, tiny, tiny_deco
 from flax import nnx
 
 from distill.data.loader import shift
-from distill.models import DecoderConfig, decoder
+from distill.models import DecoderConfig, RopeScaling, decoder
 from distill.models.layers import rms_norm, rotate
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
 
@@ -22,6 +24,29 @@ VARIANTS = {
     "biases": ALL_BIASES,
     "wide_heads": {"head_dim": 6, "rope_theta": 100.0, "norm_epsilon": 0.1},
     "narrow_heads": {"head_dim": 2, "heads": 2, "tied": True, **ALL_BIASES},
+    "normed_heads": {"qk_norm": True, "head_dim": 6},
+    "window": {"sliding_window": 2},
+    "some_windows": {"sliding_window": 3, "layers": 3, "window_layers": (False, True, False)},
+    "some_rotations": {"rope_layers": (True, False), "qk_norm": True},
+    "everything": {
+        **ALL_BIASES,
+        "qk_norm": True,
+        "head_dim": 6,
+        "sliding_window": 2,
+        "window_layers": (True, False),
+        "rope_layers": (False, True),
+        "rope_scaling": RopeScaling("yarn", factor=4.0, original_length=40),
+    },
+}
+SCALINGS = {
+    "linear": RopeScaling("linear", factor=2.0),
+    "dynamic": RopeScaling("dynamic", factor=2.0, original_length=3),
+    "dynamic, short text": RopeScaling("dynamic", factor=2.0, original_length=50),
+    "llama3": RopeScaling("llama3", factor=8.0, original_length=40),
+    "llama3, other bounds": RopeScaling("llama3", 4.0, 100, low_frequency=2.0, high_frequency=9.0),
+    "yarn": RopeScaling("yarn", factor=4.0, original_length=60),
+    "yarn, other bounds": RopeScaling("yarn", 3.0, 30, beta_fast=3.0, beta_slow=0.5, truncate=False),
+    "yarn, given magnitude": RopeScaling("yarn", 3.0, 60, attention_factor=1.5),
 }
 
 
@@ -52,6 +77,31 @@ def test_logits_are_those_of_float64(options):
     np.testing.assert_allclose(
         logits, reference.decoder_logits(config, params, np.asarray(tokens)), rtol=1e-4, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_stretched_positions_are_those_of_float64(scaling):
+    config = tiny(rope_scaling=scaling, head_dim=8, rope_theta=50.0, layers=1)
+    model, tokens = decoder(config), tokens_of(2, 6, seed=1)
+    params = random_params(model)
+    positions = np.array([[0, 1, 5, 6, 7, 19], [0, 1, 2, 3, 4, 5]])  # rows of different lengths
+    logits = jax.jit(model.logits)(params, tokens, positions=positions)
+    want = reference.decoder_logits(config, params, np.asarray(tokens), positions)
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=2e-5)
+    plain = decoder(dataclasses.replace(config, rope_scaling=RopeScaling()))
+    difference = np.max(np.abs(plain.logits(params, tokens, positions=positions) - logits))
+    assert difference < 1e-5 if scaling.original_length == 50 else difference > 1e-2
+
+
+def test_a_window_in_the_cache_is_the_full_forward_pass():
+    model = tiny_decoder(sliding_window=3, window_layers=(True, False))
+    params, tokens, cache = random_params(model), tokens_of(2, 7), model.init_cache(2, 9)
+    written, step = [], jax.jit(lambda tokens, cache: model.apply(params, tokens, cache=cache))
+    for part in (tokens[:, :4], tokens[:, 4:6], tokens[:, 6:]):
+        output = step(part, cache)
+        written.append(model.unembed(params, output.hidden))
+        cache = output.cache
+    np.testing.assert_allclose(jnp.concatenate(written, axis=1), model.logits(params, tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_given_positions_and_segments_are_those_of_float64():
@@ -171,11 +221,29 @@ def test_cache_keeps_segments_apart(biased):
         ({"heads": 0, "kv_heads": None, "head_dim": 4}, "heads=0"),
         ({"heads": 0, "kv_heads": None}, "heads=0"),
         ({"width": 4, "heads": 8, "kv_heads": None}, "width=4"),
+        ({"rope_layers": (True,)}, "rope_layers has 1 entries; expected one for each of 2 layers"),
+        ({"window_layers": (True, False)}, "window_layers without a sliding_window"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+        ({"rope_scaling": RopeScaling("dynamic", 2.0, 9)}, "heads of size 4 or more; got 2"),
     ],
 )
 def test_impossible_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factor": 2.0}, "has no kind"),
+        ({"kind": "linear", "factor": 0.5}, "factor=0.5"),
+        ({"kind": "yarn", "factor": 2.0}, "yarn needs original_length"),
+        ({"kind": "llama3", "factor": 2.0, "original_length": 9, "low_frequency": 4.0}, "must be below"),
+    ],
+)
+def test_impossible_scalings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(**options)
 
 
 # ---- initial parameters
@@ -245,6 +313,15 @@ def test_flops_are_two_per_multiplication():
     keys_seen = sum(range(1, length + 1)) / length
     attention = 2 * config.layers * config.heads * 6 * keys_seen  # scores and values
     assert config.flops_per_token(length) == pytest.approx(2 * (weights + attention))
+
+
+def test_a_window_saves_flops():
+    full, length = tiny(head_dim=6, layers=3), 9
+    config = dataclasses.replace(full, sliding_window=4, window_layers=(True, False, True))
+    saved = sum(max(0, seen - 4) for seen in range(1, length + 1)) / length
+    difference = full.flops_per_token(length) - config.flops_per_token(length)
+    assert difference == pytest.approx(2 * 2 * 2 * config.heads * 6 * saved)
+    assert dataclasses.replace(full, sliding_window=50).flops_per_token(length) == full.flops_per_token(length)
 
 
 def test_flops_are_about_those_xla_counts():

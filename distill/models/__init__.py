@@ -1,7 +1,18 @@
 """Networks as pure functions: ``init(key)``, ``apply(params, tokens) -> Output``, ``unembed(params, hidden)``."""
 
-from distill.models.config import DecoderConfig
+from distill.models.config import DecoderConfig, RopeScaling
 from distill.models.decoder import decoder
 from distill.models.model import Cache, Collect, Model, Output, Relations, from_linen, from_nnx
 
-__all__ = ["Cache", "Collect", "DecoderConfig", "Model", "Output", "Relations", "decoder", "from_linen", "from_nnx"]
+__all__ = [
+    "Cache",
+    "Collect",
+    "DecoderConfig",
+    "Model",
+    "Output",
+    "Relations",
+    "RopeScaling",
+    "decoder",
+    "from_linen",
+    "from_nnx",
+]

@@ -1,12 +1,59 @@
 """What a decoder is: its sizes and options."""
 
 import dataclasses
+import math
 from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched for texts longer than those a model was first trained on (``rope.py``)."""
+
+    kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
+    """``linear``: every pair slower by the factor. ``dynamic``: NTK-aware, by the length of each row. ``llama3``: slow
+    pairs slower by the factor, fast ones kept. ``yarn`` (arXiv 2309.00071): likewise, between other bounds."""
+    factor: float = 1.0
+    original_length: int = 0
+    """Length of the first training, in tokens; every kind but ``linear`` needs it."""
+    low_frequency: float = 1.0
+    """llama3: pairs that turn less often than this in a text of the original length are slowed by the factor."""
+    high_frequency: float = 4.0
+    """llama3: pairs that turn more often are kept."""
+    beta_fast: float = 32.0
+    """yarn: as ``high_frequency``."""
+    beta_slow: float = 1.0
+    """yarn: as ``low_frequency``."""
+    truncate: bool = True
+    """yarn: the bounds are whole numbers of pairs."""
+    attention_factor: float | None = None
+    """yarn: queries and keys are made longer by this; None: 0.1 ln(factor) + 1."""
+
+    def __post_init__(self):
+        if self.kind == "none":
+            if any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
+                raise ValueError(f"rope_scaling: {self} has no kind; expected linear, dynamic, llama3 or yarn.")
+            return
+        if not self.factor >= 1.0:
+            raise ValueError(f"rope_scaling: factor={self.factor}; expected at least 1.")
+        if self.kind != "linear" and self.original_length < 1:
+            raise ValueError(f"rope_scaling: {self.kind} needs original_length; got {self.original_length}.")
+        if self.kind == "llama3" and not self.low_frequency < self.high_frequency:
+            raise ValueError(f"rope_scaling: low_frequency={self.low_frequency} must be below {self.high_frequency}.")
+
+    @property
+    def magnitude(self) -> float:
+        """Factor of queries and of keys."""
+        if self.kind != "yarn":
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """A Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+    Enough for Llama, Mistral, Qwen2, Qwen3 and SmolLM; ``distill/weights/families.py`` says which options each has.
+    """
 
     vocab_size: int = 32_000
     layers: int = 2
@@ -23,7 +70,18 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm of every head's queries and keys, before the rotation."""
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    rope_layers: tuple[bool, ...] = ()
+    """For each layer, whether positions rotate its queries and keys. Empty: in all of them."""
+    sliding_window: int | None = None
+    """A token sees so many keys, its own among them. None: all before it."""
+    window_layers: tuple[bool, ...] = ()
+    """For each layer, whether it has the window. Empty: all have."""
+    max_length: int | None = None
+    """Longest text the model is meant for; nothing enforces it. It goes with the weights, from file to file."""
     norm_epsilon: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
@@ -39,6 +97,21 @@ class DecoderConfig:
             raise ValueError(f"model: heads={self.heads} is no multiple of kv_heads={self.groups}.")
         if self.key_size % 2:
             raise ValueError(f"model: the size of a head is {self.key_size}; rotary positions need an even one.")
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        for name in ("rope_layers", "window_layers"):
+            value = getattr(self, name)
+            if value and len(value) != self.layers:
+                raise ValueError(
+                    f"model: {name} has {len(value)} entries; expected one for each of {self.layers} layers."
+                )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"model: sliding_window={self.sliding_window}; expected at least 1.")
+        if self.window_layers and self.sliding_window is None:
+            raise ValueError("model: window_layers without a sliding_window.")
+        if self.rope_scaling.kind == "dynamic" and self.key_size < 4:
+            raise ValueError(f"model: dynamic rope_scaling needs heads of size 4 or more; got {self.key_size}.")
 
     @property
     def groups(self) -> int:
@@ -53,10 +126,14 @@ class DecoderConfig:
     def flops_per_token(self, length: int) -> float:
         """FLOPs of the forward pass per token, matmuls only (2 per multiply-add), averaged over a text of ``length``.
 
-        Scores and values count the (length + 1)/2 keys a causal position sees on average. A training step costs
-        three times this: the backward pass multiplies twice.
+        Scores and values count the keys a causal position sees on average: (length + 1)/2, fewer through a window. A
+        training step costs three times this: the backward pass multiplies twice.
         """
         projections = self.width * self.key_size * (2 * self.heads + 2 * self.groups)
-        attention = 2 * self.heads * self.key_size * (length + 1) / 2
-        per_layer = projections + attention + 3 * self.width * self.feed_forward
-        return 2.0 * (self.layers * per_layer + self.width * self.vocab_size)
+        window = length if self.sliding_window is None else min(self.sliding_window, length)
+        windowed = sum(self.window_layers) if self.window_layers else self.layers
+        keys = (self.layers - windowed) * (length + 1) / 2
+        keys += windowed * (window * (window + 1) / 2 + (length - window) * window) / length
+        attention = 2 * self.heads * self.key_size * keys
+        per_layer = projections + 3 * self.width * self.feed_forward
+        return 2.0 * (self.layers * per_layer + attention + self.width * self.vocab_size)

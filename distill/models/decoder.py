@@ -28,7 +28,7 @@ class Decoder(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
@@ -51,6 +51,7 @@ class Decoder(nn.Module):
         segments_BS = segments_BL if seen is None else seen.segments_BS
         earlier_LS = jnp.arange(segments_BS.shape[1])[None, :] <= slots_L[:, None]
         mask_BLS = earlier_LS[None] & (segments_BL[:, :, None] == segments_BS[:, None, :])
+        masks, kinds = _by_layer(self.config, mask_BLS, slots_L)
 
         embedded_BLD = self.embedding.astype(self.config.dtype)[tokens_BL]
         kv = None if cache is None else (cache.keys_NBGSK, cache.values_NBGSK)
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
             collect.check(self.config.layers)
             kept = empty(self.config, collect, batch, length, segments_BS.shape[1])
             slots = slots_of(collect, self.config.layers)
-        (x_BLD, kept), kv = self.layers((embedded_BLD, kept), positions_BL, mask_BLS, start, kv, slots)
+        (x_BLD, kept), kv = self.layers((embedded_BLD, kept), positions_BL, masks, start, kv, slots, kinds)
         hidden_BLD = self.norm(x_BLD)
         if self.is_initializing():
             self.unembed(hidden_BLD)
@@ -72,6 +73,19 @@ class Decoder(nn.Module):
     def unembed(self, hidden_BLD: Array) -> Array:
         """Logits ``[..., V]``; the matmul accumulates in float32."""
         return Head(self.embedding.T if self.config.tied else self.head).logits(hidden_BLD)
+
+
+def _by_layer(config: DecoderConfig, mask_BLS: Array, slots_L: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
+    """The masks layers choose from, and what differs between layers: arrays ``[N]`` of bools by name."""
+    masks, kinds = (mask_BLS,), {}
+    if config.rope_layers:
+        kinds["rope"] = jnp.asarray(config.rope_layers)
+    if config.sliding_window is not None:
+        near_LS = slots_L[:, None] - jnp.arange(mask_BLS.shape[2])[None, :] < config.sliding_window
+        masks = (mask_BLS & near_LS[None],)
+        if config.window_layers:
+            masks, kinds["window"] = (mask_BLS, *masks), jnp.asarray(config.window_layers)
+    return masks, kinds
 
 
 def _write_segments(cache: Cache | None, segments_BL: Array) -> Cache | None:

@@ -9,24 +9,16 @@ import jax.numpy as jnp
 from distill.models.collect import keep
 from distill.models.config import DecoderConfig
 from distill.models.model import Relations, parameter
+from distill.models.rope import rotate
 from distill.shapes import Array
 
 
-def rms_norm(x_BLD: Array, scale_D: Array, epsilon: float) -> Array:
-    """x / sqrt(mean(x²) + ε) · scale, in float32 (arXiv 1910.07467)."""
-    x32 = x_BLD.astype(jnp.float32)
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """x / sqrt(mean(x²) + ε) · scale over the last axis, in float32 (arXiv 1910.07467)."""
+    x32 = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(variance + epsilon) * scale_D[None, None]).astype(x_BLD.dtype)
-
-
-def rotate(x_BHLK: Array, positions_BL: Array, theta: float) -> Array:
-    """Rotary positions (arXiv 2104.09864): the pair (i, i + K/2) turns by position · theta^(−2i/K)."""
-    half = x_BHLK.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BL[:, None, :, None].astype(jnp.float32) * frequency[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BHLK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLK.dtype)
+    scale = jnp.expand_dims(scale, range(x.ndim - 1))
+    return (x32 * jax.lax.rsqrt(variance + epsilon) * scale).astype(x.dtype)
 
 
 def attention_weights(q_BHLK: Array, k_BGSK: Array, mask_BLS: Array) -> Array:
@@ -81,18 +73,23 @@ class Norm(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x_BLD: Array) -> Array:
-        scale = self.param("scale", parameter(("norm",), mean=1.0), x_BLD.shape[-1:])
-        return rms_norm(x_BLD, scale, self.epsilon)
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", parameter(("norm",), mean=1.0), x.shape[-1:])
+        return rms_norm(x, scale, self.epsilon)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions (arXiv 2305.13245)."""
+    """Grouped-query attention with rotary positions (arXiv 2305.13245).
+
+    ``turns``: whether this layer's queries and keys are rotated; None: yes.
+    """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, cache, wanted: Collection[str] = ()):
+    def __call__(
+        self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, cache, wanted: Collection[str] = (), turns=None
+    ):
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -100,8 +97,13 @@ class Attention(nn.Module):
             bias_axes = 2 if c.qkv_bias else 0
             return Projection("bld,dhk->bhlk", shape, axes, c.width, bias_axes, name=name)(x_BLD)
 
-        q_BHLK = rotate(project("query", c.heads, "heads"), positions_BL, c.rope_theta)
-        k_BGLK = rotate(project("key", c.groups, "kv"), positions_BL, c.rope_theta)
+        def place(name: str, heads: int, axis: str) -> Array:
+            x_BHLK = project(name, heads, axis)
+            x_BHLK = Norm(c.norm_epsilon, name=f"{name}_norm")(x_BHLK) if c.qk_norm else x_BHLK
+            turned_BHLK = rotate(x_BHLK, positions_BL, c.rope_theta, c.rope_scaling)
+            return turned_BHLK if turns is None else jnp.where(turns, turned_BHLK, x_BHLK)
+
+        q_BHLK, k_BGLK = place("query", c.heads, "heads"), place("key", c.groups, "kv")
         v_BGLK = project("value", c.groups, "kv")
         if cache is not None:
             keys, values, start = cache
@@ -145,17 +147,25 @@ class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)). Shaped for ``nn.scan``: carry, broadcasts, cache.
 
     The carry is ``(x, kept)``; ``kept`` holds a buffer for each thing that is collected, or is None (``collect.py``).
+    ``masks`` are two where some layers have a window: without and with it. ``kinds`` says what differs by layer:
+    ``window`` and ``rope``, each a bool.
     """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, carry, positions_BL: Array, mask_BLS: Array, start, cache, slots):
+    def __call__(self, carry, positions_BL: Array, masks: tuple[Array, ...], start, cache, slots, kinds):
         c = self.config
         x_BLD, kept = carry
+        mask_BLS = jnp.where(kinds["window"], masks[1], masks[0]) if "window" in kinds else masks[0]
         cache = None if cache is None else (*cache, start)
         attended, kv, seen = Attention(c, name="attention")(
-            Norm(c.norm_epsilon, name="attention_norm")(x_BLD), positions_BL, mask_BLS, cache, kept or ()
+            Norm(c.norm_epsilon, name="attention_norm")(x_BLD),
+            positions_BL,
+            mask_BLS,
+            cache,
+            kept or (),
+            kinds.get("rope"),
         )
         x_BLD = x_BLD + attended
         x_BLD = x_BLD + SwiGLU(c, name="mlp")(Norm(c.norm_epsilon, name="mlp_norm")(x_BLD))

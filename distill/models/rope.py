@@ -1,0 +1,72 @@
+"""Rotary positions and the ways to stretch them beyond the length a model was trained on."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from distill.models.config import RopeScaling
+from distill.shapes import Array
+
+PLAIN = RopeScaling()
+"""Not stretched."""
+
+
+def rotate(x_BHLK: Array, positions_BL: Array, theta: float, scaling: RopeScaling = PLAIN) -> Array:
+    """Rotary positions (arXiv 2104.09864): the pair (i, i + K/2) turns by position · theta^(−2i/K).
+
+    ``scaling`` slows some pairs down; YaRN also makes queries and keys longer.
+    """
+    half = x_BHLK.shape[-1] // 2
+    if scaling.kind == "none":
+        frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    elif scaling.kind == "dynamic":
+        frequency = _dynamic(half, positions_BL, theta, scaling)
+    else:
+        frequency = jnp.asarray(slowed(half, theta, scaling), jnp.float32)
+    frequency = frequency[None, None, None] if frequency.ndim == 1 else frequency[:, None, None]
+    angle = positions_BL[:, None, :, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if scaling.magnitude != 1.0:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    first, second = jnp.split(x_BHLK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLK.dtype)
+
+
+def _dynamic(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> Array:
+    """NTK-aware frequencies ``[B, K/2]``: theta grows with a row's length once that is beyond the original one.
+
+    A row of its own: what else is in the batch, or on which device, does not matter.
+    """
+    length_B = jnp.maximum(jnp.max(positions_BL, axis=1) + 1, scaling.original_length).astype(jnp.float32)
+    stretch_B = scaling.factor * length_B / scaling.original_length - (scaling.factor - 1.0)
+    theta_B = theta * stretch_B ** (half / (half - 1))
+    return theta_B[:, None] ** (-jnp.arange(half, dtype=jnp.float32) / half)[None]
+
+
+def slowed(half: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Radians per position of each pair, ``[K/2]`` float64, for the kinds that do not look at the text's length.
+
+    Example:
+      >>> slowed(2, 100.0, RopeScaling("linear", factor=4.0)).tolist()
+      [0.25, 0.025]
+    """
+    frequency = theta ** (-np.arange(half) / half)
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    if scaling.kind == "llama3":
+        turns = scaling.original_length * frequency / (2.0 * math.pi)  # in a text of the original length
+        kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+        kept = np.clip(kept, 0.0, 1.0)
+    else:
+        low, high = (_pair_that_turns(turns, half, theta, scaling) for turns in (scaling.beta_fast, scaling.beta_slow))
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        kept = 1.0 - np.clip((np.arange(half) - low) / (high - low if high != low else 1e-3), 0.0, 1.0)
+    return frequency * (kept + (1.0 - kept) / scaling.factor)
+
+
+def _pair_that_turns(turns: float, half: int, theta: float, scaling: RopeScaling) -> float:
+    """Number (a fraction) of the pair that makes so many turns in a text of the original length."""
+    return half * math.log(scaling.original_length / (turns * 2.0 * math.pi)) / math.log(theta)
