@@ -19,9 +19,9 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("model", choices=("smollm2",))
     options.add_argument("--to", type=Path, help="folder (default: distill/weights in the cache folder of the user)")
     known = options.parse_args(argv)
-    from distill.weights import smollm2
+    from distill.weights import carried
 
-    print(smollm2.fetch(known.to))
+    print(carried.fetch({"smollm2": carried.SMOLLM2}[known.model], known.to))
 
 
 if __name__ == "__main__":

