@@ -22,6 +22,7 @@ from distill.weights.gguf_tokenizer import CUTS, chat_template, special_ids, tok
 KINDS = {"attn_q": "Q8_0", "attn_k": "Q4_1", "ffn_up": "Q4_1", "ffn_down": "F16", "token_embd": "Q8_0"}
 LLAMA = DecoderConfig(
     vocab_size=48,
+    max_length=64,
     layers=2,
     width=32,
     heads=4,
@@ -33,6 +34,7 @@ LLAMA = DecoderConfig(
 )
 QWEN2 = DecoderConfig(
     vocab_size=48,
+    max_length=64,
     layers=2,
     width=32,
     heads=2,
@@ -42,7 +44,8 @@ QWEN2 = DecoderConfig(
     qkv_bias=True,
     norm_epsilon=1e-6,
 )
-CONFIGS = {"llama": LLAMA, "qwen2": QWEN2}
+QWEN3 = dataclasses.replace(QWEN2, qkv_bias=False, qk_norm=True, tied=True)
+CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 
 
 def tensors_of(config, seed=0):
@@ -58,6 +61,8 @@ def tensors_of(config, seed=0):
         layer |= {"ffn_gate": (c.feed_forward, c.width), "ffn_up": (c.feed_forward, c.width)}
         layer |= {"ffn_down": (c.width, c.feed_forward)}
         shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
+        if c.qk_norm:
+            shapes |= {f"blk.{i}.attn_{name}_norm.weight": (c.key_size,) for name in "qk"}
         if c.qkv_bias:
             shapes |= {f"blk.{i}.attn_{name}.bias": (kv if name in "kv" else q,) for name in "qkv"}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -74,7 +79,7 @@ def write(path, config, architecture, tensors, kinds=(), header=(), tokenizer=No
     """A GGUF file; returns its tensors as they come out again, in PyTorch's layout and the order of the converter."""
     c, writer = config, gguf.GGUFWriter(path, architecture)
     writer.add_block_count(c.layers)
-    writer.add_context_length(64)
+    writer.add_context_length(c.max_length)
     writer.add_embedding_length(c.width)
     writer.add_feed_forward_length(c.feed_forward)
     writer.add_head_count(c.heads)
@@ -142,15 +147,17 @@ def params_by_hand(config, tensors):
             found["bias"] = layers(f"attn_{name}.bias").reshape(c.layers, number, c.key_size)
         return found
 
+    def norm(name):
+        return {"scale": layers(f"{name}_norm.weight")}
+
     attention = {"query": heads("q", c.heads), "key": heads("k", c.groups), "value": heads("v", c.groups)}
     attention["output"] = {"kernel": layers("attn_output.weight", (c.heads, c.key_size, c.width))}
     wide, narrow = (c.width, c.feed_forward), (c.feed_forward, c.width)
     mlp = {name: {"kernel": layers(f"ffn_{name}.weight", wide)} for name in ("gate", "up")}
     mlp["down"] = {"kernel": layers("ffn_down.weight", narrow)}
-    norms = {
-        f"{ours}_norm": {"scale": layers(f"{name}_norm.weight")}
-        for ours, name in (("attention", "attn"), ("mlp", "ffn"))
-    }
+    if c.qk_norm:
+        attention |= {"query_norm": norm("attn_q"), "key_norm": norm("attn_k")}
+    norms = {"attention_norm": norm("attn"), "mlp_norm": norm("ffn")}
     params = {"embedding": tensors["token_embd.weight"], "norm": {"scale": tensors["output_norm.weight"]}}
     params["layers"] = {"attention": attention, "mlp": mlp, **norms}
     return params if c.tied else params | {"head": tensors["output.weight"].T}
@@ -231,7 +238,7 @@ def refused(tmp_path, message, architecture="llama", config=LLAMA, use=load, **o
 
 
 def test_another_architecture_is_named(tmp_path):
-    refused(tmp_path, "architecture 'gemma3'; supported: llama, qwen2", architecture="gemma3")
+    refused(tmp_path, "architecture 'gemma3'; supported: llama, qwen2, qwen3", architecture="gemma3")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +274,10 @@ def test_a_tensor_too_many_is_named(tmp_path):
         "not understood: rope_freqs.weight",
         tensors=tensors_of(LLAMA) | {"rope_freqs.weight": np.ones(4, np.float32)},
     )
+
+
+def test_norms_of_queries_in_an_order_nobody_knows_are_refused(tmp_path):
+    refused(tmp_path, "norms of queries", config=dataclasses.replace(LLAMA, qk_norm=True))
 
 
 def test_a_tensor_too_few_is_named(tmp_path):

@@ -14,11 +14,12 @@ from distill.models import DecoderConfig, Model, decoder
 from distill.shapes import Params
 from distill.weights.assemble import Place, Row, Shape, Table, Transform, assemble, flat, linear
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Those whose header and tensors are read here."""
 
 _READ = {
     "block_count",
+    "context_length",
     "embedding_length",
     "feed_forward_length",
     "attention.head_count",
@@ -29,7 +30,7 @@ _READ = {
     "rope.dimension_count",
     "rope.freq_base",
 }
-_IRRELEVANT = {"context_length", "vocab_size"}
+_IRRELEVANT = {"vocab_size"}
 _HARMLESS: Mapping[str, Sequence[Any]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (1.0,),
@@ -107,7 +108,7 @@ class GGUFSource:
 
 
 def architecture_of(source: GGUFSource) -> str:
-    """``llama`` or ``qwen2``.
+    """One of ``ARCHITECTURES``.
 
     Raises:
       ValueError: another one.
@@ -136,6 +137,8 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
         if isinstance(value, list) and key in _READ:
             raise ValueError(f"{source.path}: {prefix}{key} differs between layers; the decoder's layers are alike.")
     names = source.names()
+    if prefix == "llama." and "blk.0.attn_q_norm.weight" in names:
+        raise ValueError(f"{source.path}: architecture llama with norms of queries; the order in them is not known.")
 
     def number(key: str) -> Any:
         if key not in header:
@@ -161,6 +164,8 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
         qkv_bias="blk.0.attn_q.bias" in names,
         output_bias="blk.0.attn_output.bias" in names,
         mlp_bias="blk.0.ffn_gate.bias" in names,
+        qk_norm="blk.0.attn_q_norm.weight" in names,
+        max_length=header.get("context_length"),
         rope_theta=_short(header.get("rope.freq_base", 10_000.0)),
         norm_epsilon=_short(number("attention.layer_norm_rms_epsilon")),
         dtype=dtype,
@@ -215,6 +220,8 @@ def table_of(architecture: str, config: DecoderConfig) -> Table:
         layer(("attention", ours, "kernel"), f"attn_{theirs}.weight", order(linear()))
         if config.qkv_bias:
             layer(("attention", ours, "bias"), f"attn_{theirs}.bias", order(flat))
+    for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")) if config.qk_norm else ():
+        layer(("attention", ours, "scale"), f"attn_{theirs}.weight")
     layer(("attention", "output", "kernel"), "attn_output.weight", linear(2))
     if config.output_bias:
         layer(("attention", "output", "bias"), "attn_output.bias")
