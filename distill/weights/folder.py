@@ -1,0 +1,195 @@
+"""``load`` and ``save``: a Hugging Face folder, by its path or its name on the hub, as a model and its parameters."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill.models import DecoderConfig, Model, decoder
+from distill.shapes import Params
+from distill.weights.assemble import Place, assemble, disassemble
+from distill.weights.families import IGNORED, from_json, table_of, to_json
+from distill.weights.safetensors import SafetensorsSource, write
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""What is copied with a tokenizer."""
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load(
+    path_or_name: str | Path,
+    *,
+    dtype: Any = np.float32,
+    activations: Literal["float32", "bfloat16"] = "float32",
+    sharding: Callable[[Model], Any] | None = None,
+    revision: str | None = None,
+) -> tuple[Model, Params]:
+    """A language model from a Hugging Face folder or a GGUF file.
+
+    Args:
+      path_or_name: a folder with ``config.json`` and safetensors, a ``.gguf`` file, or a name on the hub such as
+        ``"Qwen/Qwen3-0.6B"``, downloaded once and kept in the hub's cache (``HF_HUB_OFFLINE=1``: from there only).
+      dtype: of the parameters; None: as in the files.
+      activations: type of activations and matmul operands.
+      sharding: ``model -> tree of shardings`` like the parameters, such as
+        ``lambda model: param_shardings(model, mesh)``; each parameter goes onto its devices as it is read.
+      revision: branch, tag or commit on the hub.
+
+    Returns:
+      ``(model, params)``: nested dicts of arrays, layers stacked.
+
+    Raises:
+      FileNotFoundError: neither a path nor on the hub, or offline and not in the cache.
+      ValueError: a family, an option or a file that is not supported, named.
+
+    Example::
+
+      model, params = distill.load("path/to/folder", dtype="bfloat16", activations="bfloat16")
+      logits = model.logits(params, tokens)  # [B, L, V] float32
+    """
+    path = Path(path_or_name)
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    if path.is_file() and path.suffix == ".gguf":
+        from distill.weights import gguf
+
+        source = gguf.GGUFSource(path)
+        place = _onto(sharding, decoder(gguf.config_of(source, activations)))
+        return gguf.load(source, place=place, dtype=np.float32 if dtype is None else dtype, activations=activations)
+    folder = path if path.is_dir() else _download(path_or_name, revision)
+    config = read_config(folder, activations)
+    model = decoder(config)
+    ignored = (*IGNORED, r"lm_head\.weight") if config.tied else IGNORED
+    try:
+        source = SafetensorsSource(folder)
+        params = assemble(config, table_of(config), source, _onto(sharding, model), dtype=dtype, ignored=ignored)
+    except ValueError as error:
+        raise ValueError(f"{path_or_name}: {error}") from error
+    return model, params
+
+
+def read_config(folder: str | Path, activations: Literal["float32", "bfloat16"] = "float32") -> DecoderConfig:
+    """The decoder that a folder's ``config.json`` describes, without its weights.
+
+    Raises:
+      FileNotFoundError: no ``config.json``.
+      ValueError: one that cannot be read, or is not supported.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing; expected a Hugging Face folder.")
+    try:
+        config = from_json(json.loads(file.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return dataclasses.replace(config, dtype=activations)
+
+
+def _onto(sharding: Callable[[Model], Any] | None, model: Model) -> Place | None:
+    if sharding is None:
+        return None
+    shardings = sharding(model)
+
+    def place(path: tuple[str, ...], array: np.ndarray):
+        leaf = shardings
+        for name in path:
+            leaf = leaf[name]
+        return jax.device_put(array, leaf)
+
+    return place
+
+
+def _download(name: str | Path, revision: str | None) -> Path:
+    """The hub's folder of a model: from its cache, or downloaded; only safetensors, JSON and tokenizer files."""
+    if isinstance(name, Path) or not _NAME.fullmatch(name) or name.endswith(".gguf"):
+        raise FileNotFoundError(f"{name}: no such folder or file; expected a path, or a name such as org/model.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name}: no such folder, and not in the hub's cache; the hub cannot be reached, or HF_HUB_OFFLINE is set. "
+            "Download it where there is a connection, or give a path."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(f"{name}: no such folder, and the hub does not give it ({error}).") from error
+    return Path(folder)
+
+
+def save(
+    folder: str | Path,
+    model: Model,
+    params: Params,
+    tokenizer: Any = None,
+    *,
+    family: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a folder that transformers opens: ``config.json``, safetensors, and the tokenizer's files.
+
+    Tensors keep their types: ``load(folder, dtype=None)`` gives the same bits. What a folder held of an earlier save
+    is replaced.
+
+    Args:
+      folder: made if there is none.
+      model: a decoder (``model.config`` says which).
+      params: its parameters.
+      tokenizer: a folder whose tokenizer files are copied, or an object with ``save_pretrained`` or ``to_str``
+        (of transformers, of tokenizers). None: none.
+      family: the ``model_type`` to save as; None: the first that has all options of this decoder.
+      shard_bytes: most bytes of one file.
+
+    Raises:
+      ValueError: a model that is no decoder, one that no family can express, parameters of another one.
+    """
+    config = model.config
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"save: a model with config {config!r}; expected one made by decoder(DecoderConfig(...)).")
+    dtype = str(np.dtype(params["embedding"].dtype)) if "embedding" in params else "float32"
+    values = to_json(config, family, dtype)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, disassemble(config, table_of(config), params), shard_bytes)
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    _save_tokenizer(folder, tokenizer)
+
+
+def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    if tokenizer is None:
+        return
+    if isinstance(tokenizer, str | Path):
+        files = [Path(tokenizer) / name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()]
+        if not files:
+            raise ValueError(f"save: tokenizer={str(tokenizer)!r} holds no tokenizer file, such as tokenizer.json.")
+        for file in files:
+            if file.parent.resolve() != folder.resolve():
+                shutil.copyfile(file, folder / file.name)
+    elif hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    elif hasattr(tokenizer, "to_str"):
+        (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    else:
+        raise ValueError(
+            f"save: tokenizer of type {type(tokenizer).__name__}; expected a folder or one that saves itself."
+        )

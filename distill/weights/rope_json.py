@@ -1,0 +1,111 @@
+"""The rotary keys of ``config.json``, in either spelling, to ``RopeScaling`` and back."""
+
+from typing import Any
+
+from distill.models import RopeScaling
+
+Json = dict[str, Any]
+
+_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+"""``rope_type`` → what may stand beside it."""
+
+
+def from_rope_json(older: Json | None, newer: Json | None, theta: float, length: int, original: int | None) -> Json:
+    """``rope_theta`` and ``rope_scaling`` of a decoder.
+
+    Args:
+      older: ``rope_scaling``, beside ``rope_theta``.
+      newer: ``rope_parameters``, which holds theta too; used if there is no older one.
+      theta: the key ``rope_theta``.
+      length: ``max_position_embeddings``.
+      original: ``original_max_position_embeddings``; None: as in the parameters, or ``length``.
+
+    Example:
+      >>> from_rope_json({"type": "linear", "factor": 2.0}, None, 1e4, 2048, None)["rope_scaling"].factor
+      2.0
+
+    Raises:
+      ValueError: a kind or a key that is not known, or one that is missing.
+    """
+    given = {key: value for key, value in (older or newer or {}).items() if value is not None}
+    theta = float(given.pop("rope_theta", theta))
+    older_kind = given.pop("type", "default")
+    kind = given.pop("rope_type", older_kind)
+    if kind not in _KEYS:
+        raise ValueError(f"config.json: rope_type={kind!r} is not supported; expected one of {', '.join(_KEYS)}.")
+    if given.get("partial_rotary_factor") == 1.0:
+        del given["partial_rotary_factor"]
+    unknown = [f"{key}={value!r}" for key, value in given.items() if key not in _KEYS[kind]]
+    if unknown:
+        raise ValueError(f"config.json: {', '.join(unknown)} of rope_type {kind!r}: not known, and it might matter.")
+    return {"rope_theta": theta, "rope_scaling": _scaling(kind, given, length, original)}
+
+
+def _scaling(kind: str, given: Json, length: int, original: int | None) -> RopeScaling:
+    if kind == "default":
+        return RopeScaling()
+    original = int(original or given.get("original_max_position_embeddings") or length)
+    if kind == "yarn":
+        given.setdefault("factor", length / original)
+    needed = _KEYS[kind] & {"factor", "low_freq_factor", "high_freq_factor"}
+    missing = sorted(needed - given.keys())
+    if missing:
+        raise ValueError(f"config.json: rope_type {kind!r} without {', '.join(missing)}.")
+    factor = float(given["factor"])
+    if kind == "linear":
+        return RopeScaling(kind, factor)
+    if kind == "dynamic":
+        return RopeScaling(kind, factor, length)
+    if kind == "llama3":
+        low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])
+        return RopeScaling(kind, factor, original, low_frequency=low, high_frequency=high)
+    return RopeScaling(
+        kind,
+        factor,
+        original,
+        beta_fast=float(given.get("beta_fast") or 32.0),
+        beta_slow=float(given.get("beta_slow") or 1.0),
+        truncate=bool(given.get("truncate", True)),
+        attention_factor=_attention_factor(factor, given),
+    )
+
+
+def _attention_factor(factor: float, given: Json) -> float | None:
+    """As given, or the quotient of two magnitudes (DeepSeek's spelling), or None: YaRN's own."""
+    if "attention_factor" in given:
+        return float(given["attention_factor"])
+    mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
+    if not (mscale and all_dim):
+        return None
+    grown = RopeScaling("yarn", factor, 1).magnitude - 1.0
+    return (mscale * grown + 1.0) / (all_dim * grown + 1.0)
+
+
+def to_rope_json(theta: float, scaling: RopeScaling) -> Json:
+    """``rope_parameters``; the length that ``dynamic`` looks at is ``max_position_embeddings``, not here."""
+    if scaling.kind == "none":
+        return {"rope_theta": theta, "rope_type": "default"}
+    rope = {"rope_theta": theta, "rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind in ("llama3", "yarn"):
+        rope["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "llama3":
+        rope |= {"low_freq_factor": scaling.low_frequency, "high_freq_factor": scaling.high_frequency}
+    if scaling.kind == "yarn":
+        rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+        rope["attention_factor"] = scaling.magnitude
+    return rope

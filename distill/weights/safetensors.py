@@ -1,0 +1,152 @@
+"""Safetensors files: read one tensor at a time, written in shards. Nothing that unpickles is ever opened."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_UNPICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_TYPES = {"float64", "float32", "float16", "bfloat16"}
+
+
+class SafetensorsSource:
+    """The tensors of a folder: of the files its index names, or of its one file.
+
+    Args:
+      folder: holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards, or one ``*.safetensors``.
+
+    Raises:
+      FileNotFoundError: no such folder, or a shard of the index is missing.
+      ValueError: no safetensors file (weights that would have to be unpickled are not read), several without an index,
+        a file that is cut off or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder.")
+        index = self.folder / INDEX
+        self._files = {}
+        if index.is_file():
+            self._where = _read_index(index)
+            for file in sorted(set(self._where.values())):
+                there = set(self._open(file).keys())
+                claimed = {name for name, shard in self._where.items() if shard == file}
+                if claimed - there:
+                    raise ValueError(f"{self.folder / file}: lacks {min(claimed - there)}, which {INDEX} places there.")
+        else:
+            file = _only_file(self.folder)
+            self._where = dict.fromkeys(self._open(file).keys(), file)
+
+    def names(self) -> set[str]:
+        """Every tensor's name."""
+        return set(self._where)
+
+    def get(self, name: str) -> np.ndarray:
+        """One tensor, read now, in its own type.
+
+        Raises:
+          ValueError: a type that is no float of 16 bits or more, such as a quantised one.
+        """
+        file = self._where[name]
+        kind = self._files[file].get_slice(name).get_dtype()
+        try:
+            array = self._files[file].get_tensor(name)
+        except (TypeError, KeyError, AttributeError) as error:  # a type NumPy has no name for
+            raise _no_float(self.folder / file, name, kind) from error
+        if array.dtype.name not in _TYPES:
+            raise _no_float(self.folder / file, name, kind)
+        return array
+
+    def _open(self, file: str):
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing; {INDEX} names it. Was the download cut off?")
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(path, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: not readable as safetensors: cut off or damaged ({error}).") from error
+        return self._files[file]
+
+
+def _no_float(path: Path, name: str, kind: str) -> ValueError:
+    return ValueError(f"{path}: tensor {name} has type {kind}; expected floats of 16 bits or more, not quantised.")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        files = set(where.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: not readable ({error!r}); expected a weight_map from names to files.") from error
+    strange = sorted(str(file) for file in files if not isinstance(file, str) or Path(file).name != file)
+    if strange or not files:
+        raise ValueError(f"{index}: names {strange or 'nothing'}; expected files beside it.")
+    return where
+
+
+def _only_file(folder: Path) -> str:
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE in files or len(files) == 1:
+        return SINGLE if SINGLE in files else files[0]
+    if files:
+        raise ValueError(f"{folder}: {', '.join(files)} without {INDEX}; expected one file, or an index.")
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _UNPICKLED)
+    if pickled:
+        raise ValueError(
+            f"{folder}: only {', '.join(pickled[:3])}, which can run code when opened and is not read; "
+            "expected safetensors: convert it, or take another revision."
+        )
+    raise ValueError(f"{folder}: no safetensors file.")
+
+
+def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 5_000_000_000) -> None:
+    """Writes tensors as ``model.safetensors``, or as shards with an index if they are larger than ``shard_bytes``.
+
+    One shard is held in memory. Files get their names when all are written; those of an earlier save are replaced.
+
+    Args:
+      folder: exists.
+      tensors: names and C-contiguous arrays, each name once.
+      shard_bytes: most bytes of one file, unless a single tensor has more.
+    """
+    partial, where, total = [], [], 0
+    for shard in _shards(tensors, shard_bytes):
+        partial.append(_write_one(folder / f"{len(partial) + 1}.partial", shard))
+        where.append(list(shard))
+        total += sum(array.nbytes for array in shard.values())
+    count = len(partial)
+    names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    for old in [folder / INDEX, folder / SINGLE, *folder.glob("model-*-of-*.safetensors")]:
+        old.unlink(missing_ok=True)
+    for path, name in zip(partial, names, strict=True):
+        os.replace(path, folder / name)
+    if count > 1:
+        weight_map = {tensor: name for name, tensors in zip(names, where, strict=True) for tensor in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], most: int):
+    shard, size = {}, 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > most:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard
+
+
+def _write_one(path: Path, shard: dict[str, np.ndarray]) -> Path:
+    from safetensors.numpy import save_file
+
+    save_file(shard, path, metadata={"format": "pt"})
+    return path

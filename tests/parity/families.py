@@ -1,0 +1,192 @@
+"""Every family beside transformers: logits, gradients, and folders that both open. Needs PyTorch: ``make parity``.
+
+``python tests/parity/families.py`` writes what ``tests/test_families.py`` compares with, where it has changed.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "families"
+LENGTH = 16
+SIZES = {
+    "vocab_size": 23,
+    "hidden_size": 12,
+    "intermediate_size": 14,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-3,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SHORT = {"rope_theta": 60.0, "original_max_position_embeddings": 12}  # so that 16 tokens are a long text
+
+
+def scaled(kind, **keys):
+    return {"rope_parameters": {"rope_type": kind, **SHORT, **keys}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40}
+CASES = {
+    "llama": ("llama", {}),
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama3": ("llama", scaled("llama3", **LLAMA3)),
+    "llama_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 60.0, "factor": 2.5}}),
+    "llama_dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 60.0, "factor": 2.0}, "max_position_embeddings": 12},
+    ),
+    "llama_yarn": ("llama", scaled("yarn", factor=4.0)),
+    "smollm2": (
+        "llama",
+        {"hidden_size": 12, "head_dim": 4, "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}
+        | {"tie_word_embeddings": True},
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "head_dim": 2, "hidden_size": 8}),
+    "mistral": ("mistral", {"sliding_window": 5, "hidden_size": 14}),
+    "mistral_no_window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"hidden_size": 16, "head_dim": 4}),
+    "qwen2_windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 3}
+        | {"hidden_size": 8, "head_dim": 4, "num_attention_heads": 2, "num_key_value_heads": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 8, "hidden_size": 10, "tie_word_embeddings": True}),
+    "qwen3_yarn": (
+        "qwen3",
+        {"attention_bias": True}
+        | scaled("yarn", factor=3.0, beta_fast=3.0, beta_slow=0.5, truncate=False, mscale=0.7, mscale_all_dim=1.3),
+    ),
+}
+"""Name → model_type and what differs from ``SIZES``."""
+
+
+def build(name: str, folder: Path) -> None:
+    """Writes the folder of a case with transformers: every parameter drawn, none zero or one."""
+    kind, options = CASES[name]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | options))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    rng = np.random.default_rng(sorted(CASES).index(name))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            draw = rng.normal(size=parameter.shape) * (0.4 if parameter.ndim == 2 else 0.3)
+            parameter.copy_(torch.tensor(draw + (parameter.ndim == 1 and 0.5), dtype=torch.float32))
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def inputs() -> dict[str, dict[str, np.ndarray]]:
+    """Two rows; one row padded on the left; one row of two documents."""
+    rng = np.random.default_rng(1)
+    rows, padded, packed = (rng.integers(0, SIZES["vocab_size"], (n, LENGTH)) for n in (2, 1, 1))
+    counts, first = np.arange(LENGTH)[None], LENGTH // 3  # the same as in tests/test_families.py
+    in_second = counts >= first
+    return {
+        "rows": {"tokens": rows},
+        "padded": {
+            "tokens": padded,
+            "segments": (counts >= 3).astype(np.int32),
+            "positions": np.maximum(counts - 3, 0),
+        },
+        "packed": {
+            "tokens": packed,
+            "segments": 1 + in_second.astype(np.int32),
+            "positions": np.where(in_second, counts - first, counts),
+        },
+    }
+
+
+def theirs(folder: Path) -> dict[str, np.ndarray]:
+    """Logits of each input, and gradients of the mean cross-entropy of ``rows``, by transformers in float32."""
+    results = {}
+    for name, given in inputs().items():
+        # Opened anew each time: dynamic scaling remembers the longest text.
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32
+        )
+        tokens = torch.tensor(given["tokens"])
+        more = {"position_ids": torch.tensor(given["positions"])} if "positions" in given else {}
+        if name == "padded":
+            more["attention_mask"] = torch.tensor(given["segments"])
+        logits = model(tokens, use_cache=False, **more).logits
+        results[f"logits/{name}"] = logits.detach().numpy()
+        if name == "rows":
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            results |= {f"gradient/{key}": value.grad.numpy() for key, value in model.named_parameters()}
+    return results
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    build(request.param, folder)
+    return folder
+
+
+def test_logits_and_gradients_are_those_of_transformers(folder):
+    from test_families import compare
+
+    print("\n", folder.name, compare(folder, theirs(folder)))
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 4_000])
+def test_transformers_opens_what_is_saved(folder, tmp_path, shard_bytes):
+    import distill
+
+    model, params = distill.load(folder)
+    distill.save(tmp_path, model, params, shard_bytes=shard_bytes)
+    assert (tmp_path / "model.safetensors.index.json").is_file() == (shard_bytes < 5_000)
+    before, after = theirs(folder), theirs(tmp_path)
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_stored_is_what_transformers_says_now():
+    stored = sorted(path.name for path in DATA.iterdir())
+    assert stored == sorted(CASES)
+    for name in stored:
+        with np.load(DATA / name / "theirs.npz") as file:
+            for key, value in theirs(DATA / name).items():
+                np.testing.assert_allclose(file[key], value, rtol=1e-4, atol=1e-5)
+
+
+def write() -> None:
+    """The stored references, where they are missing or differ."""
+    for name in CASES:
+        with tempfile.TemporaryDirectory() as new:
+            new = Path(new)
+            build(name, new)
+            config = json.loads((new / "config.json").read_text())
+            config.pop("transformers_version", None)
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            results = theirs(new)
+            old = DATA / name
+            if (old / "theirs.npz").is_file() and json.loads((old / "config.json").read_text()) == config:
+                with np.load(old / "theirs.npz") as file:
+                    if file.keys() == results.keys() and all(
+                        file[key].shape == value.shape and np.allclose(file[key], value, rtol=1e-4, atol=1e-5)
+                        for key, value in results.items()
+                    ):
+                        continue
+            np.savez_compressed(new / "theirs.npz", **results)
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.copytree(new, old)
+            print(f"wrote {name}: {sum(path.stat().st_size for path in old.iterdir())} bytes")
+
+
+if __name__ == "__main__":
+    write()
+    sys.exit(0)

@@ -1,0 +1,248 @@
+"""Families of language models: against what transformers computed, and every key of ``config.json``."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import random_params, tiny
+
+import distill
+from distill.models import DecoderConfig, RopeScaling, decoder
+from distill.weights import read_config
+from distill.weights.assemble import disassemble
+from distill.weights.families import FAMILIES, family_of, from_json, table_of, to_json
+
+DATA = Path(__file__).resolve().parent / "data" / "families"
+CASES = sorted(path.name for path in DATA.iterdir())
+
+
+# ---- what transformers computed
+
+
+def inputs_of(length: int, vocab: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Two rows, one padded on the left, one of two documents: tokens, and their segments and positions."""
+    rng = np.random.default_rng(1)
+    tokens = np.concatenate([rng.integers(0, vocab, (n, length)) for n in (2, 1, 1)])
+    count = np.arange(length)
+    second = count >= length // 3
+    segments = [np.ones(length), np.ones(length), count >= 3, 1 + second]
+    positions = [count, count, np.maximum(count - 3, 0), np.where(second, count - length // 3, count)]
+    as_ints = {"segments": np.stack(segments), "positions": np.stack(positions)}
+    return jnp.asarray(tokens), {name: jnp.asarray(value, jnp.int32) for name, value in as_ints.items()}
+
+
+def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
+    """Largest differences to what transformers gave; beyond 1e-4 of a logit or 1e-3 of a gradient they fail."""
+    model, params = distill.load(folder)
+    tokens, inputs = inputs_of(*theirs["logits/rows"].shape[1:])
+
+    def loss(params):
+        logits = model.logits(params, tokens, **inputs)
+        log_q = jax.nn.log_softmax(logits[:2, :-1])
+        return -jnp.mean(jnp.take_along_axis(log_q, tokens[:2, 1:, None], axis=-1)), logits
+
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    want = np.concatenate([theirs[f"logits/{name}"] for name in ("rows", "padded", "packed")])
+    counted = np.asarray(inputs["segments"]) > 0
+    worst = {"logits": float(np.max(np.abs(logits - want)[counted]))}
+    assert worst["logits"] < 1e-4, (folder.name, worst)
+    ours = dict(disassemble(model.config, table_of(model.config), gradient))
+    want = {name.removeprefix("gradient/"): value for name, value in theirs.items() if name.startswith("gradient/")}
+    assert ours.keys() == want.keys()
+    errors = [np.max(np.abs(ours[name] - want[name])) / np.max(np.abs(want[name])) for name in want]
+    worst["gradient"] = float(max(errors))
+    assert worst["gradient"] < 1e-3, (folder.name, worst)
+    return worst
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_gradients_are_those_of_transformers(name):
+    with np.load(DATA / name / "theirs.npz", allow_pickle=False) as file:
+        compare(DATA / name, dict(file))
+
+
+def test_every_family_and_scaling_is_compared():
+    configs = [read_config(DATA / name) for name in CASES]
+    kinds = {json.loads((DATA / name / "config.json").read_text())["model_type"] for name in CASES}
+    assert kinds == set(FAMILIES)
+    assert {config.rope_scaling.kind for config in configs} == {"none", "linear", "dynamic", "llama3", "yarn"}
+    assert {config.tied for config in configs} == {True, False}
+    assert {config.key_size * config.heads == config.width for config in configs} == {True, False}
+    stored = [sum(file.stat().st_size for file in (DATA / name).iterdir()) for name in CASES]
+    assert max(stored) < 60_000
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_is_read_as_the_same_decoder(name):
+    values = json.loads((DATA / name / "config.json").read_text())
+    config = from_json(values)
+    again = from_json(to_json(config, values["model_type"]))
+    given = config.rope_scaling.magnitude if config.rope_scaling.kind == "yarn" else None
+    scaling = dataclasses.replace(config.rope_scaling, attention_factor=given)
+    assert again == dataclasses.replace(config, rope_scaling=scaling)
+
+
+# ---- config.json
+
+SIZES = {
+    "vocab_size": 14,
+    "hidden_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+def json_of(kind="llama", **keys):
+    return {"model_type": kind, **SIZES} | keys
+
+
+def test_a_published_llama_is_read():
+    values = json_of(
+        architectures=["LlamaForCausalLM"],
+        attention_bias=False,
+        attention_dropout=0.0,
+        bos_token_id=128000,
+        eos_token_id=[128001, 128008],
+        head_dim=2,
+        hidden_act="silu",
+        initializer_range=0.02,
+        max_position_embeddings=131072,
+        mlp_bias=False,
+        pretraining_tp=1,
+        rms_norm_eps=1e-05,
+        rope_scaling={
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        rope_theta=500000.0,
+        tie_word_embeddings=True,
+        torch_dtype="bfloat16",
+        transformers_version="4.45.0.dev0",
+        use_cache=True,
+    )
+    expected = DecoderConfig(
+        14, 3, 8, 4, 2, 2, 16, tied=True, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 32.0, 8192)
+    )
+    assert from_json(values) == dataclasses.replace(expected, max_length=131072)
+
+
+@pytest.mark.parametrize(
+    ("values", "fields"),
+    [
+        (json_of(), {"norm_epsilon": 1e-6, "rope_theta": 1e4, "tied": False, "qkv_bias": False, "qk_norm": False}),
+        (json_of(num_key_value_heads=None), {"kv_heads": None}),
+        (json_of(attention_bias=True), {"qkv_bias": True, "output_bias": True, "mlp_bias": False}),
+        (json_of(rope_interleaved=False, is_llama_config=True), {}),
+        (json_of(rope_scaling={"type": "linear", "factor": 2}), {"rope_scaling": RopeScaling("linear", 2.0)}),
+        (
+            json_of(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=77, head_dim=4),
+            {"rope_scaling": RopeScaling("dynamic", 2.0, 77)},
+        ),
+        (
+            json_of("qwen2", rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 99}),
+            {"rope_scaling": RopeScaling("yarn", 4.0, 99)},
+        ),
+        (
+            json_of(rope_parameters={"rope_type": "yarn", "rope_theta": 7.0}, max_position_embeddings=80)
+            | {"original_max_position_embeddings": 20},
+            {"rope_theta": 7.0, "rope_scaling": RopeScaling("yarn", 4.0, 20)},
+        ),
+        (json_of("mistral"), {"sliding_window": 4096, "window_layers": ()}),
+        (json_of("mistral", sliding_window=None), {"sliding_window": None}),
+        (json_of("qwen2"), {"qkv_bias": True, "output_bias": False, "sliding_window": None}),
+        (
+            json_of("qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=2),
+            {"sliding_window": 7, "window_layers": (False, False, True)},
+        ),
+        (json_of("qwen2", use_sliding_window=False, sliding_window=7, max_window_layers=2), {"sliding_window": None}),
+        (json_of("qwen3"), {"qk_norm": True, "qkv_bias": False, "head_dim": 128}),
+        (json_of("qwen3", attention_bias=True, head_dim=4), {"qkv_bias": True, "output_bias": True, "head_dim": 4}),
+        (
+            json_of("smollm3", no_rope_layer_interval=2),
+            {"rope_layers": (True, False, True), "tied": True, "rope_theta": 2e6},
+        ),
+        (
+            json_of("smollm3", no_rope_layers=[1, 1, 0], use_sliding_window=True, sliding_window=5),
+            {"rope_layers": (True, True, False), "window_layers": (False, False, True), "sliding_window": 5},
+        ),
+    ],
+)
+def test_keys_are_fields(values, fields):
+    config = from_json(values)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (json_of("gpt2"), "model_type='gpt2' is not supported; expected one of llama, mistral, qwen2, qwen3, smollm3"),
+        ({}, "model_type=None"),
+        ({"model_type": "llama"}, "is missing"),
+        (json_of(attention_multiplier=2.0), "attention_multiplier=2.0 of model_type 'llama'"),
+        (json_of(hidden_act="gelu"), "hidden_act='gelu' is not supported; expected 'silu'"),
+        (json_of(quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
+        (json_of(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+        (json_of(sliding_window=5), "sliding_window=5"),
+        (json_of("qwen2", attention_bias=True), "attention_bias=True"),
+        (json_of("qwen3", mlp_bias=True), "mlp_bias=True"),
+        (json_of("qwen2", layer_types=["chunked_attention"] * 3), "layer_types"),
+        (json_of("qwen2", layer_types=["full_attention"] * 2), "layer_types.*for 3 layers"),
+        (json_of("qwen2", layer_types=["sliding_attention"] * 3), "expected a window that is used"),
+        (json_of(rope_scaling={"type": "longrope"}), "rope_type='longrope'"),
+        (json_of(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 3}), "beta_fast=3 of rope_type 'linear'"),
+        (json_of(rope_scaling={"type": "linear"}), "without factor"),
+        (json_of(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "without high_freq_factor, low_freq_factor"),
+        (json_of(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "full_attention="),
+    ],
+)
+def test_what_is_not_supported_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "family"),
+    [
+        ({}, "llama"),
+        ({"qkv_bias": True, "output_bias": True, "mlp_bias": True}, "llama"),
+        ({"width": 9, "head_dim": 4}, "mistral"),
+        ({"sliding_window": 3}, "mistral"),
+        ({"qkv_bias": True}, "qwen2"),
+        ({"qkv_bias": True, "sliding_window": 3, "window_layers": (False, True)}, "qwen2"),
+        ({"qk_norm": True}, "qwen3"),
+        ({"qk_norm": True, "qkv_bias": True, "output_bias": True, "sliding_window": 3}, "qwen3"),
+        ({"rope_layers": (True, False), "mlp_bias": True}, "smollm3"),
+    ],
+)
+def test_a_decoder_is_saved_as_the_first_family_that_has_it_all(options, family):
+    config = tiny(**options)
+    assert family_of(config) == family
+    again = from_json(to_json(config))
+    filled = {"kv_heads": again.kv_heads, "head_dim": again.head_dim, "max_length": again.max_length}
+    assert again == dataclasses.replace(config, **filled)
+    assert (again.groups, again.key_size) == (config.groups, config.key_size)
+
+
+@pytest.mark.parametrize(
+    ("options", "family", "message"),
+    [
+        ({"qk_norm": True, "mlp_bias": True}, None, "no family among llama.*mlp_bias=True, qk_norm=True"),
+        ({"output_bias": True}, None, "output_bias=True"),
+        ({"qk_norm": True}, "llama", "family 'llama' has not all options of this decoder; 'qwen3' has"),
+        ({}, "gpt2", "family 'gpt2' is not known"),
+    ],
+)
+def test_a_decoder_no_family_has_is_refused(options, family, message, tmp_path):
+    model = decoder(tiny(**options))
+    with pytest.raises(ValueError, match=message):
+        distill.save(tmp_path / "model", model, random_params(model), family=family)
+    assert not (tmp_path / "model").exists()
