@@ -3,6 +3,7 @@
 python scripts/reproduce.py addition            # every arm, five seeds: about an hour of CPU time
     python scripts/reproduce.py kills               # 20 times kill -9, then the same bits: about 6 minutes
     python scripts/reproduce.py conformance         # our losses beside TRL's, Liger's, DistiLLM's: seconds
+    python scripts/reproduce.py smollm2             # a published model on two texts beside transformers: a minute
 """
 
 import sys
@@ -19,7 +20,7 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, runs, writes the page."""
     options = cli.parser(__doc__)
-    options.add_argument("what", choices=("addition", "kills", "conformance"))
+    options.add_argument("what", choices=("addition", "kills", "conformance", "smollm2"))
     options.add_argument("--run", type=Path, default=Path("runs/addition_arms"), help="run folder")
     options.add_argument("--page", type=Path, default=Path("REPRODUCE.md"), help="the page to write")
     known = options.parse_args(argv)
@@ -37,6 +38,11 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{error}: a library is missing; pip install -e '.[conformance]'.") from error
         conformance.collect(*torch_conformance.measure())
         print(f"written: {conformance.STORED}, {conformance.PAGE}")
+        return
+    if known.what == "smollm2":
+        from distill import golden
+
+        print(*golden.smollm2(), sep="\n")
         return
     if known.what == "kills":
         often = [f"--{role}.training.save-every=100" for role in ("teacher", "student")]

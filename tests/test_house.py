@@ -49,6 +49,7 @@ TOP = {
     "protocol",
     "reproduce",
     "conformance",
+    "golden",
     "benchmark",
     "benchmark_head",
     "benchmark_tpu",
