@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import distill
 from distill.models import DecoderConfig, decoder
 from distill.weights import carried
 from distill.weights.assemble import assemble, disassemble
@@ -218,6 +219,13 @@ def test_turning_matters(tmp_path):
     logits = jax.jit(decoder(LLAMA).logits)
     right, wrong = (logits(assemble(LLAMA, table_of(name, LLAMA), source), tokens) for name in ("llama", "qwen2"))
     assert np.abs(right - wrong).max() > 0.1
+
+
+def test_distill_load_takes_the_file(tmp_path):
+    write(tmp_path / "tiny.gguf", QWEN3, "qwen3", tensors_of(QWEN3), KINDS)
+    model, params = distill.load(tmp_path / "tiny.gguf", activations="bfloat16")
+    assert model.config == dataclasses.replace(QWEN3, dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, params, load(GGUFSource(tmp_path / "tiny.gguf"))[1])
 
 
 def test_types_of_parameters_and_activations_can_be_chosen(tmp_path):
