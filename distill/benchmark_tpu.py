@@ -62,7 +62,7 @@ def tpu() -> list[str]:
         placed = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         for width, teacher_width, vocab in HEADS:
             tokens = TOKENS * shape[0] * shape[1]
-            chunk = default_chunk_size(vocab, "tpu")
+            chunk = default_chunk_size(vocab // shape[2], "tpu")  # words of one device
             sizes = f"{tokens} tokens in chunks of {chunk}, V={vocab}, D={width}/{teacher_width}, bfloat16"
             lines.append(f"v5e {topology} ({placed}), {sizes}; on each device:")
             lines += [

@@ -94,7 +94,8 @@ def chunked(
     teacher_head = None if teacher_head is None else teacher_head.words()
     _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, chunk_size)
     platform = _platform(mesh)
-    chunk_size = chunk_size or default_chunk_size(student_head.kernel.shape[1], platform)
+    over_words = 1 if mesh is None else math.prod(n for axis, n in mesh.shape.items() if axis not in token_axes)
+    chunk_size = chunk_size or default_chunk_size(student_head.kernel.shape[1] // over_words, platform)
 
     def loss(student_logits, teacher_logits, labels):
         result = per_position(student_logits, teacher_logits, labels)
@@ -141,12 +142,13 @@ def _platform(mesh: Mesh | None) -> str:
 def default_chunk_size(vocab_size: int, platform: str | None = None) -> int:
     """Positions at a time: 256 on CPU, the fastest there; on an accelerator as many as 256 MiB of logits hold.
 
-    On an accelerator the gradient of the head, ``[D, V]`` in float32, is read and written once per chunk, so that few
-    large chunks are wanted: at V = 128k, 512 positions. ``platform``: that of the default backend if None.
+    ``vocab_size`` counts the words that one device has. On an accelerator the gradient of the head, ``[D, V]`` in float32, is read and written once per chunk, so that few
+    large chunks are wanted: at V = 128k, 512 positions, and never more than 1024, where the products take longer than
+    that traffic. ``platform``: that of the default backend if None.
     """
     if (platform or jax.default_backend()) == "cpu":
         return 256
-    return int(np.clip(2 ** round(math.log2(2**26 / vocab_size)), 128, 4096))
+    return int(np.clip(2 ** round(math.log2(2**26 / vocab_size)), 128, 1024))
 
 
 def _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, chunk_size):

@@ -34,12 +34,13 @@ def cross_entropy(student_logits: Logits, labels: Labels, *, label_smoothing: fl
             f"cross_entropy: label_smoothing={label_smoothing}, z_loss={z_loss}; expected label_smoothing in [0, 1) "
             "and z_loss ≥ 0."
         )
-    logits = student_logits.astype(jnp.float32)
-    high = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    logits = logits - high[..., None]  # before anything is subtracted, or large logits cost the nats their digits
+    whole = student_logits.astype(jnp.float32)
+    high = jax.lax.stop_gradient(jnp.max(whole, axis=-1))
+    logits = whole - high[..., None]  # before anything is subtracted, or large logits cost the nats their digits
     log_z = jax.nn.logsumexp(logits, axis=-1)
     index = jnp.where(labels < 0, logits.shape[-1], labels)  # a negative label must not wrap round to a real word
-    picked = jnp.take_along_axis(logits, index[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+    # picked from the logits as they came: from ``logits``, XLA would write all of them down to pick one
+    picked = jnp.take_along_axis(whole, index[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0] - high
     nats = log_z - picked
     if label_smoothing:
         nats = (1.0 - label_smoothing) * nats + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
