@@ -209,7 +209,7 @@ BAD = {
     "unknown key": (["--student.modle.layers", "1"], "layers"),
     "wrong type": (["--student.training.steps", "many"], "int"),
     "digits 0": (["--data.digits", "0"], "digits=0"),
-    "vocabulary": (["--student.model.vocab-size", "20"], "vocab_size=20"),
+    "vocabulary": (["--student.model.vocab-size", "9"], "vocab_size=9"),
     "unknown config": (["--config", "additoin"], "addition"),
     "missing config file": (["--config", "nowhere.py"], "nowhere.py"),
     "temperature 0": (["--objective.temperature", "0"], "temperature"),
