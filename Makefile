@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info[:2] == (3, 11) else '')")
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint parity clean
 
 demo: $(VENV)/.core
 	$(BIN)/python scripts/distill.py --config addition
@@ -19,6 +19,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Every family of models beside transformers on PyTorch; writes anew what tests/data/families holds where it differs.
+parity: $(VENV)/.parity
+	$(BIN)/python tests/parity/families.py
+	$(BIN)/python -m pytest -n 0 tests/parity/families.py -W default
+
 $(VENV)/.core: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'distill needs Python 3.11 or newer; set PYTHON=')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +32,10 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+$(VENV)/.parity: $(VENV)/.dev
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[dev,parity]"
 	touch $@
 
 clean:

@@ -27,8 +27,11 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "generation_config.json",
 )
 """What is copied with a tokenizer."""
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -167,12 +170,21 @@ def save(
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"save: a model with config {config!r}; expected one made by decoder(DecoderConfig(...)).")
     dtype = str(np.dtype(params["embedding"].dtype)) if "embedding" in params else "float32"
-    values = to_json(config, family, dtype)
+    values = to_json(config, family, dtype) | _special_ids(tokenizer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, disassemble(config, table_of(config), params), shard_bytes)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     _save_tokenizer(folder, tokenizer)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, Any]:
+    """Ids of special tokens, None where not known: left out, transformers would take those of the original model."""
+    if isinstance(tokenizer, str | Path):
+        file = Path(tokenizer) / "config.json"
+        values = json.loads(file.read_text()) if file.is_file() else {}
+        return {key: values.get(key) for key in _SPECIAL}
+    return {key: getattr(tokenizer, key, None) for key in _SPECIAL}
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _UNPICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
 _TYPES = {"float64", "float32", "float16", "bfloat16"}
 
 
@@ -86,7 +88,7 @@ def _read_index(index: Path) -> dict[str, str]:
         files = set(where.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not readable ({error!r}); expected a weight_map from names to files.") from error
-    strange = sorted(str(file) for file in files if not isinstance(file, str) or Path(file).name != file)
+    strange = sorted(str(file) for file in files if not isinstance(file, str) or not _SHARD.fullmatch(file))
     if strange or not files:
         raise ValueError(f"{index}: names {strange or 'nothing'}; expected files beside it.")
     return where

@@ -47,7 +47,7 @@ CASES = {
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 60.0, "factor": 2.0}, "max_position_embeddings": 12},
     ),
-    "llama_yarn": ("llama", scaled("yarn", factor=4.0)),
+    "llama_yarn": ("llama", scaled("yarn", factor=4.0, beta_fast=4.0, original_max_position_embeddings=40)),
     "smollm2": (
         "llama",
         {"hidden_size": 12, "head_dim": 4, "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}
