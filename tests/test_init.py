@@ -86,6 +86,14 @@ def test_layers_that_add_nothing_can_be_skipped():
         np.testing.assert_allclose(logits(small, kept), logits(CONFIG, params), rtol=1e-5, atol=1e-5)
 
 
+def test_what_differs_by_layer_goes_with_its_layer():
+    config = dataclasses.replace(
+        CONFIG, rope_layers=(True, True, False, True), sliding_window=2, window_layers=(True, False, False, True)
+    )
+    small, _ = student_from(config, random_params(decoder(config)), layers=(1, 2, 3))
+    assert small.rope_layers == (True, False, True) and small.window_layers == (False, False, True)
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_dimensions_that_are_empty_are_left_out(tied):
     """Nothing is written into dimensions 3 and 7. The norm's mean is over fewer: a factor √(14/16) that is put back."""

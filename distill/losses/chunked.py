@@ -142,9 +142,9 @@ def _platform(mesh: Mesh | None) -> str:
 def default_chunk_size(vocab_size: int, platform: str | None = None) -> int:
     """Positions at a time: 256 on CPU, the fastest there; on an accelerator as many as 256 MiB of logits hold.
 
-    ``vocab_size`` counts the words that one device has. On an accelerator the gradient of the head, ``[D, V]`` in float32, is read and written once per chunk, so that few
-    large chunks are wanted: at V = 128k, 512 positions, and never more than 1024, where the products take longer than
-    that traffic. ``platform``: that of the default backend if None.
+    ``vocab_size`` counts the words that one device has. On an accelerator the gradient of the head, ``[D, V]`` in
+    float32, is read and written once per chunk, so that few large chunks are wanted: at V = 128k, 512 positions, and
+    never more than 1024, where the products take longer than that traffic. ``platform``: that of the default backend if None.
     """
     if (platform or jax.default_backend()) == "cpu":
         return 256

@@ -175,9 +175,16 @@ def student_from(
         kv_heads=groups,
         head_dim=config.key_size,
         feed_forward=feed_forward or config.feed_forward,
+        rope_layers=_of_layers(config.rope_layers, kept_layers),
+        window_layers=_of_layers(config.window_layers, kept_layers),
     )
     axes = decoder(config).axes
     return small, jax.tree.map(lambda leaf, names: _cut(leaf, names, chosen), params, axes)
+
+
+def _of_layers(pattern: tuple[bool, ...], layers: Sequence[int]) -> tuple[bool, ...]:
+    """A pattern by layer, for the layers that are kept; an empty one means all alike."""
+    return tuple(pattern[layer] for layer in layers) if pattern else ()
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
