@@ -17,7 +17,9 @@ from distill.models import DecoderConfig, decoder
 from distill.models.init import Importance, importance, like, spread, student_from
 from distill.parallel import ParallelConfig
 
-CONFIG = tiny(layers=4, width=16, heads=6, kv_heads=3, head_dim=4, feed_forward=12, qkv_bias=True, mlp_bias=True)
+CONFIG = tiny(
+    layers=4, width=16, heads=6, kv_heads=3, head_dim=4, feed_forward=12, qkv_bias=True, mlp_bias=True, qk_norm=True
+)
 MODEL = decoder(CONFIG)
 BATCH = on_device(uneven_batch())
 

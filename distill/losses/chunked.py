@@ -144,7 +144,7 @@ def default_chunk_size(vocab_size: int, platform: str | None = None) -> int:
 
     ``vocab_size`` counts the words that one device has. On an accelerator the gradient of the head, ``[D, V]`` in
     float32, is read and written once per chunk, so that few large chunks are wanted: at V = 128k, 512 positions, and
-    never more than 1024, where the products take longer than that traffic. ``platform``: that of the default backend if None.
+    never more than 1024, where the products take longer than that traffic. ``platform``: None is the default backend.
     """
     if (platform or jax.default_backend()) == "cpu":
         return 256

@@ -71,10 +71,12 @@ class Norm(nn.Module):
     """RMSNorm with its scale."""
 
     epsilon: float
+    axis: str = "norm"
+    """Logical axis of the scale: the residual dimensions, or those of a head."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", parameter(("norm",), mean=1.0), x.shape[-1:])
+        scale = self.param("scale", parameter((self.axis,), mean=1.0), x.shape[-1:])
         return rms_norm(x, scale, self.epsilon)
 
 
