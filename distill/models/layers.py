@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
         def place(name: str, heads: int, axis: str) -> Array:
             x_BHLK = project(name, heads, axis)
-            x_BHLK = Norm(c.norm_epsilon, name=f"{name}_norm")(x_BHLK) if c.qk_norm else x_BHLK
+            x_BHLK = Norm(c.norm_epsilon, "head", name=f"{name}_norm")(x_BHLK) if c.qk_norm else x_BHLK
             turned_BHLK = rotate(x_BHLK, positions_BL, c.rope_theta, c.rope_scaling)
             return turned_BHLK if turns is None else jnp.where(turns, turned_BHLK, x_BHLK)
 
