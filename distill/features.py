@@ -112,11 +112,10 @@ def _hidden_term(config: FeatureConfig, pairs) -> FeatureTerm:
 
     def per_position(student: Features, teacher: Features, batch: Batch, params: Params) -> Nats:
         extra = (params["projectors"]["hidden"],) if config.projected else ()
-        counted = batch.mask[..., None]
 
         def one(m: int, n: int) -> Nats:
-            s, t = student["hidden"][m], teacher["hidden"][n]
-            return loss(jnp.where(counted, s, 0), jnp.where(counted, t, 0), *extra)
+            s, t = (losses.select(side, batch.mask) for side in (student["hidden"][m], teacher["hidden"][n]))
+            return loss(s, t, *extra)
 
         return sum(one(m, n) for m, n in pairs) / len(pairs)
 
@@ -197,8 +196,8 @@ def with_projectors(model: Model, shapes: dict[str, tuple[int, int]]) -> Model:
     def init(key: Array) -> Params:
         keys = jax.random.split(jax.random.fold_in(key, 1), len(shapes))
         drawn = {
-            name: jax.random.normal(key, shape) * shape[0] ** -0.5
-            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+            name: jax.random.normal(one, shape) * shape[0] ** -0.5
+            for one, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
         return model.init(key) | {"projectors": drawn}
 

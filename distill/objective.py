@@ -169,11 +169,6 @@ def terms_at(terms: Terms, step: Array) -> Sequence[AnyTerm]:
     return terms(step) if callable(terms) else terms
 
 
-def select(logits: Logits, mask) -> Logits:
-    """Logits with zeros where nothing counts: chosen BEFORE a loss is computed, so that no NaN comes back as 0·NaN."""
-    return jnp.where(mask[..., None], logits, 0.0)
-
-
 def per_position(terms: Sequence[Term], student_logits: Logits, teacher_logits: Logits | None, labels: Labels):
     """Every term's nats, by name.
 
@@ -210,8 +205,8 @@ def evaluate_terms(
     weights: Array | None = None,
 ) -> dict[str, Pair]:
     """Every term's (sum, weight) on a batch; positions outside ``batch.mask`` have no part in it."""
-    student_logits = select(student_logits, batch.mask)
-    teacher_logits = None if teacher_logits is None else select(teacher_logits, batch.mask)
+    student_logits = losses.select(student_logits, batch.mask)
+    teacher_logits = None if teacher_logits is None else losses.select(teacher_logits, batch.mask)
     labels = jnp.where(batch.mask, batch.labels, 0)
     nats = per_position(terms, student_logits, teacher_logits, labels)
     return {name: losses.masked_sum(values, batch.mask, weights) for name, values in nats.items()}

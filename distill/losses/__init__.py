@@ -25,7 +25,7 @@ from distill.losses.divergences import (
 from distill.losses.hidden import attention_kl, hidden_cosine, hidden_mse, layer_map, projected_mse, relation_kl
 from distill.losses.labels import cross_entropy
 from distill.losses.matching import logit_mse, pearson
-from distill.losses.reduce import divide, masked_sum, sequence_weights
+from distill.losses.reduce import divide, masked_sum, select, sequence_weights
 from distill.losses.sparse import (
     SampledTargets,
     SparseTargets,
@@ -65,6 +65,7 @@ __all__ = [
     "sample_targets",
     "sampled_cross_entropy",
     "sampled_forward_kl",
+    "select",
     "sequence_weights",
     "skewed_forward_kl",
     "skewed_reverse_kl",

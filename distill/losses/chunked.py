@@ -4,7 +4,7 @@ A loss over words needs the logits of one token at a time. So tokens are taken `
 logits ``S, T [chunk, V]`` of a chunk are there, so are the gradients:
 
     S = h·W,  T = h'·W'                                   logits of student and teacher
-    G = ∂ Σ loss(S, T) / ∂S                               autodiff of the per-position loss, or its closed form
+    G = ∂ Σ loss(S, T) / ∂S                               autodiff of the per-position loss
     ∂h = G·Wᵀ,  ∂W += hᵀ·G                                accumulated in float32
 
 All of it happens in the forward pass (a custom VJP keeps ∂h and ∂W, both as large as what they are gradients of), so

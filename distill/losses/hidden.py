@@ -6,7 +6,7 @@ Conventions, the same for every function here:
 * A mean over D (or over heads) is taken per position, so that a value does not grow with the width; no mean over
   positions.
 * A position that does not count is left out by ``masked_sum``. If it may hold NaN or infinity, select before: a
-  gradient through it would be 0·NaN (``objective.select``, for states as for logits). Where positions meet each
+  gradient through it would be 0·NaN (``losses.select``, for states as for logits). Where positions meet each
   other, in attention and relations, ``segments`` does so: 0 is padding, which is then no key either.
 * Layers are counted as in ``models.Collect``: hidden state 0 is the embedding, and the last one is taken before the
   final norm. ``Output.hidden`` is after it.

@@ -12,6 +12,16 @@ from distill.shapes import Array, Bool, Float, Int, Mask, Nats
 Pair = tuple[Float[Array, ""], Float[Array, ""]]
 
 
+def select(x: Float[Array, "*batch D"], mask: Mask) -> Float[Array, "*batch D"]:
+    """Logits or states, zeros where nothing counts: chosen BEFORE a loss is computed, or a NaN comes back as 0·NaN.
+
+    Example:
+      >>> select(jnp.array([[1.0, 2.0], [jnp.nan, 3.0]]), jnp.array([True, False])).tolist()
+      [[1.0, 2.0], [0.0, 0.0]]
+    """
+    return jnp.where(mask[..., None], x, 0.0)
+
+
 def masked_sum(values: Nats, mask: Mask, weights: Float[Array, "*batch"] | None = None) -> Pair:
     """``(Σ weight · value, Σ weight)`` over the positions of the mask, both float32 scalars; None: every weight is 1.
 
