@@ -50,7 +50,8 @@ def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
     counted = np.asarray(inputs["segments"]) > 0
     worst = {"logits": float(np.max(np.abs(logits - want)[counted]))}
     assert worst["logits"] < 1e-4, (folder.name, worst)
-    ours = dict(disassemble(model.config, table_of(model.config), gradient))
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    ours = dict(disassemble(model.config, table_of(model.config, family), gradient))
     want = {name.removeprefix("gradient/"): value for name, value in theirs.items() if name.startswith("gradient/")}
     assert ours.keys() == want.keys()
     errors = [np.max(np.abs(ours[name] - want[name])) / np.max(np.abs(want[name])) for name in want]

@@ -52,7 +52,7 @@ class RopeScaling:
 class DecoderConfig:
     """A Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-    Enough for Llama, Mistral, Qwen2, Qwen3 and SmolLM; ``distill/weights/families.py`` says which options each has.
+    Enough for Llama, Mistral, Qwen2, Qwen3 and SmolLM; ``distill/weights/families.py`` knows which options each has.
     """
 
     vocab_size: int = 32_000

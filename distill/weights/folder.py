@@ -15,7 +15,7 @@ import numpy as np
 from distill.models import DecoderConfig, Model, decoder
 from distill.shapes import Params
 from distill.weights.assemble import Place, assemble, disassemble
-from distill.weights.families import IGNORED, from_json, table_of, to_json
+from distill.weights.families import FAMILIES, from_json, table_of, to_json
 from distill.weights.safetensors import SafetensorsSource, write
 
 TOKENIZER_FILES = (
@@ -76,12 +76,15 @@ def load(
         place = _onto(sharding, decoder(gguf.config_of(source, activations)))
         return gguf.load(source, place=place, dtype=np.float32 if dtype is None else dtype, activations=activations)
     folder = path if path.is_dir() else _download(path_or_name, revision)
-    config = read_config(folder, activations)
+    config, family = _config_of(folder)
+    config = dataclasses.replace(config, dtype=activations)
     model = decoder(config)
-    ignored = (*IGNORED, r"lm_head\.weight") if config.tied else IGNORED
+    table, ignored = table_of(config, family), FAMILIES[family].ignored
+    if config.tied:
+        ignored += (r"lm_head\.weight",)
     try:
         source = SafetensorsSource(folder)
-        params = assemble(config, table_of(config), source, _onto(sharding, model), dtype=dtype, ignored=ignored)
+        params = assemble(config, table, source, _onto(sharding, model), dtype=dtype, ignored=ignored)
     except ValueError as error:
         raise ValueError(f"{path_or_name}: {error}") from error
     return model, params
@@ -94,14 +97,19 @@ def read_config(folder: str | Path, activations: Literal["float32", "bfloat16"] 
       FileNotFoundError: no ``config.json``.
       ValueError: one that cannot be read, or is not supported.
     """
-    file = Path(folder) / "config.json"
+    return dataclasses.replace(_config_of(Path(folder))[0], dtype=activations)
+
+
+def _config_of(folder: Path) -> tuple[DecoderConfig, str]:
+    """The decoder of a folder's ``config.json``, and its family."""
+    file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; expected a Hugging Face folder.")
     try:
-        config = from_json(json.loads(file.read_text()))
+        values = json.loads(file.read_text())
+        return from_json(values), values["model_type"]
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return dataclasses.replace(config, dtype=activations)
 
 
 def _onto(sharding: Callable[[Model], Any] | None, model: Model) -> Place | None:
@@ -173,7 +181,7 @@ def save(
     values = to_json(config, family, dtype) | _special_ids(tokenizer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, disassemble(config, table_of(config), params), shard_bytes)
+    write(folder, disassemble(config, table_of(config, values["model_type"]), params), shard_bytes)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     _save_tokenizer(folder, tokenizer)
 
