@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from distill.models.attention import attend, attention_weights, mix
 from distill.models.collect import keep
 from distill.models.config import DecoderConfig
 from distill.models.model import Relations, parameter
@@ -19,31 +20,6 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     scale = jnp.expand_dims(scale, range(x.ndim - 1))
     return (x32 * jax.lax.rsqrt(variance + epsilon) * scale).astype(x.dtype)
-
-
-def attention_weights(q_BHLK: Array, k_BGSK: Array, mask_BLS: Array) -> Array:
-    """softmax(q·k / √K) over the keys a query may see, float32 ``[B, G, R, L, S]``."""
-    batch, heads, length, size = q_BHLK.shape
-    groups = k_BGSK.shape[1]
-    q_BGRLK = q_BHLK.reshape(batch, groups, heads // groups, length, size)
-    scores = jnp.einsum("bgrlk,bgsk->bgrls", q_BGRLK, k_BGSK, preferred_element_type=jnp.float32) * size**-0.5
-    scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1)
-
-
-def attend(q_BHLK: Array, k_BGSK: Array, v_BGSK: Array, mask_BLS: Array) -> Array:
-    """Softmax attention of H query heads over G key/value groups, scores and softmax in float32. Returns ``[B,H,L,K]``.
-
-    A row that sees no key (none exists in a causal model: a token sees itself) would be uniform, not NaN.
-    """
-    return mix(attention_weights(q_BHLK, k_BGSK, mask_BLS), v_BGSK)
-
-
-def mix(weights_BGRLS: Array, v_BGSK: Array) -> Array:
-    """The values, weighed: ``[B, H, L, K]``."""
-    y_BGRLK = jnp.einsum("bgrls,bgsk->bgrlk", weights_BGRLS.astype(v_BGSK.dtype), v_BGSK)
-    batch, groups, per_group, length, size = y_BGRLK.shape
-    return y_BGRLK.reshape(batch, groups * per_group, length, size)
 
 
 class Projection(nn.Module):
