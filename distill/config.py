@@ -9,7 +9,7 @@ import os
 import pkgutil
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from distill.data.addition import TOKENIZER, AdditionConfig
 from distill.models.config import DecoderConfig
@@ -112,6 +112,7 @@ class LogConfig:
 class Config:
     """One experiment: a teacher, a student distilled from it, and the same student alone."""
 
+    kind: ClassVar[str] = "addition"
     name: str = "addition"
     data: AdditionConfig = AdditionConfig()
     teacher: Recipe = Recipe()
@@ -189,8 +190,13 @@ def write_json(file: Path, value: Any) -> None:
     os.replace(partial, file)
 
 
-def read_config(run: Path) -> Config:
-    """The configuration a run folder was made with.
+def write_config(run: Path, config: Any) -> None:
+    """RUN/config.json: the configuration of an experiment, and which kind of experiment it is."""
+    write_json(run / "config.json", {"kind": config.kind} | to_dict(config))
+
+
+def read_config(run: Path, expected: type = Config) -> Any:
+    """The configuration, of the class ``expected``, that a run folder was made with.
 
     Raises:
       FileNotFoundError: no run folder.
@@ -200,7 +206,10 @@ def read_config(run: Path) -> Config:
     if not file.is_file():
         raise FileNotFoundError(f"{run}: no config.json; expected a run folder, made by scripts/distill.py.")
     try:
-        return from_dict(Config, json.loads(file.read_text()))
+        values = json.loads(file.read_text())
+        if (kind := values.pop("kind", Config.kind)) != expected.kind:
+            raise ValueError(f"{file}: an experiment of kind {kind!r}; expected {expected.kind!r}.")
+        return from_dict(expected, values)
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); expected the configuration of a run.") from error
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from distill import arms, evaluate, losses
 from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes
-from distill.config import Config, Recipe, read_config, to_dict, write_json
+from distill.config import Config, Recipe, read_config, to_dict, write_config, write_json
 from distill.data import addition
 from distill.data.addition import TOKENIZER, Examples
 from distill.data.loader import Batch
@@ -31,6 +31,7 @@ from distill.models import DecoderConfig, Model, decoder
 from distill.models.init import Importance, importance, like
 from distill.objective import Terms, task_term, terms_of
 from distill.shapes import Params
+from distill.table import print_summary as print_summary  # part of what every kind of experiment has (kinds.py)
 from distill.train import Task, fit
 from distill.vocab import align
 
@@ -48,7 +49,7 @@ class Trained(NamedTuple):
 def run_experiment(config: Config, run: Path) -> dict[str, Any]:
     """Does what is not done yet of an experiment; returns the summary."""
     with lock(run / ".experiment"):
-        write_json(run / "config.json", to_dict(config))
+        write_config(run, config)
         sides = addition.load(config.data)
         labelled(config, sides["train"], 0)  # refuses too many labels, and
         learner(config)  # networks that cannot be compared, before anything is trained

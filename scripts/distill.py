@@ -17,10 +17,10 @@ def main(argv: Sequence[str]) -> None:
     """Parses, runs, prints."""
     options, config = cli.parse_config(__doc__, argv)
     cli.set_up_jax()
-    from distill import experiment, table
+    from distill.kinds import experiment_of
 
-    summary = experiment.run_experiment(config, options.run)
-    table.print_summary(summary, options.run)
+    experiment = experiment_of(config)
+    experiment.print_summary(experiment.run_experiment(config, options.run), options.run)
 
 
 if __name__ == "__main__":

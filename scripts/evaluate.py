@@ -18,9 +18,10 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--run", type=Path, required=True, help="a run folder made by scripts/distill.py")
     run = options.parse_args(argv).run
     cli.set_up_jax()
-    from distill import experiment, table
+    from distill.kinds import experiment_in
 
-    table.print_summary(experiment.evaluate_folder(run), run)
+    experiment = experiment_in(run)
+    experiment.print_summary(experiment.evaluate_folder(run), run)
 
 
 if __name__ == "__main__":

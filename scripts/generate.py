@@ -19,9 +19,10 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("prompts", nargs="+", help="such as 47+85=")
     known = options.parse_args(argv)
     cli.set_up_jax()
-    from distill import experiment, table
+    from distill.kinds import experiment_in
+    from distill.table import print_answers
 
-    table.print_answers(experiment.answer(known.run, known.prompts))
+    print_answers(experiment_in(known.run).answer(known.run, known.prompts))
 
 
 if __name__ == "__main__":

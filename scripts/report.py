@@ -17,9 +17,9 @@ def main(argv: Sequence[str]) -> None:
     options = cli.parser(__doc__)
     options.add_argument("--run", type=Path, nargs="+", required=True, help="run folders; the page goes into the first")
     runs = options.parse_args(argv).run
-    from distill.report import write_report
+    from distill.kinds import report_in
 
-    print(f"report: {write_report(runs)}")
+    print(f"report: {report_in(runs[0]).write_report(runs)}")
 
 
 if __name__ == "__main__":

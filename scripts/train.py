@@ -19,13 +19,15 @@ def main(argv: Sequence[str]) -> None:
     options, config = cli.parse_config(__doc__, argv, role=role)
     cli.set_up_jax()
     from distill import experiment
-    from distill.config import to_dict, write_json
+    from distill.config import Config, write_config
     from distill.data import addition
 
+    if not isinstance(config, Config):
+        raise ValueError(f"--config {options.config}: expected one that trains its own teacher, such as addition.")
     recipe = config.teacher if options.role == "teacher" else config.student
     sides = addition.load(config.data)
     experiment.train_alone(config, recipe, options.run, sides, options.role)
-    write_json(options.run / "config.json", to_dict(config))
+    write_config(options.run, config)
     print(f"{options.role}: {recipe.training.steps} steps; the run folder is {options.run}")
 
 

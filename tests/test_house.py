@@ -54,6 +54,7 @@ TOP = {
     "benchmark_head",
     "benchmark_tpu",
     "cli",
+    "kinds",
 }
 """These may import everything, and only they each other."""
 
