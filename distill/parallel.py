@@ -34,6 +34,7 @@ MESH_AXES = {
     "head": None,
     "layers": None,
     "norm": None,
+    "position": None,
 }
 """Logical axis → mesh axis. Every axis a model declares stands here."""
 

@@ -9,9 +9,10 @@ from typing import Literal
 class RopeScaling:
     """How rotary positions are stretched for texts longer than those a model was first trained on (``rope.py``)."""
 
-    kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
+    kind: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
     """``linear``: every pair slower by the factor. ``dynamic``: NTK-aware, by the length of each row. ``llama3``: slow
-    pairs slower by the factor, fast ones kept. ``yarn`` (arXiv 2309.00071): likewise, between other bounds."""
+    pairs slower by the factor, fast ones kept. ``yarn`` (arXiv 2309.00071): likewise, between other bounds.
+    ``longrope`` (arXiv 2402.13753): every pair slower by a factor of its own, by the length of each row."""
     factor: float = 1.0
     original_length: int = 0
     """Length of the first training, in tokens; every kind but ``linear`` needs it."""
@@ -26,33 +27,50 @@ class RopeScaling:
     truncate: bool = True
     """yarn: the bounds are whole numbers of pairs."""
     attention_factor: float | None = None
-    """yarn: queries and keys are made longer by this; None: 0.1 ln(factor) + 1."""
+    """yarn, longrope: queries and keys are made longer by this; None: 0.1 ln(factor) + 1 for yarn,
+    √(1 + ln(factor) / ln(original_length)) for longrope."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: the factor of every pair in rows up to the original length."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: in longer ones."""
 
     def __post_init__(self):
         if self.kind == "none":
             if any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
-                raise ValueError(f"rope_scaling: {self} has no kind; expected linear, dynamic, llama3 or yarn.")
+                raise ValueError(
+                    f"rope_scaling: {self} has no kind; expected linear, dynamic, llama3, yarn or longrope."
+                )
             return
         if not self.factor >= 1.0:
             raise ValueError(f"rope_scaling: factor={self.factor}; expected at least 1.")
         if self.kind != "linear" and self.original_length < 1:
             raise ValueError(f"rope_scaling: {self.kind} needs original_length; got {self.original_length}.")
+        if self.kind == "longrope" and not 0 < len(self.short_factors) == len(self.long_factors):
+            raise ValueError(
+                f"rope_scaling: {len(self.short_factors)} short_factors and {len(self.long_factors)} long_factors; "
+                "longrope needs one of each for every pair."
+            )
         if self.kind == "llama3" and not self.low_frequency < self.high_frequency:
             raise ValueError(f"rope_scaling: low_frequency={self.low_frequency} must be below {self.high_frequency}.")
 
     @property
     def magnitude(self) -> float:
         """Factor of queries and of keys."""
-        if self.kind != "yarn":
+        if self.kind not in ("yarn", "longrope"):
             return 1.0
-        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1.0
+        return math.sqrt(1.0 + math.log(self.factor) / math.log(self.original_length))
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+    """A causal decoder; by default Llama's: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-    Enough for Llama, Mistral, Qwen2, Qwen3 and SmolLM; ``distill/weights/families.py`` knows which options each has.
+    Its options make it Mistral, Qwen, SmolLM, Gemma, Phi-3, OLMo 2, GPT-2 or GPT-NeoX; which family has which is said
+    in ``distill/weights``.
     """
 
     vocab_size: int = 32_000
@@ -72,6 +90,34 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm of every head's queries and keys, before the rotation."""
+    qk_norm_joint: bool = False
+    """That norm is over all heads together (OLMo 2)."""
+    attention_scalar: float | None = None
+    """Scores are q·k / √this; None: the size of a head."""
+    attention_softcap: float | None = None
+    """Scores s become c · tanh(s / c) (Gemma 2, arXiv 2408.00118)."""
+    logit_softcap: float | None = None
+    """Likewise the logits."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    """``gelu_tanh`` approximates ``gelu`` by a tanh."""
+    gated: bool = True
+    """The MLP is down(activation(gate) · up); False: down(activation(up))."""
+    norm: Literal["rms", "layer"] = "rms"
+    """``layer``: LayerNorm (arXiv 1607.06450), which subtracts the mean and adds a bias."""
+    norm_plus_one: bool = False
+    """Norms multiply by 1 + scale (Gemma)."""
+    norm_place: Literal["before", "after", "around"] = "before"
+    """Of what attention and MLP read; ``after``: of what they add (OLMo 2); ``around``: of both (Gemma)."""
+    parallel: bool = False
+    """Attention and MLP of a layer read the same (GPT-NeoX); False: the MLP reads what attention has added too."""
+    scaled_embedding: bool = False
+    """The embedding times √width (Gemma)."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """``learned``: a table of ``max_length`` rows is added to the embedding (GPT-2)."""
+    rope_fraction: float = 1.0
+    """Part of each head that is rotated: its first numbers."""
+    rope_theta_local: float | None = None
+    """Theta in layers with a window, without ``rope_scaling`` (Gemma 3). None: as in the others."""
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
     rope_layers: tuple[bool, ...] = ()
@@ -81,7 +127,7 @@ class DecoderConfig:
     window_layers: tuple[bool, ...] = ()
     """For each layer, whether it has the window. Empty: all have."""
     max_length: int | None = None
-    """Longest text the model is meant for; nothing enforces it. It goes with the weights, from file to file."""
+    """Longest text the model is meant for; only learned positions enforce it. It goes from file to file."""
     norm_epsilon: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
@@ -95,11 +141,16 @@ class DecoderConfig:
             raise ValueError(f"model: width={self.width} is no multiple of heads={self.heads}; set head_dim.")
         if self.heads % self.groups:
             raise ValueError(f"model: heads={self.heads} is no multiple of kv_heads={self.groups}.")
-        if self.key_size % 2:
-            raise ValueError(f"model: the size of a head is {self.key_size}; rotary positions need an even one.")
+        if self.qk_norm_joint and not self.qk_norm:
+            raise ValueError("model: qk_norm_joint without qk_norm.")
+        for name in ("attention_scalar", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ValueError(f"model: {name}={value}; expected above 0, or None.")
+        self._check_layers()
         self._check_positions()
 
-    def _check_positions(self) -> None:
+    def _check_layers(self) -> None:
         for name in ("rope_layers", "window_layers"):
             value = getattr(self, name)
             if value and len(value) != self.layers:
@@ -110,8 +161,30 @@ class DecoderConfig:
             raise ValueError(f"model: sliding_window={self.sliding_window}; expected at least 1.")
         if self.window_layers and self.sliding_window is None:
             raise ValueError("model: window_layers without a sliding_window.")
-        if self.rope_scaling.kind == "dynamic" and self.key_size < 4:
-            raise ValueError(f"model: dynamic rope_scaling needs heads of size 4 or more; got {self.key_size}.")
+
+    def _check_positions(self) -> None:
+        if self.positions == "learned":
+            names = ("rope_scaling", "rope_layers", "rope_fraction", "rope_theta_local")
+            plain = {field.name: field.default for field in dataclasses.fields(self)}
+            if self.max_length is None or any(getattr(self, name) != plain[name] for name in names):
+                raise ValueError(
+                    f"model: learned positions need max_length, got {self.max_length}, and no rope options."
+                )
+            return
+        size = self.rotary_size
+        if size % 2 or not 0 < size <= self.key_size:
+            raise ValueError(
+                f"model: the size of a head is {self.key_size}, of which rope_fraction={self.rope_fraction} rotates "
+                f"{size}; rotary positions need an even number."
+            )
+        if self.rope_scaling.kind == "dynamic" and size < 4:
+            raise ValueError(f"model: dynamic rope_scaling needs heads of size 4 or more; got {size}.")
+        if self.rope_scaling.kind == "longrope" and len(self.rope_scaling.short_factors) != size // 2:
+            raise ValueError(
+                f"model: {len(self.rope_scaling.short_factors)} factors of longrope; expected {size // 2}."
+            )
+        if self.rope_theta_local is not None and self.sliding_window is None:
+            raise ValueError("model: rope_theta_local without a sliding_window.")
 
     @property
     def groups(self) -> int:
@@ -122,6 +195,11 @@ class DecoderConfig:
     def key_size(self) -> int:
         """Size of one head, K."""
         return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_size(self) -> int:
+        """How many numbers of a head rotate."""
+        return int(self.key_size * self.rope_fraction)
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of the forward pass per token, matmuls only (2 per multiply-add), averaged over a text of ``length``.
@@ -135,5 +213,5 @@ class DecoderConfig:
         keys = (self.layers - windowed) * (length + 1) / 2
         keys += windowed * (window * (window + 1) / 2 + (length - window) * window) / length
         attention = 2 * self.heads * self.key_size * keys
-        per_layer = projections + 3 * self.width * self.feed_forward
+        per_layer = projections + (3 if self.gated else 2) * self.width * self.feed_forward
         return 2.0 * (self.layers * per_layer + attention + self.width * self.vocab_size)

@@ -12,7 +12,7 @@ from distill.shapes import Array, Params
 
 
 class Decoder(nn.Module):
-    """A Llama-like decoder. Use it through ``decoder(config)``."""
+    """The network. Use it through ``decoder(config)``."""
 
     config: DecoderConfig
 
@@ -22,6 +22,9 @@ class Decoder(nn.Module):
         self.embedding = self.param(
             "embedding", parameter(("vocab", "embed"), std=c.width**-0.5 if c.tied else 1.0), table
         )
+        if c.positions == "learned":
+            rows = (c.max_length, c.width)
+            self.position = self.param("position", parameter(("position", "embed"), std=c.width**-0.5), rows)
         if not c.tied:
             self.head = self.param("head", parameter(("embed", "vocab"), std=c.width**-0.5), table[::-1])
         self.layers = nn.scan(
@@ -32,7 +35,7 @@ class Decoder(nn.Module):
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
-        self.norm = Norm(c.norm_epsilon)
+        self.norm = Norm(c)
 
     def __call__(
         self,
@@ -43,6 +46,8 @@ class Decoder(nn.Module):
         collect: Collect | None = None,
     ) -> Output:
         batch, length = tokens_BL.shape
+        if positions is None:
+            _check_length(self.config, length)
         start = jnp.int32(0) if cache is None else cache.length
         slots_L = start + jnp.arange(length)
         positions_BL = jnp.broadcast_to(slots_L, (batch, length)) if positions is None else positions
@@ -53,7 +58,7 @@ class Decoder(nn.Module):
         mask_BLS = earlier_LS[None] & (segments_BL[:, :, None] == segments_BS[:, None, :])
         masks, kinds = _by_layer(self.config, mask_BLS, slots_L)
 
-        embedded_BLD = self.embedding.astype(self.config.dtype)[tokens_BL]
+        embedded_BLD = self._embed(tokens_BL, positions_BL)
         kv = None if cache is None else (cache.keys_NBGSK, cache.values_NBGSK)
         kept = slots = None
         if collect is not None:
@@ -70,9 +75,27 @@ class Decoder(nn.Module):
             None if collect is None else collected(collect, self.config.layers, kept, embedded_BLD, x_BLD),
         )
 
+    def _embed(self, tokens_BL: Array, positions_BL: Array) -> Array:
+        c = self.config
+        x_BLD = self.embedding.astype(c.dtype)[tokens_BL]
+        x_BLD = x_BLD * jnp.asarray(c.width**0.5, c.dtype) if c.scaled_embedding else x_BLD
+        if c.positions == "rotary":
+            return x_BLD
+        # Beyond the table there is nothing to read: NaN, which is seen, and not the last row.
+        return x_BLD + self.position.astype(c.dtype).at[positions_BL].get(mode="fill", fill_value=jnp.nan)
+
     def unembed(self, hidden_BLD: Array) -> Array:
         """Logits ``[..., V]``; the matmul accumulates in float32."""
-        return Head(self.embedding.T if self.config.tied else self.head).logits(hidden_BLD)
+        return _head(self.config, self.embedding.T if self.config.tied else self.head).logits(hidden_BLD)
+
+
+def _head(config: DecoderConfig, kernel: Array) -> Head:
+    return Head(kernel, softcap=config.logit_softcap)
+
+
+def _check_length(config: DecoderConfig, length: int) -> None:
+    if config.positions == "learned" and length > config.max_length:
+        raise ValueError(f"decoder: a text of {length} tokens; expected at most {config.max_length} learned positions.")
 
 
 def _by_layer(config: DecoderConfig, mask_BLS: Array, slots_L: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
@@ -102,11 +125,12 @@ def decoder(config: DecoderConfig) -> Model:
     """The pure functions of a decoder with this configuration."""
 
     def init_cache(batch: int, length: int) -> Cache:
+        _check_length(config, length)
         shape = (config.layers, batch, config.groups, length, config.key_size)
         zeros = jnp.zeros(shape, config.dtype)
         return Cache(zeros, zeros, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
 
     def head(params: Params) -> Head:
-        return Head(params["embedding"].T if config.tied else params["head"])
+        return _head(config, params["embedding"].T if config.tied else params["head"])
 
     return from_linen(Decoder(config), config.vocab_size, config=config, init_cache=init_cache, head=head)

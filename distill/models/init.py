@@ -50,14 +50,22 @@ def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Itera
 
     @jax.jit
     def of_batch(batch: Any) -> Importance:
-        gates = jax.tree.map(jnp.multiply, params, jax.grad(loss)(params, batch))
+        gradient = jax.grad(loss)(params, batch)
+        gates = jax.tree.map(jnp.multiply, params, gradient)
         layers = gates["layers"]
         by_head = _by_axis(layers["attention"]["output"]["kernel"], 0, 1)
-        reads = (layers["attention_norm"]["scale"], layers["mlp_norm"]["scale"], gates["norm"]["scale"])
+        reads = [_norm_gate(config, gates["norm"], gradient["norm"])]
+        if config.norm_place == "after":  # no norm reads: the kernels do
+            kernels = [layers["attention"][name]["kernel"] for name in ("query", "key", "value")]
+            kernels += [layers["mlp"][name]["kernel"] for name in ("gate", "up") if name in layers["mlp"]]
+            reads += [_by_axis(kernel, 1) for kernel in kernels]
+        else:
+            names = ("attention_norm", "mlp_norm")
+            reads += [_norm_gate(config, layers[name], gradient["layers"][name]) for name in names]
         return Importance(
             jnp.abs(by_head.reshape(config.layers, config.groups, -1).sum(axis=-1)),
             jnp.abs(_by_axis(layers["mlp"]["down"]["kernel"], 0, 1)),
-            jnp.abs(sum(scale.reshape(-1, config.width).sum(axis=0) for scale in reads)),
+            jnp.abs(sum(read.reshape(-1, config.width).sum(axis=0) for read in reads)),
         )
 
     total, count = None, 0
@@ -68,6 +76,12 @@ def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Itera
     if not count:
         raise ValueError("importance: no batches; expected at least one to measure on.")
     return jax.tree.map(lambda value: np.asarray(value) / count, total)
+
+
+def _norm_gate(config: DecoderConfig, gate: Params, gradient: Params) -> Array:
+    """The derivative by a gate on what a norm gives, ``[..., D]``, from its scale's and its bias's own."""
+    scale = gate["scale"] + gradient["scale"] if config.norm_plus_one else gate["scale"]
+    return scale + gate["bias"] if "bias" in gate else scale
 
 
 def _by_axis(x: Array, *kept: int) -> Array:
@@ -123,6 +137,8 @@ def student_from(
     measured: Importance | None = None,
 ) -> tuple[DecoderConfig, Params]:
     """A smaller decoder cut out of a larger one; what is not given stays whole.
+
+    Norms are over what is left of their dimensions, and a scaled embedding is scaled by the student's own √width.
 
     Args:
       config: of the teacher.

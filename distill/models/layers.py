@@ -1,5 +1,6 @@
 """The layers of a decoder, in Linen, and the functions they are made of."""
 
+import functools
 from collections.abc import Collection
 
 import flax.linen as nn
@@ -13,13 +14,29 @@ from distill.models.model import Relations, parameter
 from distill.models.rope import rotate
 from distill.shapes import Array
 
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
+"""By their names in ``DecoderConfig``."""
+
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """x / sqrt(mean(x²) + ε) · scale over the last axis, in float32 (arXiv 1910.07467)."""
+    """x / sqrt(mean(x²) + ε) · scale over the last axes, those of the scale, in float32 (arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    scale = jnp.expand_dims(scale, range(x.ndim - 1))
+    variance = jnp.mean(jnp.square(x32), axis=tuple(range(-scale.ndim, 0)), keepdims=True)
+    scale = jnp.expand_dims(scale, range(x.ndim - scale.ndim))
     return (x32 * jax.lax.rsqrt(variance + epsilon) * scale).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """(x − mean(x)) / sqrt(var(x) + ε) · scale + bias over the last axis, in float32 (arXiv 1607.06450)."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in (scale, bias))
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + epsilon) * scale + bias).astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -44,30 +61,32 @@ class Projection(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm with its scale."""
+    """The norm of a configuration, with its scale and bias."""
 
-    epsilon: float
-    axis: str = "norm"
-    """Logical axis of the scale: the residual dimensions, or those of a head."""
+    config: DecoderConfig
+    axes: tuple[str, ...] = ("norm",)
+    """Logical axes of the scale: the residual dimensions, or those of a head, or of all heads."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", parameter((self.axis,), mean=1.0), x.shape[-1:])
-        return rms_norm(x, scale, self.epsilon)
+        c, shape = self.config, x.shape[-len(self.axes) :]
+        scale = self.param("scale", parameter(self.axes, mean=0.0 if c.norm_plus_one else 1.0), shape)
+        scale = 1.0 + scale.astype(jnp.float32) if c.norm_plus_one else scale
+        if c.norm == "rms":
+            return rms_norm(x, scale, c.norm_epsilon)
+        return layer_norm(x, scale, self.param("bias", parameter(self.axes), shape), c.norm_epsilon)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions (arXiv 2305.13245).
 
-    ``turns``: whether this layer's queries and keys are rotated; None: yes.
+    ``kinds``: what differs by layer: ``rope``, whether queries and keys are rotated, and ``window``.
     """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(
-        self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, cache, wanted: Collection[str] = (), turns=None
-    ):
+    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, cache, wanted: Collection[str], kinds):
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -75,11 +94,22 @@ class Attention(nn.Module):
             bias_axes = 2 if c.qkv_bias else 0
             return Projection("bld,dhk->bhlk", shape, axes, c.width, bias_axes, name=name)(x_BLD)
 
+        def norm(name: str, x_BHLK: Array) -> Array:
+            if not c.qk_norm:
+                return x_BHLK
+            if not c.qk_norm_joint:
+                return Norm(c, ("head",), name=name)(x_BHLK)
+            axes = ("heads" if name == "query_norm" else "kv", "head")
+            return Norm(c, axes, name=name)(x_BHLK.swapaxes(1, 2)).swapaxes(1, 2)
+
         def place(name: str, heads: int, axis: str) -> Array:
-            x_BHLK = project(name, heads, axis)
-            x_BHLK = Norm(c.norm_epsilon, "head", name=f"{name}_norm")(x_BHLK) if c.qk_norm else x_BHLK
-            turned_BHLK = rotate(x_BHLK, positions_BL, c.rope_theta, c.rope_scaling)
-            return turned_BHLK if turns is None else jnp.where(turns, turned_BHLK, x_BHLK)
+            x_BHLK = norm(f"{name}_norm", project(name, heads, axis))
+            if c.positions == "learned":
+                return x_BHLK
+            here = kinds.get("window", jnp.bool_(True))  # without an entry, all layers have the window
+            local = None if c.rope_theta_local is None else (c.rope_theta_local, here)
+            turned_BHLK = rotate(x_BHLK, positions_BL, c.rope_theta, c.rope_scaling, size=c.rotary_size, local=local)
+            return jnp.where(kinds["rope"], turned_BHLK, x_BHLK) if "rope" in kinds else turned_BHLK
 
         q_BHLK, k_BGLK = place("query", c.heads, "heads"), place("key", c.groups, "kv")
         v_BGLK = project("value", c.groups, "kv")
@@ -88,12 +118,14 @@ class Attention(nn.Module):
             k_BGLK = jax.lax.dynamic_update_slice_in_dim(keys, k_BGLK.astype(keys.dtype), start, axis=2)
             v_BGLK = jax.lax.dynamic_update_slice_in_dim(values, v_BGLK.astype(values.dtype), start, axis=2)
         seen = {}
+        scale = None if c.attention_scalar is None else c.attention_scalar**-0.5
+        options = {"scale": scale, "softcap": c.attention_softcap}
         if "attention" in wanted:
-            weights = attention_weights(q_BHLK, k_BGLK, mask_BLS)
+            weights = attention_weights(q_BHLK, k_BGLK, mask_BLS, **options)
             y_BHLK = mix(weights, v_BGLK)
             seen["attention"] = weights.reshape(*q_BHLK.shape[:3], k_BGLK.shape[2])
         else:
-            y_BHLK = attend(q_BHLK, k_BGLK, v_BGLK, mask_BLS)
+            y_BHLK = attend(q_BHLK, k_BGLK, v_BGLK, mask_BLS, **options)
         if "relations" in wanted:
             seen["relations"] = Relations(q_BHLK, k_BGLK, v_BGLK)
         shape, fan_in = (c.heads, c.key_size, c.width), c.heads * c.key_size
@@ -102,21 +134,21 @@ class Attention(nn.Module):
         return out, (k_BGLK, v_BGLK), seen
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
+class MLP(nn.Module):
+    """down(activation(gate(x)) · up(x)) (arXiv 2002.05202), or down(activation(up(x))) without a gate."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
         c = self.config
-        bias_axes = int(c.mlp_bias)
+        bias_axes, activation = int(c.mlp_bias), ACTIVATIONS[c.activation]
 
         def widen(name: str) -> Array:
             shape, axes = (c.width, c.feed_forward), ("embed", "mlp")
             return Projection("bld,df->blf", shape, axes, c.width, bias_axes, name=name)(x_BLD)
 
-        y_BLF = nn.silu(widen("gate")) * widen("up")
+        y_BLF = activation(widen("gate")) * widen("up") if c.gated else activation(widen("up"))
         shape, axes = (c.feed_forward, c.width), ("mlp", "embed")
         return Projection("blf,fd->bld", shape, axes, c.feed_forward, bias_axes, name="down")(y_BLF)
 
@@ -124,6 +156,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)). Shaped for ``nn.scan``: carry, broadcasts, cache.
 
+    Where the norms stand, and whether the MLP reads what attention has added, says the configuration.
     The carry is ``(x, kept)``; ``kept`` holds a buffer for each thing that is collected, or is None (``collect.py``).
     ``masks`` are two where some layers have a window: without and with it. ``kinds`` says what differs by layer:
     ``window`` and ``rope``, each a bool.
@@ -135,18 +168,20 @@ class Block(nn.Module):
     def __call__(self, carry, positions_BL: Array, masks: tuple[Array, ...], start, cache, slots, kinds):
         c = self.config
         x_BLD, kept = carry
+
+        def read(branch: str, x_BLD: Array) -> Array:
+            return x_BLD if c.norm_place == "after" else Norm(c, name=f"{branch}_norm")(x_BLD)
+
+        def give(branch: str, y_BLD: Array) -> Array:
+            return y_BLD if c.norm_place == "before" else Norm(c, name=f"{branch}_post_norm")(y_BLD)
+
         mask_BLS = jnp.where(kinds["window"], masks[1], masks[0]) if "window" in kinds else masks[0]
         cache = None if cache is None else (*cache, start)
-        attended, kv, seen = Attention(c, name="attention")(
-            Norm(c.norm_epsilon, name="attention_norm")(x_BLD),
-            positions_BL,
-            mask_BLS,
-            cache,
-            kept or (),
-            kinds.get("rope"),
-        )
-        x_BLD = x_BLD + attended
-        x_BLD = x_BLD + SwiGLU(c, name="mlp")(Norm(c.norm_epsilon, name="mlp_norm")(x_BLD))
+        attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
+        y_BLD, kv, seen = attention(read("attention", x_BLD), positions_BL, mask_BLS, cache, kept or (), kinds)
+        attended_BLD = x_BLD + give("attention", y_BLD)
+        y_BLD = mlp(read("mlp", x_BLD if c.parallel else attended_BLD))
+        x_BLD = attended_BLD + give("mlp", y_BLD)
         if kept is not None:
             kept = keep(kept, seen | {"hidden": x_BLD}, slots)
         return (x_BLD, kept), None if cache is None else kv

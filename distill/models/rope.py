@@ -12,25 +12,60 @@ PLAIN = RopeScaling()
 """Not stretched."""
 
 
-def rotate(x_BHLK: Array, positions_BL: Array, theta: float, scaling: RopeScaling = PLAIN) -> Array:
+def rotate(
+    x_BHLK: Array,
+    positions_BL: Array,
+    theta: float,
+    scaling: RopeScaling = PLAIN,
+    *,
+    size: int | None = None,
+    local: tuple[float, Array] | None = None,
+) -> Array:
     """Rotary positions (arXiv 2104.09864): the pair (i, i + K/2) turns by position · theta^(−2i/K).
 
-    ``scaling`` slows some pairs down; YaRN also makes queries and keys longer.
+    ``scaling`` slows some pairs down; YaRN and LongRoPE also make queries and keys longer.
+
+    Args:
+      x_BHLK: queries or keys.
+      positions_BL: of their tokens.
+      theta: the base.
+      scaling: how positions are stretched.
+      size: K above: so many numbers of each head are rotated, the others stay; None: all.
+      local: a theta that stands in for ``theta``, without ``scaling``, where the bool beside it is true.
     """
-    half = x_BHLK.shape[-1] // 2
+    rotated = x_BHLK.shape[-1] if size is None else size
+    half = rotated // 2
+    cos, sin = _turn(half, positions_BL, theta, scaling)
+    if local is not None:
+        cos, sin = jnp.where(local[1], jnp.stack(_turn(half, positions_BL, local[0], PLAIN)), jnp.stack([cos, sin]))
+    first, second = jnp.split(x_BHLK[..., :rotated].astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    turned += [x_BHLK[..., rotated:].astype(jnp.float32)] if rotated < x_BHLK.shape[-1] else []
+    return jnp.concatenate(turned, axis=-1).astype(x_BHLK.dtype)
+
+
+def _turn(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> tuple[Array, Array]:
+    """Cosine and sine of every pair's angle, ``[B, 1, L, K/2]``, times the factor of queries and keys."""
     if scaling.kind == "none":
         frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     elif scaling.kind == "dynamic":
         frequency = _dynamic(half, positions_BL, theta, scaling)
+    elif scaling.kind == "longrope":
+        frequency = _by_length(half, positions_BL, theta, scaling)
     else:
         frequency = jnp.asarray(slowed(half, theta, scaling), jnp.float32)
     frequency = frequency[None, None, None] if frequency.ndim == 1 else frequency[:, None, None]
     angle = positions_BL[:, None, :, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if scaling.magnitude != 1.0:
-        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
-    first, second = jnp.split(x_BHLK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLK.dtype)
+    return (cos, sin) if scaling.magnitude == 1.0 else (cos * scaling.magnitude, sin * scaling.magnitude)
+
+
+def _by_length(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> Array:
+    """LongRoPE's frequencies ``[B, K/2]``: the long factors in rows beyond the original length; each row by itself."""
+    plain = theta ** (-np.arange(half) / half)
+    short, long = (jnp.asarray(plain / np.array(f), jnp.float32) for f in (scaling.short_factors, scaling.long_factors))
+    longer_B = jnp.max(positions_BL, axis=1) + 1 > scaling.original_length
+    return jnp.where(longer_B[:, None], long[None], short[None])
 
 
 def _dynamic(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> Array:
