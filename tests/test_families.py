@@ -70,7 +70,14 @@ def test_every_family_and_scaling_is_compared():
     configs = [read_config(DATA / name) for name in CASES]
     kinds = {json.loads((DATA / name / "config.json").read_text())["model_type"] for name in CASES}
     assert kinds == set(FAMILIES)
-    assert {config.rope_scaling.kind for config in configs} == {"none", "linear", "dynamic", "llama3", "yarn"}
+    assert {config.rope_scaling.kind for config in configs} == {
+        "none",
+        "linear",
+        "dynamic",
+        "llama3",
+        "yarn",
+        "longrope",
+    }
     assert {config.tied for config in configs} == {True, False}
     assert {config.key_size * config.heads == config.width for config in configs} == {True, False}
     stored = [sum(file.stat().st_size for file in (DATA / name).iterdir()) for name in CASES]
@@ -82,7 +89,7 @@ def test_what_is_written_is_read_as_the_same_decoder(name):
     values = json.loads((DATA / name / "config.json").read_text())
     config = from_json(values)
     again = from_json(to_json(config, values["model_type"]))
-    given = config.rope_scaling.magnitude if config.rope_scaling.kind == "yarn" else None
+    given = config.rope_scaling.magnitude if config.rope_scaling.kind in ("yarn", "longrope") else None
     scaling = dataclasses.replace(config.rope_scaling, attention_factor=given)
     assert again == dataclasses.replace(config, rope_scaling=scaling)
 
@@ -185,7 +192,7 @@ def test_keys_are_fields(values, fields):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (json_of("gpt2"), "model_type='gpt2' is not supported; expected one of llama, mistral, qwen2, qwen3, smollm3"),
+        (json_of("gptj"), "model_type='gptj' is not supported; expected one of llama, mistral, qwen2, qwen3, smollm3"),
         ({}, "model_type=None"),
         ({"model_type": "llama"}, "is missing"),
         (json_of(attention_multiplier=2.0), "attention_multiplier=2.0 of model_type 'llama'"),
@@ -198,7 +205,7 @@ def test_keys_are_fields(values, fields):
         (json_of("qwen2", layer_types=["chunked_attention"] * 3), "layer_types"),
         (json_of("qwen2", layer_types=["full_attention"] * 2), "layer_types.*for 3 layers"),
         (json_of("qwen2", layer_types=["sliding_attention"] * 3), "expected a window that is used"),
-        (json_of(rope_scaling={"type": "longrope"}), "rope_type='longrope'"),
+        (json_of(rope_scaling={"type": "longrope"}), "rope_type 'longrope' without long_factor, short_factor"),
         (json_of(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 3}), "beta_fast=3 of rope_type 'linear'"),
         (json_of(rope_scaling={"type": "linear"}), "without factor"),
         (json_of(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "without high_freq_factor, low_freq_factor"),
@@ -239,7 +246,7 @@ def test_a_decoder_is_saved_as_the_first_family_that_has_it_all(options, family)
         ({"qk_norm": True, "mlp_bias": True}, None, "no family among llama.*mlp_bias=True, qk_norm=True"),
         ({"output_bias": True}, None, "output_bias=True"),
         ({"qk_norm": True}, "llama", "family 'llama' has not all options of this decoder; 'qwen3' has"),
-        ({}, "gpt2", "family 'gpt2' is not known"),
+        ({}, "gptj", "family 'gptj' is not known"),
     ],
 )
 def test_a_decoder_no_family_has_is_refused(options, family, message, tmp_path):

@@ -4,9 +4,10 @@ A family of models or a kind of file brings a table and a ``Source``; what is st
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -32,6 +33,21 @@ class Source(Protocol):
     def get(self, name: str) -> np.ndarray:
         """One tensor, read now."""
         ...
+
+
+class Prefixed:
+    """A source whose names lack a prefix that the table has."""
+
+    def __init__(self, source: Source, prefix: str):
+        self.source, self.prefix = source, prefix
+
+    def names(self) -> set[str]:
+        """The names with the prefix."""
+        return {self.prefix + name for name in self.source.names()}
+
+    def get(self, name: str) -> np.ndarray:
+        """The tensor of that name."""
+        return self.source.get(name.removeprefix(self.prefix))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +91,49 @@ def linear(inputs: int = 1) -> Transform:
     )
 
 
+def conv1d(inputs: int = 1) -> Transform:
+    """A matrix as GPT-2 keeps it: ``[in, out]``, not transposed."""
+
+    def shape_in(shape: Shape) -> Shape:
+        return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+
+    return Transform(
+        shape_in, lambda array, shape: array.reshape(shape), lambda array: array.reshape(shape_in(array.shape))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Of a tensor that holds several parameters side by side: which one it is, and how they lie."""
+
+    index: int
+    """Counted from 0."""
+    axis: int = 0
+    """Of the tensor in the file."""
+    blocks: int = 1
+    """So many times, one after the other, a piece of every parameter: GPT-NeoX has one for each head."""
+
+    def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """One tensor of all parts.
+
+        Example:
+          >>> Part(0, blocks=2).join([np.array([1, 2]), np.array([3, 4])]).tolist()
+          [1, 3, 2, 4]
+        """
+        first = [np.moveaxis(array, self.axis, 0) for array in arrays]
+        pieces = [a.reshape(self.blocks, len(a) // self.blocks, *a.shape[1:]) for a in first]
+        joined = np.concatenate(pieces, axis=1)
+        return np.moveaxis(joined.reshape(-1, *joined.shape[2:]), 0, self.axis)
+
+    def take(self, array: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+        """This part of a tensor whose parts have these sizes."""
+        first = np.moveaxis(array, self.axis, 0)
+        blocks = first.reshape(self.blocks, len(first) // self.blocks, *first.shape[1:])
+        start, size = (sum(some) // self.blocks for some in (sizes[: self.index], sizes[self.index : self.index + 1]))
+        piece = blocks[:, start : start + size]
+        return np.moveaxis(piece.reshape(-1, *piece.shape[2:]), 0, self.axis)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """Where a parameter stands in a file."""
@@ -82,6 +141,8 @@ class Row:
     name: str
     """The tensor's name, with ``{layer}`` (counted from 0) for what every layer has."""
     transform: Transform = same
+    part: Part | None = None
+    """None: the tensor is this parameter alone."""
 
 
 Table = dict[Path, Row]
@@ -125,9 +186,14 @@ def assemble(
     wanted = _wanted(config, table, shapes)
     _check_names(set(wanted), source.names(), ignored)
     params: Params = {}
+    beside = _beside(table, shapes)
     for path, shape in shapes.items():
-        array = _read(config, table[path], source, path, shape, None if dtype is None else jnp.dtype(dtype))
-        _put(params, path, place(path, array))
+        one = functools.partial(_one, table[path], source, path, beside[path])
+        _put(
+            params,
+            path,
+            place(path, _read(config, table[path], one, shape, None if dtype is None else jnp.dtype(dtype))),
+        )
     return params
 
 
@@ -142,15 +208,31 @@ def disassemble(config: DecoderConfig, table: Table, params: Params) -> Iterator
     shapes = shapes_of(config)
     _wanted(config, table, shapes)
     for path, shape in shapes.items():
-        leaf = _at(params, path)
-        if tuple(leaf.shape) != shape:
+        if tuple((leaf := _at(params, path)).shape) != shape:
             raise ValueError(f"parameter {'/'.join(path)} has shape {tuple(leaf.shape)}; this decoder has {shape}.")
-        row = table[path]
-        if "{layer}" not in row.name:
-            yield row.name, np.ascontiguousarray(row.transform.write(np.asarray(leaf)))
-            continue
-        for layer in range(config.layers):
-            yield row.name.format(layer=layer), np.ascontiguousarray(row.transform.write(np.asarray(leaf[layer])))
+    for name, members in _tensors(table, shapes).items():
+        for layer in range(config.layers) if "{layer}" in name else (None,):
+            arrays = [_at(params, path) if layer is None else _at(params, path)[layer] for path in members]
+            arrays = [table[path].transform.write(np.asarray(a)) for path, a in zip(members, arrays, strict=True)]
+            part = table[members[0]].part
+            array = arrays[0] if part is None else part.join(arrays)
+            yield name.format(layer=layer), np.ascontiguousarray(array)
+
+
+def _tensors(table: Table, paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Tensor → the parameters in it, in order: one, or its parts."""
+    tensors: dict[str, list[Path]] = {}
+    for path in paths:
+        tensors.setdefault(table[path].name, []).append(path)
+    return {
+        name: sorted(paths, key=lambda path: (table[path].part or Part(0)).index) for name, paths in tensors.items()
+    }
+
+
+def _beside(table: Table, shapes: dict[Path, Shape]) -> dict[Path, list[Shape]]:
+    """For each parameter, the shapes in the file of all that share its tensor: of one layer."""
+    there = {p: table[p].transform.shape(shape[1:] if p[0] == "layers" else shape) for p, shape in shapes.items()}
+    return {path: [there[p] for p in paths] for paths in _tensors(table, shapes).values() for path in paths}
 
 
 def _wanted(config: DecoderConfig, table: Table, shapes: dict[Path, Shape]) -> list[str]:
@@ -159,14 +241,13 @@ def _wanted(config: DecoderConfig, table: Table, shapes: dict[Path, Shape]) -> l
         wrong = sorted("/".join(path) for path in table.keys() ^ shapes.keys())
         raise ValueError(f"the name table does not fit this decoder; only one of them has {_some(wrong)}.")
     names = []
-    for path, row in table.items():
-        if ("{layer}" in row.name) != (path[0] == "layers"):
-            raise ValueError(f"{'/'.join(path)}: {row.name!r} must hold {{layer}} exactly if every layer has it.")
-        repeats = config.layers if path[0] == "layers" else 1
-        names += [row.name.format(layer=layer) for layer in range(repeats)]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"the name table uses {_some(twice)} twice.")
+    for name, paths in _tensors(table, shapes).items():
+        if ("{layer}" in name) != (paths[0][0] == "layers"):
+            raise ValueError(f"{'/'.join(paths[0])}: {name!r} must hold {{layer}} exactly if every layer has it.")
+        parts = [table[path].part for path in paths]
+        if len(paths) > 1 and [part and part.index for part in parts] != list(range(len(paths))):
+            raise ValueError(f"the name table uses {name.format(layer=0)} twice.")
+        names += [name.format(layer=layer) for layer in range(config.layers if "{layer}" in name else 1)]
     return names
 
 
@@ -184,26 +265,30 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _read(config: DecoderConfig, row: Row, source: Source, path: Path, shape: Shape, dtype: Any) -> np.ndarray:
-    if path[0] != "layers":
-        array = _one(row, row.name, source, path, shape)
+def _read(config: DecoderConfig, row: Row, one: Callable[[str, Shape], np.ndarray], shape: Shape, dtype: Any):
+    if "{layer}" not in row.name:
+        array = one(row.name, shape)
         return np.ascontiguousarray(array, array.dtype if dtype is None else dtype)
     stacked = None
     for layer in range(config.layers):
-        array = _one(row, row.name.format(layer=layer), source, path, shape[1:])
+        array = one(row.name.format(layer=layer), shape[1:])
         if stacked is None:
             stacked = np.empty(shape, array.dtype if dtype is None else dtype)
         stacked[layer] = array
     return stacked
 
 
-def _one(row: Row, name: str, source: Source, path: Path, shape: Shape) -> np.ndarray:
-    array, expected = source.get(name), row.transform.shape(shape)
-    if tuple(array.shape) != tuple(expected):
+def _one(row: Row, source: Source, path: Path, beside: list[Shape], name: str, shape: Shape) -> np.ndarray:
+    """One parameter (of one layer) from a tensor that holds parameters of the shapes ``beside``."""
+    array, expected = source.get(name), tuple(beside[0])
+    if row.part is not None:
+        sizes = [other[row.part.axis] for other in beside]
+        expected = tuple(sum(sizes) if n == row.part.axis else size for n, size in enumerate(expected))
+    if tuple(array.shape) != expected:
         raise ValueError(
-            f"{name}: shape {tuple(array.shape)}; expected {tuple(expected)} for {'/'.join(path)} {tuple(shape)}."
+            f"{name}: shape {tuple(array.shape)}; expected {expected} for {'/'.join(path)} {tuple(shape)}."
         )
-    return row.transform.read(array, shape)
+    return row.transform.read(array if row.part is None else row.part.take(array, sizes), shape)
 
 
 def _at(tree: Any, path: Path) -> Any:

@@ -6,11 +6,11 @@ A key of ``config.json`` is used, or known not to matter, or an error with its v
 from typing import Any
 
 from distill.models import DecoderConfig
-from distill.weights import gemma, llama
+from distill.weights import gemma, gpt, llama, relatives
 from distill.weights.assemble import Table, shapes_of
 from distill.weights.family import HARMLESS, NEUTRAL, Family, Json, Keys, chosen
 
-FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES
+FAMILIES: dict[str, Family] = llama.FAMILIES | relatives.FAMILIES | gemma.FAMILIES | gpt.FAMILIES
 """``model_type`` → family, the most common first: a decoder is saved as the first that has all it needs."""
 
 
@@ -119,4 +119,4 @@ def table_of(config: DecoderConfig, family: str | None = None) -> Table:
       ValueError: a family that is not known or has not all of this decoder's options.
     """
     row = FAMILIES[_named(config, family)].row
-    return {path: row(path) for path in shapes_of(config)}
+    return {path: row(config, path) for path in shapes_of(config)}

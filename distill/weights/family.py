@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from distill.models import DecoderConfig
-from distill.weights.assemble import Path, Row
+from distill.weights.assemble import Path, Row, Transform, flat, linear, same
 from distill.weights.rope_json import from_rope_json, to_rope_json
 
 Json = dict[str, Any]
@@ -52,12 +52,14 @@ class Family(NamedTuple):
     """The inverse of ``options``."""
     expresses: Callable[[DecoderConfig], bool]
     """Whether this family has all of a decoder's options."""
-    row: Callable[[Path], Row]
-    """Where a parameter stands in a file."""
+    row: Callable[[DecoderConfig, Path], Row]
+    """Where a parameter of a decoder stands in a file."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors that are computed, not learned."""
     harmless: frozenset[str] = frozenset()
     """Keys of this family alone that change no logit."""
+    prefix: str = ""
+    """Of all names; files may leave it out."""
 
 
 HARMLESS = {
@@ -127,24 +129,67 @@ def only(config: DecoderConfig, *options: str) -> bool:
     return not chosen(config).keys() - set(options)
 
 
+def row(path: Path, names: dict[str, str], layer: str, matrix: Callable[[int], Transform] = linear) -> Row:
+    """Where a parameter stands in a file.
+
+    Args:
+      path: of the parameter.
+      names: the module a parameter belongs to → the module in the file.
+      layer: what stands before the names of a layer.
+      matrix: ``inputs -> Transform``, how matrices lie.
+
+    Example:
+      >>> row(("layers", "mlp", "down", "kernel"), {"layers/mlp/down": "mlp.down_proj"}, "model.layers.{layer}.").name
+      'model.layers.{layer}.mlp.down_proj.weight'
+    """
+    if len(path) == 1:
+        return Row(f"{names[path[0]]}.weight", linear() if path[0] == "head" else same)
+    name = (layer if path[0] == "layers" else "") + names["/".join(path[:-1])]
+    if path[-1] == "kernel":
+        return Row(f"{name}.weight", matrix(2 if path[-2] == "output" else 1))
+    return Row(f"{name}.{'weight' if path[-1] == 'scale' else 'bias'}", flat)
+
+
 # ---- groups of keys
 
 
-_ROPE = ("rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings", "original_max_position_embeddings")
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+"""Their names → ours."""
+
+
+def activation(key: str, given: str) -> str:
+    """The activation by our name; ValueError if there is none."""
+    if given not in ACTIVATIONS:
+        raise ValueError(f"config.json: {key}={given!r} is not supported; expected {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[given]
+
+
+def activation_key(c: DecoderConfig) -> str:
+    """The inverse of ``activation``."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.activation)
+
 
 ROTARY = {"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None}
 ROTARY |= {"original_max_position_embeddings": None, "max_position_embeddings": 2048}
 """Defaults of what ``rotary`` reads."""
 
 
-def rotary(keys: Keys) -> Json:
-    """``rope_theta`` and ``rope_scaling``."""
-    return from_rope_json(*(keys.get(key) for key in _ROPE))
+def rotary(keys: Keys, fraction: float | None = None, theta: str = "rope_theta") -> Json:
+    """``rope_theta`` (of the key ``theta``) and ``rope_scaling``; and ``rope_fraction``, if a default is given."""
+    names = ("rope_scaling", "rope_parameters", theta, "max_position_embeddings", "original_max_position_embeddings")
+    return from_rope_json(*(keys.get(key) for key in names), fraction)
 
 
-def rotary_keys(c: DecoderConfig) -> Json:
+def rotary_keys(c: DecoderConfig, *, fraction: bool = False) -> Json:
     """The inverse of ``rotary``."""
-    return {"rope_parameters": to_rope_json(c.rope_theta, c.rope_scaling)}
+    rope = to_rope_json(c.rope_theta, c.rope_scaling)
+    return {"rope_parameters": rope | ({"partial_rotary_factor": c.rope_fraction} if fraction else {})}
 
 
 def biases(keys: Keys) -> Json:

@@ -14,7 +14,7 @@ import numpy as np
 
 from distill.models import DecoderConfig, Model, decoder
 from distill.shapes import Params
-from distill.weights.assemble import Place, assemble, disassemble
+from distill.weights.assemble import Place, Prefixed, assemble, disassemble
 from distill.weights.families import FAMILIES, from_json, table_of, to_json
 from distill.weights.safetensors import SafetensorsSource, write
 
@@ -84,6 +84,9 @@ def load(
         ignored += (r"lm_head\.weight",)
     try:
         source = SafetensorsSource(folder)
+        prefix = FAMILIES[family].prefix
+        if prefix and not any(name.startswith(prefix) for name in source.names()):
+            source = Prefixed(source, prefix)
         params = assemble(config, table, source, _onto(sharding, model), dtype=dtype, ignored=ignored)
     except ValueError as error:
         raise ValueError(f"{path_or_name}: {error}") from error

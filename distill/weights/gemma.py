@@ -5,15 +5,26 @@ from collections.abc import Callable
 from distill.models import DecoderConfig
 from distill.weights import llama
 from distill.weights.assemble import Path, Row
-from distill.weights.family import Family, Json, Keys, biases, layer_types, only, rotary, rotary_keys, windows
+from distill.weights.family import (
+    Family,
+    Json,
+    Keys,
+    activation,
+    activation_key,
+    biases,
+    layer_types,
+    only,
+    rotary,
+    rotary_keys,
+    row,
+    windows,
+)
 from distill.weights.rope_json import from_rope_json, to_rope_json
 
-ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
-
 NAMES = llama.NAMES | {
-    "layers/attention_post_norm/scale": "post_attention_layernorm.weight",
-    "layers/mlp_norm/scale": "pre_feedforward_layernorm.weight",
-    "layers/mlp_post_norm/scale": "post_feedforward_layernorm.weight",
+    "layers/attention_post_norm": "post_attention_layernorm",
+    "layers/mlp_norm": "pre_feedforward_layernorm",
+    "layers/mlp_post_norm": "post_feedforward_layernorm",
 }
 
 _ALWAYS = {"norm_plus_one": True, "norm_place": "around", "scaled_embedding": True}
@@ -31,8 +42,8 @@ _DEFAULTS = {
 }
 
 
-def _row(path: Path) -> Row:
-    return llama.row(path, NAMES)
+def _row(config: DecoderConfig, path: Path) -> Row:
+    return row(path, NAMES, llama.LAYER)
 
 
 def _common(keys: Keys, windowed: Callable[[int], bool]) -> Json:
@@ -40,20 +51,18 @@ def _common(keys: Keys, windowed: Callable[[int], bool]) -> Json:
     keys.neutral("use_bidirectional_attention", False, None)
     given = keys.get("hidden_activation") or "gelu_pytorch_tanh"
     keys.neutral("hidden_act", given)
-    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    if given not in known:
-        raise ValueError(f"config.json: hidden_activation={given!r} is not supported; expected {', '.join(known)}.")
+    kind = activation("hidden_activation", given)
     fields = _ALWAYS | biases(keys) | windows(keys, keys.get("sliding_window"), windowed)
     softcaps = {
         "attention_softcap": keys.get("attn_logit_softcapping"),
         "logit_softcap": keys.get("final_logit_softcapping"),
     }
-    return fields | softcaps | {"activation": known[given], "attention_scalar": keys.get("query_pre_attn_scalar")}
+    return fields | softcaps | {"activation": kind, "attention_scalar": keys.get("query_pre_attn_scalar")}
 
 
 def _common_keys(c: DecoderConfig) -> Json:
     return {
-        "hidden_activation": ACTIVATIONS[c.activation],
+        "hidden_activation": activation_key(c),
         "attention_bias": c.qkv_bias,
         "query_pre_attn_scalar": c.key_size if c.attention_scalar is None else c.attention_scalar,
         "attn_logit_softcapping": c.attention_softcap,

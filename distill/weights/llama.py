@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from distill.models import DecoderConfig
-from distill.weights.assemble import Path, Row, flat, linear, same
 from distill.weights.family import (
     ROTARY,
     Family,
@@ -14,6 +13,7 @@ from distill.weights.family import (
     only,
     rotary,
     rotary_keys,
+    row,
     windows,
 )
 
@@ -44,13 +44,13 @@ IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rota
 """In older files."""
 
 NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "head": "lm_head.weight",
-    "norm/scale": "model.norm.weight",
-    "layers/attention_norm/scale": "input_layernorm.weight",
-    "layers/mlp_norm/scale": "post_attention_layernorm.weight",
-    "layers/attention/query_norm/scale": "self_attn.q_norm.weight",
-    "layers/attention/key_norm/scale": "self_attn.k_norm.weight",
+    "embedding": "model.embed_tokens",
+    "head": "lm_head",
+    "norm": "model.norm",
+    "layers/attention_norm": "input_layernorm",
+    "layers/mlp_norm": "post_attention_layernorm",
+    "layers/attention/query_norm": "self_attn.q_norm",
+    "layers/attention/key_norm": "self_attn.k_norm",
     "layers/attention/query": "self_attn.q_proj",
     "layers/attention/key": "self_attn.k_proj",
     "layers/attention/value": "self_attn.v_proj",
@@ -59,19 +59,9 @@ NAMES = {
     "layers/mlp/up": "mlp.up_proj",
     "layers/mlp/down": "mlp.down_proj",
 }
-"""Parameter, or the matrix it belongs to → tensor."""
+"""The module a parameter belongs to → the module in the file."""
 
-
-def row(path: Path, names: dict[str, str] = NAMES) -> Row:
-    """Where a parameter stands in a file; matrices are those of PyTorch's ``Linear``."""
-    prefix = "model.layers.{layer}." if path[0] == "layers" else ""
-    key = "/".join(path)
-    if path[-1] in ("kernel", "bias"):
-        name = prefix + names["/".join(path[:-1])] + (".weight" if path[-1] == "kernel" else ".bias")
-        if path[-1] == "kernel":
-            return Row(name, linear(2 if path[-2] == "output" else 1))
-        return Row(name, flat if path[-2] in ("query", "key", "value") else same)
-    return Row(prefix + names[key], linear() if key == "head" else same)
+LAYER = "model.layers.{layer}."
 
 
 def _family(
@@ -88,7 +78,7 @@ def _family(
         lambda given: rotary(given) | options(given),
         lambda c: {"hidden_act": "silu"} | rotary_keys(c) | keys(c),
         expresses,
-        row,
+        lambda config, path: row(path, NAMES, LAYER),
         IGNORED,
     )
 

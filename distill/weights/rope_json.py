@@ -21,12 +21,26 @@ _KEYS = {
         "mscale_all_dim",
         "truncate",
     },
+    "longrope": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    },
 }
 """``rope_type`` → what may stand beside it."""
 
 
-def from_rope_json(older: Json | None, newer: Json | None, theta: float, length: int, original: int | None) -> Json:
-    """``rope_theta`` and ``rope_scaling`` of a decoder.
+def from_rope_json(
+    older: Json | None,
+    newer: Json | None,
+    theta: float,
+    length: int,
+    original: int | None,
+    fraction: float | None = None,
+) -> Json:
+    """``rope_theta`` and ``rope_scaling`` of a decoder, and ``rope_fraction`` where a family has it.
 
     Args:
       older: ``rope_scaling``, beside ``rope_theta``.
@@ -34,6 +48,7 @@ def from_rope_json(older: Json | None, newer: Json | None, theta: float, length:
       theta: the key ``rope_theta``.
       length: ``max_position_embeddings``.
       original: ``original_max_position_embeddings``; None: as in the parameters, or ``length``.
+      fraction: the part of a head that is rotated if the parameters do not say; None: all of it, always.
 
     Example:
       >>> from_rope_json({"type": "linear", "factor": 2.0}, None, 1e4, 2048, None)["rope_scaling"].factor
@@ -46,23 +61,25 @@ def from_rope_json(older: Json | None, newer: Json | None, theta: float, length:
     theta = float(given.pop("rope_theta", theta))
     older_kind = given.pop("type", "default")
     kind = given.pop("rope_type", older_kind)
+    kind = "longrope" if kind == "su" else kind  # its older name
     if kind not in _KEYS:
         raise ValueError(f"config.json: rope_type={kind!r} is not supported; expected one of {', '.join(_KEYS)}.")
-    if given.get("partial_rotary_factor") == 1.0:
-        del given["partial_rotary_factor"]
+    if fraction is not None or given.get("partial_rotary_factor") == 1.0:
+        fraction = given.pop("partial_rotary_factor", fraction)
     unknown = [f"{key}={value!r}" for key, value in given.items() if key not in _KEYS[kind]]
     if unknown:
         raise ValueError(f"config.json: {', '.join(unknown)} of rope_type {kind!r}: not known, and it might matter.")
-    return {"rope_theta": theta, "rope_scaling": _scaling(kind, given, length, original)}
+    fields = {"rope_theta": theta, "rope_scaling": _scaling(kind, given, length, original)}
+    return fields if fraction is None else fields | {"rope_fraction": float(fraction)}
 
 
 def _scaling(kind: str, given: Json, length: int, original: int | None) -> RopeScaling:
     if kind == "default":
         return RopeScaling()
     original = int(original or given.get("original_max_position_embeddings") or length)
-    if kind == "yarn":
+    if kind in ("yarn", "longrope"):
         given.setdefault("factor", length / original)
-    needed = _KEYS[kind] & {"factor", "low_freq_factor", "high_freq_factor"}
+    needed = _KEYS[kind] & {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
     missing = sorted(needed - given.keys())
     if missing:
         raise ValueError(f"config.json: rope_type {kind!r} without {', '.join(missing)}.")
@@ -74,6 +91,10 @@ def _scaling(kind: str, given: Json, length: int, original: int | None) -> RopeS
     if kind == "llama3":
         low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])
         return RopeScaling(kind, factor, original, low_frequency=low, high_frequency=high)
+    if kind == "longrope":
+        short, long = (tuple(float(f) for f in given[name]) for name in ("short_factor", "long_factor"))
+        factor, kept = max(factor, 1.0), given.get("attention_factor")
+        return RopeScaling(kind, factor, original, attention_factor=kept, short_factors=short, long_factors=long)
     return RopeScaling(
         kind,
         factor,
@@ -101,11 +122,14 @@ def to_rope_json(theta: float, scaling: RopeScaling) -> Json:
     if scaling.kind == "none":
         return {"rope_theta": theta, "rope_type": "default"}
     rope = {"rope_theta": theta, "rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind in ("llama3", "yarn"):
+    if scaling.kind in ("llama3", "yarn", "longrope"):
         rope["original_max_position_embeddings"] = scaling.original_length
     if scaling.kind == "llama3":
         rope |= {"low_freq_factor": scaling.low_frequency, "high_freq_factor": scaling.high_frequency}
     if scaling.kind == "yarn":
         rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+    if scaling.kind == "longrope":
+        rope |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
+    if scaling.kind in ("yarn", "longrope"):
         rope["attention_factor"] = scaling.magnitude
     return rope

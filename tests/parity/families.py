@@ -33,6 +33,11 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+OTHERWISE = {
+    "gpt_neox": ("num_key_value_heads", "head_dim", "rms_norm_eps"),
+    "gpt2": tuple(key for key in SIZES if key != "vocab_size" and not key.endswith("_id")),
+}
+"""Sizes that a family has not, or calls otherwise."""
 SHORT = {"rope_theta": 60.0, "original_max_position_embeddings": 12}  # so that 16 tokens are a long text
 
 
@@ -41,6 +46,18 @@ def scaled(kind, **keys):
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40}
+PARTIAL = {"rope_parameters": {"rope_theta": 60.0, "partial_rotary_factor": 0.5}}
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 60.0,
+        "short_factor": [1.0, 1.5],
+        "long_factor": [1.25, 3.0],
+        "original_max_position_embeddings": 12,
+    }
+}
+GPT2 = {"n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": 16, "layer_norm_epsilon": 1e-3}
+NEOX = {"hidden_size": 12, "num_attention_heads": 3, "layer_norm_eps": 1e-3, "intermediate_size": 10}
 GEMMA3 = {
     "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 60.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 7.0},
@@ -89,6 +106,21 @@ CASES = {
         }
         | {"query_pre_attn_scalar": 5, "rope_parameters": GEMMA3, "hidden_size": 8, "tie_word_embeddings": False},
     ),
+    "olmo2": ("olmo2", {"hidden_size": 10, "head_dim": 4}),
+    "olmo2_biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_hidden_layers": 1}),
+    "phi3": ("phi3", {"hidden_size": 10, "head_dim": 4, "sliding_window": 6, **PARTIAL}),
+    "phi3_longrope": ("phi3", {"head_dim": 4, "hidden_size": 16, "original_max_position_embeddings": 12, **LONGROPE}),
+    "gpt2": ("gpt2", {**GPT2, "n_inner": 14}),
+    "gpt2_untied": ("gpt2", {**GPT2, "n_head": 2, "activation_function": "gelu", "tie_word_embeddings": False}),
+    "pythia": (
+        "gpt_neox",
+        {**NEOX, "hidden_size": 16, "num_attention_heads": 2, "rope_parameters": {"rope_theta": 60.0}},
+    ),
+    "neox_in_turn": (
+        "gpt_neox",
+        {**NEOX, "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}
+        | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 60.0, "partial_rotary_factor": 1.0}},
+    ),
 }
 """Name → model_type and what differs from ``SIZES``."""
 
@@ -97,7 +129,8 @@ def build(name: str, folder: Path) -> None:
     """Writes the folder of a case with transformers: every parameter drawn, none zero or one."""
     kind, options = CASES[name]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **(SIZES | options))
+    sizes = {key: value for key, value in SIZES.items() if key not in OTHERWISE.get(kind, ())}
+    config = transformers.AutoConfig.for_model(kind, **(sizes | options))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     with torch.no_grad():
@@ -145,7 +178,11 @@ def theirs(folder: Path) -> dict[str, np.ndarray]:
         results[f"logits/{name}"] = logits.detach().numpy()
         if name == "rows":
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-            results |= {f"gradient/{key}": value.grad.numpy() for key, value in model.named_parameters()}
+            renamed = {"lm_head.weight": "embed_out.weight"} if model.config.model_type == "gpt_neox" else {}
+            grads = {
+                renamed.get(key, key): value.grad.numpy() for key, value in model.named_parameters()
+            }  # as in files
+            results |= {f"gradient/{key}": value for key, value in grads.items()}
     return results
 
 
@@ -167,7 +204,8 @@ def test_transformers_opens_what_is_saved(folder, tmp_path, shard_bytes):
     import distill
 
     model, params = distill.load(folder)
-    distill.save(tmp_path, model, params, shard_bytes=shard_bytes)
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    distill.save(tmp_path, model, params, family=family, shard_bytes=shard_bytes)
     assert (tmp_path / "model.safetensors.index.json").is_file() == (shard_bytes < 5_000)
     before, after = theirs(folder), theirs(tmp_path)
     assert before.keys() == after.keys()
