@@ -19,10 +19,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Every family of models beside transformers on PyTorch; writes anew what tests/data/families holds where it differs.
+# Every family of models beside transformers on PyTorch; writes anew what tests/data holds where it differs.
 parity: $(VENV)/.parity
 	$(BIN)/python tests/parity/families.py
-	$(BIN)/python -m pytest -n 0 tests/parity/families.py -W default
+	$(BIN)/python tests/parity/encoders.py
+	$(BIN)/python -m pytest -n 0 tests/parity/families.py tests/parity/encoders.py -W default
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'distill needs Python 3.11 or newer; set PYTHON=')"

@@ -2,17 +2,20 @@
 
 from distill.models.config import DecoderConfig, RopeScaling
 from distill.models.decoder import decoder
+from distill.models.encoder import EncoderConfig, encoder
 from distill.models.model import Cache, Collect, Model, Output, Relations, from_linen, from_nnx
 
 __all__ = [
     "Cache",
     "Collect",
     "DecoderConfig",
+    "EncoderConfig",
     "Model",
     "Output",
     "Relations",
     "RopeScaling",
     "decoder",
+    "encoder",
     "from_linen",
     "from_nnx",
 ]

@@ -30,13 +30,13 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     return (x32 * jax.lax.rsqrt(variance + epsilon) * scale).astype(x.dtype)
 
 
-def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+def layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
     """(x − mean(x)) / sqrt(var(x) + ε) · scale + bias over the last axis, in float32 (arXiv 1607.06450)."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in (scale, bias))
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + epsilon) * scale + bias).astype(x.dtype)
+    y = centred * jax.lax.rsqrt(variance + epsilon) * jnp.expand_dims(scale, range(x.ndim - 1))
+    return (y if bias is None else y + jnp.expand_dims(bias, range(x.ndim - 1))).astype(x.dtype)
 
 
 class Projection(nn.Module):

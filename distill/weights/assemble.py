@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.models import DecoderConfig, decoder
+from distill.models import DecoderConfig, EncoderConfig, Model, decoder, encoder
 from distill.shapes import Array, Params
 
+NetworkConfig = DecoderConfig | EncoderConfig
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
 Place = Callable[[Path, np.ndarray], Array]
@@ -149,16 +150,22 @@ Table = dict[Path, Row]
 """Our parameter, such as ``("layers", "attention", "query", "kernel")`` → its row."""
 
 
-def shapes_of(config: DecoderConfig) -> dict[Path, Shape]:
-    """The shape of every parameter of a decoder; those of layers are stacked, ``[N, ...]``."""
-    leaves = jax.tree_util.tree_leaves_with_path(decoder(config).axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+def network(config: NetworkConfig) -> Model:
+    """The decoder or encoder of a configuration."""
+    return encoder(config) if isinstance(config, EncoderConfig) else decoder(config)
+
+
+def shapes_of(config: NetworkConfig) -> dict[Path, Shape]:
+    """The shape of every parameter of a network; those of layers are stacked, ``[N, ...]``."""
+    model = network(config)
+    leaves = jax.tree_util.tree_leaves_with_path(model.axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     paths = [tuple(key.key for key in path) for path, _ in leaves]
-    shapes = jax.eval_shape(decoder(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
     return {path: _at(shapes, path).shape for path in paths}
 
 
 def assemble(
-    config: DecoderConfig,
+    config: NetworkConfig,
     table: Table,
     source: Source,
     place: Place | None = None,
@@ -197,7 +204,7 @@ def assemble(
     return params
 
 
-def disassemble(config: DecoderConfig, table: Table, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+def disassemble(config: NetworkConfig, table: Table, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """``(name, array)`` of every tensor of a file, one at a time, in the parameters' own types.
 
     ``assemble`` of these tensors gives the same bits.
@@ -235,7 +242,7 @@ def _beside(table: Table, shapes: dict[Path, Shape]) -> dict[Path, list[Shape]]:
     return {path: [there[p] for p in paths] for paths in _tensors(table, shapes).values() for path in paths}
 
 
-def _wanted(config: DecoderConfig, table: Table, shapes: dict[Path, Shape]) -> list[str]:
+def _wanted(config: NetworkConfig, table: Table, shapes: dict[Path, Shape]) -> list[str]:
     """The names a file must have; a table that lacks a parameter or names a tensor twice is an error."""
     if table.keys() != shapes.keys():
         wrong = sorted("/".join(path) for path in table.keys() ^ shapes.keys())
@@ -265,7 +272,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _read(config: DecoderConfig, row: Row, one: Callable[[str, Shape], np.ndarray], shape: Shape, dtype: Any):
+def _read(config: NetworkConfig, row: Row, one: Callable[[str, Shape], np.ndarray], shape: Shape, dtype: Any):
     if "{layer}" not in row.name:
         array = one(row.name, shape)
         return np.ascontiguousarray(array, array.dtype if dtype is None else dtype)

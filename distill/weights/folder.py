@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.models import DecoderConfig, Model, decoder
+from distill.models import DecoderConfig, EncoderConfig, Model, decoder
 from distill.shapes import Params
-from distill.weights.assemble import Place, Prefixed, assemble, disassemble
+from distill.weights import encoders
+from distill.weights.assemble import NetworkConfig, Place, Prefixed, assemble, disassemble, network
 from distill.weights.families import FAMILIES, from_json, table_of, to_json
 from distill.weights.safetensors import SafetensorsSource, write
 
@@ -78,7 +79,12 @@ def load(
     folder = path if path.is_dir() else _download(path_or_name, revision)
     config, family = _config_of(folder)
     config = dataclasses.replace(config, dtype=activations)
-    model = decoder(config)
+    model = network(config)
+    if isinstance(config, EncoderConfig):
+        try:
+            return model, encoders.read(folder, config, family, _onto(sharding, model), dtype)
+        except ValueError as error:
+            raise ValueError(f"{path_or_name}: {error}") from error
     table, ignored = table_of(config, family), FAMILIES[family].ignored
     if config.tied:
         ignored += (r"lm_head\.weight",)
@@ -93,8 +99,10 @@ def load(
     return model, params
 
 
-def read_config(folder: str | Path, activations: Literal["float32", "bfloat16"] = "float32") -> DecoderConfig:
-    """The decoder that a folder's ``config.json`` describes, without its weights.
+def read_config(
+    folder: str | Path, activations: Literal["float32", "bfloat16"] = "float32"
+) -> DecoderConfig | EncoderConfig:
+    """The network that a folder's ``config.json`` describes, without its weights.
 
     Raises:
       FileNotFoundError: no ``config.json``.
@@ -103,13 +111,15 @@ def read_config(folder: str | Path, activations: Literal["float32", "bfloat16"] 
     return dataclasses.replace(_config_of(Path(folder))[0], dtype=activations)
 
 
-def _config_of(folder: Path) -> tuple[DecoderConfig, str]:
-    """The decoder of a folder's ``config.json``, and its family."""
+def _config_of(folder: Path) -> tuple[NetworkConfig, str]:
+    """The network of a folder's ``config.json``, and its family."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; expected a Hugging Face folder.")
     try:
         values = json.loads(file.read_text())
+        if values.get("model_type") in encoders.ENCODERS:
+            return encoders.read_config(folder, values), values["model_type"]
         return from_json(values), values["model_type"]
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -167,7 +177,7 @@ def save(
 
     Args:
       folder: made if there is none.
-      model: a decoder (``model.config`` says which).
+      model: a decoder or an encoder (``model.config`` says which).
       params: its parameters.
       tokenizer: a folder whose tokenizer files are copied, or an object with ``save_pretrained`` or ``to_str``
         (of transformers, of tokenizers). None: none.
@@ -175,16 +185,21 @@ def save(
       shard_bytes: most bytes of one file.
 
     Raises:
-      ValueError: a model that is no decoder, one that no family can express, parameters of another one.
+      ValueError: a model that is neither, one that no family can express, parameters of another one.
     """
     config = model.config
-    if not isinstance(config, DecoderConfig):
-        raise ValueError(f"save: a model with config {config!r}; expected one made by decoder(DecoderConfig(...)).")
+    if not isinstance(config, DecoderConfig | EncoderConfig):
+        raise ValueError(f"save: a model with config {config!r}; expected one made by decoder(...) or encoder(...).")
     dtype = str(np.dtype(params["embedding"].dtype)) if "embedding" in params else "float32"
-    values = to_json(config, family, dtype) | _special_ids(tokenizer)
+    if isinstance(config, EncoderConfig):
+        values = encoders.to_json(config, family, dtype) | _special_ids(tokenizer)
+        tensors = encoders.tensors(config, values["model_type"], params)
+    else:
+        values = to_json(config, family, dtype) | _special_ids(tokenizer)
+        tensors = disassemble(config, table_of(config, values["model_type"]), params)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, disassemble(config, table_of(config, values["model_type"]), params), shard_bytes)
+    write(folder, tensors, shard_bytes)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     _save_tokenizer(folder, tokenizer)
 

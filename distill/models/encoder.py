@@ -1,0 +1,370 @@
+"""The encoder: every token sees all tokens of its segment. Embedding, a scan over stacked layers, and what follows.
+
+Post-norm with learned positions it is a BERT, a DistilBERT or a MiniLM; pre-norm with rotary positions, windows and
+gates a ModernBERT. ``distill/weights/encoders.py`` says which options each has.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from distill.head import Head
+from distill.models.attention import attend, attention_weights, mix
+from distill.models.collect import collected, empty, keep, slots_of
+from distill.models.layers import Projection, layer_norm
+from distill.models.model import Collect, Model, Output, Relations, from_linen, parameter
+from distill.models.rope import rotate
+from distill.shapes import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """What an encoder is: its sizes and options. The defaults are BERT's."""
+
+    vocab_size: int = 30_522
+    layers: int = 2
+    width: int = 64
+    """Model dimension D; also the width of the embeddings."""
+    heads: int = 4
+    feed_forward: int = 256
+    token_types: int = 0
+    """Rows of the embedding of token types (sentence A or B); 0: there is none."""
+    max_length: int = 512
+    """Rows of the learned positions, and so the longest text; for rotary ones what the model is meant for."""
+    norm: Literal["post", "pre"] = "post"
+    """post: norm(x + f(x)) (arXiv 1810.04805). pre: x + f(norm(x)) and a norm at the end; the first layer's attention
+    follows the norm of the embedding and has none of its own (arXiv 2412.13663)."""
+    positions: Literal["learned", "rotary"] = "learned"
+    rope_theta: float = 160_000.0
+    local_theta: float = 10_000.0
+    """Of the layers with a window."""
+    window: int | None = None
+    """Keys this far on either side are seen by the layers of ``window_layers``. None: all keys, by all layers."""
+    window_layers: tuple[bool, ...] = ()
+    """For each layer, whether it has the window."""
+    gated: bool = False
+    """down(gelu(gate(x)) · up(x)) (GeGLU, arXiv 2002.05202) instead of down(gelu(up(x)))."""
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    norm_epsilon: float = 1e-12
+    pooler: bool = False
+    """BERT's tanh(W · first token + b), for ``bert_pooler``."""
+    mlm_head: bool = False
+    """A head that tells masked words: a transform with a norm, then the embedding, transposed, with a bias."""
+    mlm_bias: bool = True
+    """The transform of that head has a bias."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
+
+    causal: ClassVar[bool] = False
+
+    def __post_init__(self):
+        for name in ("vocab_size", "layers", "width", "heads", "feed_forward", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"encoder: {name}={getattr(self, name)}; expected at least 1.")
+        if self.token_types < 0:
+            raise ValueError(f"encoder: token_types={self.token_types}; expected at least 0.")
+        if self.width % self.heads:
+            raise ValueError(f"encoder: width={self.width} is no multiple of heads={self.heads}.")
+        if self.positions == "rotary" and self.key_size % 2:
+            raise ValueError(f"encoder: the size of a head is {self.key_size}; rotary positions need an even one.")
+        if (self.window is None) != (not self.window_layers) or (self.window is not None and self.window < 0):
+            raise ValueError(f"encoder: window={self.window} and window_layers={self.window_layers} go together.")
+        if self.window_layers and len(self.window_layers) != self.layers:
+            raise ValueError(
+                f"encoder: window_layers has {len(self.window_layers)} entries; expected one for each of "
+                f"{self.layers} layers."
+            )
+
+    @property
+    def groups(self) -> int:
+        """Number of key/value groups, G: as many as heads."""
+        return self.heads
+
+    @property
+    def key_size(self) -> int:
+        """Size of one head, K."""
+        return self.width // self.heads
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of the forward pass per token, matmuls only (2 per multiply-add), in a text of ``length``; no head."""
+        windowed = sum(self.window_layers)
+        near = length if self.window is None else min(length, 2 * self.window + 1)
+        keys = (self.layers - windowed) * length + windowed * near
+        per_layer = 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.feed_forward
+        return 2.0 * (self.layers * per_layer + 2 * self.width * keys)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with its scale, and its bias if it has one."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", parameter(("norm",), mean=1.0), x.shape[-1:])
+        bias = self.param("bias", parameter(("norm",)), x.shape[-1:]) if self.config.norm_bias else None
+        return layer_norm(x, scale, bias, self.config.norm_epsilon)
+
+
+def activation(config: EncoderConfig, x: Array) -> Array:
+    """GELU (arXiv 1606.08415), by the error function or by a tanh."""
+    return nn.gelu(x, approximate=config.activation == "gelu_tanh")
+
+
+class SelfAttention(nn.Module):
+    """Attention of every token to all that ``mask_BLS`` lets it see; ``local``: this layer has the window."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, wanted=(), local=None):
+        c = self.config
+        bias_axes = 2 if c.attention_bias else 0
+
+        def project(name: str, axis: str) -> Array:
+            shape, axes = (c.width, c.heads, c.key_size), ("embed", axis, "head")
+            return Projection("bld,dhk->bhlk", shape, axes, c.width, bias_axes, name=name)(x_BLD)
+
+        def place(x_BHLK: Array) -> Array:
+            if c.positions == "learned":
+                return x_BHLK
+            turned_BHLK = rotate(x_BHLK, positions_BL, c.rope_theta)
+            if local is None:
+                return turned_BHLK
+            return jnp.where(local, rotate(x_BHLK, positions_BL, c.local_theta), turned_BHLK)
+
+        q_BHLK, k_BHLK, v_BHLK = place(project("query", "heads")), place(project("key", "kv")), project("value", "kv")
+        seen = {"relations": Relations(q_BHLK, k_BHLK, v_BHLK)} if "relations" in wanted else {}
+        if "attention" in wanted:
+            weights = attention_weights(q_BHLK, k_BHLK, mask_BLS)
+            y_BHLK = mix(weights, v_BHLK)
+            seen["attention"] = weights.reshape(*q_BHLK.shape[:3], k_BHLK.shape[2])
+        else:
+            y_BHLK = attend(q_BHLK, k_BHLK, v_BHLK, mask_BLS)
+        shape, axes = (c.heads, c.key_size, c.width), ("heads", "head", "embed")
+        bias_axes = int(c.attention_bias)
+        return Projection("bhlk,hkd->bld", shape, axes, c.width, bias_axes, name="output")(y_BHLK), seen
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up(x))), or with a gate."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        c = self.config
+
+        def widen(name: str) -> Array:
+            shape, axes = (c.width, c.feed_forward), ("embed", "mlp")
+            return Projection("bld,df->blf", shape, axes, c.width, int(c.mlp_bias), name=name)(x_BLD)
+
+        y_BLF = activation(c, widen("gate")) * widen("up") if c.gated else activation(c, widen("up"))
+        shape, axes = (c.feed_forward, c.width), ("mlp", "embed")
+        return Projection("blf,fd->bld", shape, axes, c.feed_forward, int(c.mlp_bias), name="down")(y_BLF)
+
+
+class EncoderBlock(nn.Module):
+    """One layer, shaped for ``nn.scan``: the carry ``(x, kept)``, broadcasts, and what differs by layer.
+
+    ``masks`` are those without and with the window; ``kinds`` holds ``local`` and ``first``, each a bool.
+    """
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, carry, positions_BL: Array, masks: tuple[Array, ...], slots, kinds):
+        c = self.config
+        (x_BLD, kept), local = carry, kinds.get("local")
+        mask_BLS = masks[0] if local is None else jnp.where(local, masks[1], masks[0])
+        attention, mlp = SelfAttention(c, name="attention"), FeedForward(c, name="mlp")
+        attention_norm, mlp_norm = LayerNorm(c, name="attention_norm"), LayerNorm(c, name="mlp_norm")
+        if c.norm == "post":
+            attended_BLD, seen = attention(x_BLD, positions_BL, mask_BLS, kept or (), local)
+            x_BLD = attention_norm(x_BLD + attended_BLD)
+            x_BLD = mlp_norm(x_BLD + mlp(x_BLD))
+        else:
+            normed_BLD = jnp.where(kinds["first"], x_BLD, attention_norm(x_BLD))
+            attended_BLD, seen = attention(normed_BLD, positions_BL, mask_BLS, kept or (), local)
+            x_BLD = x_BLD + attended_BLD
+            x_BLD = x_BLD + mlp(mlp_norm(x_BLD))
+        if kept is not None:
+            kept = keep(kept, seen | {"hidden": x_BLD}, slots)
+        return (x_BLD, kept), None
+
+
+class Encoder(nn.Module):
+    """An encoder. Use it through ``encoder(config)``."""
+
+    config: EncoderConfig
+
+    def setup(self):
+        c, std = self.config, self.config.width**-0.5
+        self.embedding = self.param("embedding", parameter(("vocab", "embed"), std=std), (c.vocab_size, c.width))
+        if c.positions == "learned":
+            self.positions = self.param("positions", parameter(("position", "embed"), std=std), (c.max_length, c.width))
+        if c.token_types:
+            self.types = self.param("types", parameter(("position", "embed"), std=std), (c.token_types, c.width))
+        self.embedding_norm = LayerNorm(c)
+        self.layers = nn.scan(
+            EncoderBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        if c.norm == "pre":
+            self.norm = LayerNorm(c)
+        square = ("...d,de->...e", (c.width, c.width), ("embed", "norm"), c.width)
+        if c.pooler:
+            self.pooler = Projection(*square, 1)
+        if c.mlm_head:
+            self.transform, self.transform_norm = Projection(*square, int(c.mlm_bias)), LayerNorm(c)
+            self.head_bias = self.param("head_bias", parameter(("vocab",)), (c.vocab_size,))
+
+    def __call__(
+        self, tokens_BL: Array, positions=None, segments=None, token_types=None, collect: Collect | None = None
+    ) -> Output:
+        c, (batch, length) = self.config, tokens_BL.shape
+        if c.positions == "learned" and positions is None and length > c.max_length:
+            raise ValueError(f"encoder: {length} tokens, but positions for {c.max_length}; cut the text.")
+        positions_BL = jnp.broadcast_to(jnp.arange(length), (batch, length)) if positions is None else positions
+        segments_BL = jnp.ones((batch, length), jnp.int32) if segments is None else segments
+        masks, kinds = _by_layer(c, segments_BL[:, :, None] == segments_BL[:, None, :])
+
+        embedded_BLD = self.embedding[tokens_BL]
+        if c.positions == "learned":
+            embedded_BLD = embedded_BLD + self.positions[positions_BL]
+        if c.token_types:
+            embedded_BLD = embedded_BLD + self.types[jnp.zeros_like(tokens_BL) if token_types is None else token_types]
+        embedded_BLD = self.embedding_norm(embedded_BLD).astype(c.dtype)
+        kept = slots = None
+        if collect is not None:
+            collect.check(c.layers)
+            kept, slots = empty(c, collect, batch, length, length), slots_of(collect, c.layers)
+        (x_BLD, kept), _ = self.layers((embedded_BLD, kept), positions_BL, masks, slots, kinds)
+        hidden_BLD = self.norm(x_BLD) if c.norm == "pre" else x_BLD
+        if self.is_initializing():
+            if c.mlm_head:
+                self.unembed(hidden_BLD)
+            if c.pooler:
+                self.pooled(hidden_BLD)
+        return Output(
+            hidden_BLD, None, None if collect is None else collected(collect, c.layers, kept, embedded_BLD, x_BLD)
+        )
+
+    def unembed(self, hidden_BLD: Array) -> Array:
+        """Logits ``[..., V]`` of masked words; the matmul accumulates in float32."""
+        if not self.config.mlm_head:
+            raise ValueError("encoder: no head, so no logits; use terms on hidden states, or weights with an MLM head.")
+        states_BLD = self.transform_norm(activation(self.config, self.transform(hidden_BLD)))
+        return Head(self.embedding.T, self.head_bias).logits(states_BLD)
+
+    def pooled(self, hidden_BLD: Array) -> Array:
+        """tanh(W · first token + b), ``[B, D]``."""
+        if not self.config.pooler:
+            raise ValueError("encoder: no pooler; use pool(hidden, segments), or weights with a pooler.")
+        return jnp.tanh(self.pooler(hidden_BLD[:, 0]))
+
+
+def _by_layer(config: EncoderConfig, mask_BLS: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
+    """The masks layers choose from, and what differs between layers: arrays ``[N]`` of bools by name."""
+    masks, kinds = (mask_BLS,), {}
+    if config.norm == "pre":
+        kinds["first"] = jnp.arange(config.layers) == 0
+    if config.window_layers:
+        index_L = jnp.arange(mask_BLS.shape[1])
+        near_LS = jnp.abs(index_L[:, None] - index_L[None, :]) <= config.window
+        masks, kinds["local"] = (mask_BLS, mask_BLS & near_LS[None]), jnp.asarray(config.window_layers)
+    return masks, kinds
+
+
+def encoder(config: EncoderConfig) -> Model:
+    """The pure functions of an encoder with this configuration; ``apply`` also takes ``token_types`` ``[B, L]``.
+
+    Pre-norm layers are stacked, so the first one has an attention norm too, of which nothing comes.
+
+    Example:
+      >>> model = encoder(EncoderConfig(vocab_size=14, layers=2, width=8, heads=2, feed_forward=16, max_length=6))
+      >>> output = model.apply(model.init(jax.random.key(0)), jnp.array([[1, 2, 3]]))
+      >>> output.hidden.shape
+      (1, 3, 8)
+    """
+    return from_linen(Encoder(config), config.vocab_size, config=config)
+
+
+def bert_pooler(config: EncoderConfig, params: Params, hidden_BLD: Array) -> Array:
+    """BERT's ``pooler_output`` ``[B, D]``: tanh(W · first token + b).
+
+    Raises:
+      ValueError: an encoder without a pooler.
+    """
+    return Encoder(config).apply({"params": params}, hidden_BLD, method="pooled")
+
+
+def pool(hidden_BLD: Array, segments_BL: Array, kind: Literal["mean", "cls"] = "mean") -> Array:
+    """One vector for each row, ``[B, D]`` float32: the mean over its tokens, or its first token.
+
+    Args:
+      hidden_BLD: hidden states.
+      segments_BL: 0 is padding, which has no part in it; a row without a token gives 0.
+      kind: ``mean``, as MiniLM does, or ``cls``.
+
+    Raises:
+      ValueError: another kind.
+
+    Example:
+      >>> pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]]))
+      Array([[2.]], dtype=float32)
+    """
+    if kind not in ("mean", "cls"):
+        raise ValueError(f"pool: kind={kind!r}; expected 'mean' or 'cls'.")
+    real_BL = segments_BL > 0
+    counts_BL = real_BL if kind == "mean" else real_BL & (jnp.cumsum(real_BL, axis=1) == 1)
+    states_BLD = jnp.where(counts_BL[..., None], hidden_BLD.astype(jnp.float32), 0.0)
+    number_B = jnp.sum(counts_BL, axis=1, dtype=jnp.float32)
+    return jnp.sum(states_BLD, axis=1) / jnp.maximum(number_B, 1.0)[:, None]
+
+
+def embed(model: Model, params: Params, tokens: Array, segments: Array, kind: Literal["mean", "cls"] = "mean") -> Array:
+    """Sentence embeddings of length 1, ``[B, D]`` float32: their products are cosine similarities (arXiv 1908.10084).
+
+    Args:
+      model: an encoder.
+      params: its parameters.
+      tokens: ``[B, L]``, a sentence a row, special tokens included.
+      segments: ``[B, L]``, 1 for a token, 0 for padding.
+      kind: how tokens become one vector (``pool``).
+    """
+    pooled_BD = pool(model.apply(params, tokens, segments=segments).hidden, segments, kind)
+    return pooled_BD / jnp.maximum(jnp.linalg.norm(pooled_BD, axis=-1, keepdims=True), 1e-12)
+
+
+def keep_layers(config: EncoderConfig, params: Params, layers: tuple[int, ...]) -> tuple[EncoderConfig, Params]:
+    """An encoder with some of the layers of another, counted from 0; all else is as it was.
+
+    Raises:
+      ValueError: no layers, layers it has not, or a pre-norm encoder without its first one, which has no norm.
+
+    Example:
+      >>> config = EncoderConfig(vocab_size=14, layers=6, width=8, heads=2, feed_forward=16)
+      >>> keep_layers(config, encoder(config).init(jax.random.key(0)), (1, 3, 5))[0].layers
+      3
+    """
+    if not layers or not all(0 <= layer < config.layers for layer in layers):
+        raise ValueError(f"keep_layers: layers={layers}; expected some of 0 … {config.layers - 1}.")
+    if config.norm == "pre" and (layers[0] != 0 or 0 in layers[1:]):
+        raise ValueError(f"keep_layers: layers={layers}; expected 0 first: the first layer has no attention norm.")
+    windows = tuple(config.window_layers[layer] for layer in layers) if config.window_layers else ()
+    small = dataclasses.replace(config, layers=len(layers), window_layers=windows)
+    if config.window_layers and not any(windows):
+        small = dataclasses.replace(small, window=None, window_layers=())
+    index = jnp.asarray(layers)
+    return small, params | {"layers": jax.tree.map(lambda leaf: leaf[index], params["layers"])}
