@@ -1,11 +1,19 @@
-"""Text ↔ ids."""
+"""Text ↔ ids: one id per character, or a tokenizer as language models come with."""
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +67,305 @@ class CharacterTokenizer:
         return hashlib.sha256(json.dumps(self.symbols).encode()).hexdigest()[:16]
 
 
-def decode_all(tokenizer: CharacterTokenizer, rows: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer of the library ``tokenizers`` as a value: its file, its special tokens and its chat template.
+
+    ``encode`` adds nothing at the ends of a text (``start`` and ``end`` are what the tokenizer itself would add), and
+    finds special tokens that are written in the text. Truncation and padding that a file may ask for are left out:
+    they would cut texts silently.
+
+    Args:
+      serialized: what stands in ``tokenizer.json``.
+      eos: the token that ends a document or an answer.
+      bos: the one it starts with, None: none.
+      pad: fills rows; None: ``eos`` does (segments and masks tell them apart, never the id).
+      unknown: what stands for text without a token, None: none.
+      chat_template: Jinja template of a conversation.
+      options: further keys of ``tokenizer_config.json``, kept when saving.
+
+    Raises:
+      ValueError: the text is no tokenizer, or one of the tokens is not in its vocabulary.
+
+    Example:
+      >>> from tokenizers import Tokenizer, models, pre_tokenizers
+      >>> words = Tokenizer(models.WordLevel({"</s>": 0, "good": 1, "day": 2}, unk_token="</s>"))
+      >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+      >>> tokenizer = TextTokenizer(words.to_str(), eos="</s>")
+      >>> tokenizer.encode("good day"), tokenizer.decode([1, 2]), tokenizer.eos_id, tokenizer.pad_id
+      ([1, 2], 'good day', 0, 0)
+    """
+
+    serialized: str = dataclasses.field(repr=False)
+    eos: str
+    bos: str | None = None
+    pad: str | None = None
+    unknown: str | None = None
+    chat_template: str | None = dataclasses.field(default=None, repr=False)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, hash=False)
+
+    def __post_init__(self):
+        known = self.ids()
+        for name in ("eos", "bos", "pad", "unknown"):
+            if (token := getattr(self, name)) is not None and token not in known:
+                raise ValueError(f"tokenizer: {name}={token!r} is not in its vocabulary of {len(known)} tokens.")
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, eos: str | None = None, pad: str | None = None) -> "TextTokenizer":
+        """The tokenizer of a Hugging Face folder, or of a ``tokenizer.json``.
+
+        Args:
+          folder: holds ``tokenizer.json`` and, as a rule, ``tokenizer_config.json``; or the first file itself.
+          eos: in place of what the folder says.
+          pad: in place of what the folder says.
+
+        Raises:
+          FileNotFoundError: no ``tokenizer.json``.
+          ValueError: a file that cannot be read, or no end-of-text token is named.
+        """
+        folder = Path(folder)
+        folder, file = (folder.parent, folder) if folder.suffix == ".json" else (folder, folder / "tokenizer.json")
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: missing; expected a folder with a tokenizer.json. Of a folder with tokenizer.model or "
+                "vocab.json alone, transformers makes one: AutoTokenizer.from_pretrained(A).save_pretrained(B)."
+            )
+        config = _read_json(folder / "tokenizer_config.json")
+        named = _read_json(folder / "special_tokens_map.json") | config
+        tokens = {name: _content(named.get(f"{name}_token")) for name in ("eos", "bos", "pad", "unk")}
+        eos, pad = eos or tokens["eos"], pad or tokens["pad"]
+        if eos is None:
+            raise ValueError(f"{folder}: no file names an end-of-text token; give one: from_folder(..., eos='</s>').")
+        kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
+        text = file.read_text(encoding="utf-8")
+        try:
+            return cls(text, eos, tokens["bos"], pad, tokens["unk"], _template(folder, config), kept)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    @classmethod
+    def from_transformers(cls, tokenizer: Any, *, eos: str | None = None, pad: str | None = None) -> "TextTokenizer":
+        """The same tokenizer as one of transformers, read from the files it saves.
+
+        Raises:
+          FileNotFoundError: it saves no ``tokenizer.json`` (a slow one).
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return cls.from_folder(folder, eos=eos, pad=pad)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ``tokenizer.json``, ``tokenizer_config.json`` and the chat template, as transformers opens them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"eos_token": self.eos, "bos_token": self.bos, "pad_token": self.pad, "unk_token": self.unknown}
+        tokens = {name: token for name, token in names.items() if token is not None}
+        config = {**self.options, **tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "tokenizer.json").write_text(self.serialized, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        template = folder / "chat_template.jinja"
+        if self.chat_template is None:
+            template.unlink(missing_ok=True)
+        else:
+            template.write_text(self.chat_template, encoding="utf-8")
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+
+    @functools.cached_property
+    def _plain(self) -> "Tokenizer":
+        """The tokenizer without what it adds around a text, and without truncation and padding."""
+        backend = self.backend()
+        backend.post_processor = None
+        return backend
+
+    def backend(self) -> "Tokenizer":
+        """A fresh object of ``tokenizers``, truncation and padding switched off.
+
+        Raises:
+          ValueError: what was given is no tokenizer.
+        """
+        from tokenizers import Tokenizer
+
+        try:
+            backend = Tokenizer.from_str(self.serialized)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"no tokenizer that the library tokenizers reads ({error}).") from error
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @functools.cached_property
+    def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        probe = self.backend().encode("a", add_special_tokens=True)
+        inner = [i for i, added in enumerate(probe.special_tokens_mask) if not added]
+        first, last = (inner[0], inner[-1] + 1) if inner else (len(probe.ids), len(probe.ids))
+        return tuple(probe.ids[:first]), tuple(probe.ids[last:])
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Ids that the tokenizer itself puts before a text, such as the beginning-of-text token; often none."""
+        return self._ends[0]
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """Ids that the tokenizer itself puts after a text; usually none."""
+        return self._ends[1]
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return dict(sorted(self._plain.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]))
+
+    def ids(self) -> dict[str, int]:
+        """Token → id, added tokens included, by id."""
+        return dict(self._ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id: rows that an embedding needs."""
+        return max(self._ids.values()) + 1
+
+    @property
+    def eos_id(self) -> int:
+        """Id of ``eos``."""
+        return self._ids[self.eos]
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of ``bos``, None if there is none."""
+        return None if self.bos is None else self._ids[self.bos]
+
+    @property
+    def pad_id(self) -> int:
+        """Id of ``pad``, that of ``eos`` if there is none."""
+        return self._ids[self.eos if self.pad is None else self.pad]
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that ``decode`` leaves out: control tokens, not text."""
+        return frozenset(i for i, token in self._plain.get_added_tokens_decoder().items() if token.special)
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Their texts."""
+        return tuple(token for token, i in self._ids.items() if i in self.special_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; nothing is added at its ends, special tokens written in it are found."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of every text, on all cores."""
+        return [one.ids for one in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and, for each, which characters ``[from, to)`` of the text it stands for."""
+        found = self._plain.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of ids; special tokens are left out unless ``special``."""
+        return self._plain.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    @property
+    def marks_turns(self) -> bool:
+        """Whether the chat template says itself what is generated, ``{% generation %} … {% endgeneration %}``."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template or "") is not None
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, answer: bool = False) -> str:
+        """A conversation as the chat template writes it, its special tokens included: ``encode`` it as it is.
+
+        Args:
+          messages: each with ``role`` and ``content``.
+          tools: JSON schemas of what can be called.
+          answer: also write the beginning of an answer that is to be generated.
+
+        Raises:
+          ValueError: no chat template, or it refuses the conversation.
+        """
+        return self._render(messages, tools, answer, False)[0]
+
+    def chat_with_marks(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """``chat`` and the characters ``[from, to)`` that the template marks as generated (``marks_turns``).
+
+        Raises:
+          ValueError: as ``chat``.
+        """
+        return self._render(messages, tools, False, True)
+
+    def _render(self, messages, tools, answer: bool, marks: bool) -> tuple[str, list[tuple[int, int]]]:
+        """In the sandbox of transformers, which knows how templates have tried to break out of one."""
+        if self.chat_template is None:
+            raise ValueError(
+                "the tokenizer has no chat template; give one, TextTokenizer(..., chat_template=...) or a file "
+                "chat_template.jinja in its folder, or read the conversations as text."
+            )
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        names = {"eos_token": self.eos, "bos_token": self.bos, "pad_token": self.pad, "unk_token": self.unknown}
+        try:
+            texts, spans = render_jinja_template(
+                [[dict(message) for message in messages]],
+                tools=list(tools) or None,
+                chat_template=self.chat_template,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=answer,
+                **{name: token for name, token in names.items() if token is not None},
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise ValueError(f"the chat template fails: {error}") from error
+        return texts[0], spans[0] if marks else []
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides which ids a text or a conversation gets."""
+        file = json.loads(self.serialized)
+        rules = {key: value for key, value in file.items() if key not in ("truncation", "padding")}
+        ends = [self.eos, self.bos, self.pad, self.unknown, self.chat_template]
+        return hashlib.sha256(json.dumps([rules, ends], sort_keys=True).encode()).hexdigest()[:16]
+
+
+_NOT_KEPT = {
+    *("eos_token", "bos_token", "pad_token", "unk_token", "chat_template"),  # fields of their own
+    *("added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space"),  # stand in tokenizer.json
+    *("tokenizer_class", "tokenizer_file", "name_or_path", "backend", "auto_map"),  # of where it comes from
+    *("is_local", "local_files_only"),
+}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, empty if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: a JSON {type(value).__name__}; expected an object.")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """A token that stands in a file as text, or as an object with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template of a folder: a file of its own, or in the configuration; of several, ``default``."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {one["name"]: one["template"] for one in template}.get("default")
+    return template
+
+
+Tokenizing = CharacterTokenizer | TextTokenizer
+"""Either kind: ``encode``, ``decode``, ``ids``, ``vocab_size``, ``eos_id``, ``pad_id``, ``fingerprint``."""
+
+
+def decode_all(tokenizer: Tokenizing, rows: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
     """``decode`` of every row."""
     return [tokenizer.decode(row) for row in rows]

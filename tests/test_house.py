@@ -28,7 +28,7 @@ ARROWS = {
     "models": {"shapes", "head"},
     "weights": {"shapes", "models", "tokenizer"},
     "optim": {"shapes"},
-    "data": {"shapes", "tokenizer"},
+    "data": {"shapes", "tokenizer", "weights"},
     "report": {"metrics"},
     "features": {"shapes", "losses", "models", "data"},
     "objective": {"shapes", "losses", "data", "features"},

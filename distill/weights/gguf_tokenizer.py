@@ -7,6 +7,7 @@ table here holds those that are known.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from distill.tokenizer import TextTokenizer
 from distill.weights.gguf import GGUFSource
 
 if TYPE_CHECKING:
@@ -112,3 +113,21 @@ def _add_ends(source: GGUFSource, tokenizer: "Tokenizer", tokens: list[str], cut
         start, end = ([tokens[ends[name]]] if name in ends else [] for name in ("bos", "eos"))
         special: list[Any] = [(tokens[i], i) for i in ends.values()]
         tokenizer.post_processor = processors.TemplateProcessing(single=[*start, "$A", *end], special_tokens=special)
+
+
+def text_tokenizer(source: GGUFSource, *, eos: str | None = None) -> TextTokenizer:
+    """``tokenizer_of`` a file with its special tokens and chat template.
+
+    Args:
+      source: the file.
+      eos: the end-of-text token, in place of the file's.
+
+    Raises:
+      ValueError: as ``tokenizer_of``, or the file names no end-of-text token.
+    """
+    tokens, named = source.value("tokenizer.ggml.tokens", []), special_ids(source)
+    names = {name: tokens[i] for name, i in named.items() if 0 <= i < len(tokens)}
+    if (eos := eos or names.pop("eos", None)) is None:
+        raise ValueError(f"{source.path}: the file names no end-of-text token; give one: eos='</s>'.")
+    names.pop("eos", None)
+    return TextTokenizer(tokenizer_of(source).to_str(), eos, chat_template=chat_template(source), **names)

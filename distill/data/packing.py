@@ -1,0 +1,191 @@
+"""Documents → rows of L+1 tokens, many to a row, once. They never attend to each other: each is a segment.
+
+Rows are filled by best fit, the longest document first, in windows of documents, so that nothing has to be in memory
+at once; a document that does not fit into a row is cut as the configuration says.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from distill.data.loader import Batch, shift
+from distill.data.text import Encoded
+
+WINDOW = 16_384
+"""Pieces that are packed together."""
+
+
+@dataclasses.dataclass
+class Summary:
+    """What packing did, counted as it went."""
+
+    documents: int = 0
+    tokens: int = 0
+    """Of the documents, before anything was cut."""
+    cut: int = 0
+    """Documents longer than a row."""
+    lost: int = 0
+    """Tokens that were left out: cut off, or of pieces in which nothing counts."""
+    empty: int = 0
+    """Documents of which nothing is left to be predicted."""
+    rows: int = 0
+    counted: int = 0
+    """Tokens to be predicted."""
+    fill: float = 0.0
+    """Share of positions of the rows that hold a token."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents} documents, {self.tokens} tokens → {self.rows} rows, {self.fill:.1%} filled, "
+            f"{self.counted} tokens to predict; {self.cut} documents were longer than a row, {self.empty} had nothing "
+            f"to predict, {self.lost} tokens left out"
+        )
+
+
+class Rows(NamedTuple):
+    """Packed documents."""
+
+    tokens: np.ndarray
+    """``[n, L+1]`` ids, int32, or uint16 where the vocabulary allows."""
+    counts: np.ndarray
+    """``[n, L+1]`` bool: to be predicted."""
+    segments: np.ndarray
+    """``[n, L+1]`` documents of a row, numbered from 1; 0 is padding."""
+
+    def batch(self) -> Batch:
+        """All rows as one ``Batch``."""
+        return shift(*self)
+
+    def take(self, rows: np.ndarray | slice) -> "Rows":
+        """Some of the rows."""
+        return Rows(*(field[rows] for field in self))
+
+    @property
+    def fill(self) -> float:
+        """Share of positions that hold a token."""
+        return float((self.segments > 0).mean())
+
+
+def cut(
+    document: Encoded, length: int, overflow: Literal["split", "keep_start", "keep_end"], start: int = 0
+) -> list[Encoded]:
+    """A document as pieces of at most ``length`` + 1 tokens.
+
+    Args:
+      document: its tokens.
+      length: L.
+      overflow: ``split``: every piece begins with the last token of the one before, which there is not predicted
+        again; ``keep_start``, ``keep_end``: one piece.
+      start: tokens at its beginning that ``keep_end`` keeps (the beginning-of-text token).
+
+    Example:
+      >>> text = Encoded(np.arange(5), np.ones(5, bool))
+      >>> [piece.ids.tolist() for piece in cut(text, 2, "split")]
+      [[0, 1, 2], [2, 3, 4]]
+      >>> [piece.ids.tolist() for piece in cut(text, 2, "keep_end", start=1)]
+      [[0, 3, 4]]
+    """
+    ids, counts = document
+    if len(ids) <= length + 1:
+        return [document]
+    if overflow == "keep_start":
+        return [Encoded(ids[: length + 1], counts[: length + 1])]
+    if overflow == "keep_end":
+        kept = np.concatenate(
+            [np.arange(min(start, length)), np.arange(len(ids))[-(length + 1 - min(start, length)) :]]
+        )
+        return [Encoded(ids[kept], counts[kept])]
+    firsts = range(0, len(ids) - 1, length)
+    return [Encoded(ids[i : i + length + 1], counts[i : i + length + 1]) for i in firsts]
+
+
+def pack(
+    found: Iterable[Encoded],
+    length: int,
+    *,
+    overflow: Literal["split", "keep_start", "keep_end"] = "split",
+    pad_id: int = 0,
+    start: int = 0,
+    summary: Summary | None = None,
+    window: int = WINDOW,
+) -> Iterator[Rows]:
+    """Rows of ``length`` + 1 tokens from documents, a window of them at a time.
+
+    Args:
+      found: documents.
+      length: L.
+      overflow: what happens to a document longer than a row (``cut``).
+      pad_id: fills the end of a row; any id will do.
+      start: tokens that ``keep_end`` keeps at the beginning.
+      summary: counts what happens.
+      window: pieces packed together; more fill better.
+
+    Yields:
+      ``Rows`` of the windows. Pieces in which nothing is to be predicted are left out.
+    """
+    summary = Summary() if summary is None else summary
+    pieces: list[Encoded] = []
+    used = 0
+    for document in found:
+        parts = [part for part in cut(document, length, overflow, start) if part.counts[1:].any()]
+        summary.documents += 1
+        summary.tokens += len(document.ids)
+        summary.cut += len(document.ids) > length + 1
+        summary.empty += not parts
+        inside = sum(len(part.ids) for part in parts)
+        used += inside
+        summary.lost += max(len(document.ids) - inside + max(len(parts) - 1, 0), 0)
+        pieces += parts
+        if len(pieces) >= window:
+            yield _fill(pieces, length, pad_id, summary)
+            pieces = []
+    if pieces:
+        yield _fill(pieces, length, pad_id, summary)
+    summary.fill = used / max(summary.rows * (length + 1), 1)
+
+
+def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
+    """Bins of a capacity, the largest first, each into the fullest bin that has room: indices of ``sizes`` by bin.
+
+    Example:
+      >>> best_fit(np.array([2, 5, 3, 1, 4]), capacity=5)
+      [[1], [4, 3], [2, 0]]
+    """
+    bins: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit r: there is a bin with room r
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[item])
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(item)
+        by_room[room - size].append(chosen)
+        rooms |= 1 << (room - size)
+    return bins
+
+
+def _fill(pieces: list[Encoded], length: int, pad_id: int, summary: Summary) -> Rows:
+    bins = best_fit(np.array([len(piece.ids) for piece in pieces]), length + 1)
+    shape = (len(bins), length + 1)
+    rows = Rows(np.full(shape, pad_id, np.int32), np.zeros(shape, bool), np.zeros(shape, np.int32))
+    for number, items in enumerate(bins):
+        at = 0
+        for segment, item in enumerate(items, start=1):
+            ids, counts = pieces[item]
+            here = slice(at, at + len(ids))
+            rows.tokens[number, here], rows.segments[number, here] = ids, segment
+            rows.counts[number, here] = counts
+            rows.counts[number, at] = False  # nothing stands before the first token of a document
+            at += len(ids)
+    summary.rows += len(bins)
+    summary.counted += int(rows.counts.sum())
+    return rows

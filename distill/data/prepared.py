@@ -1,0 +1,139 @@
+"""Text prepared once: read, tokenised, packed, and kept under the hash of all that decides what it is.
+
+The rows are a TFDS data set in array_record, written without TensorFlow.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.data import text
+from distill.data.packing import Rows, Summary, pack
+from distill.data.text import SIDES, TextDataConfig
+from distill.tokenizer import TextTokenizer
+
+VERSION = "1.0.0"
+"""Of how rows are made; prepared data of another version is made anew."""
+
+
+def fingerprint(config: TextDataConfig, tokenizer: TextTokenizer) -> str:
+    """Hash of configuration, tokenizer and everything that is read: equal where the rows are.
+
+    Raises:
+      FileNotFoundError, ValueError: a source that is not there or holds nothing.
+    """
+    values = dataclasses.asdict(config)
+    for name in ("source", "heldout_source"):
+        if values[name] not in (*text.BUILT_IN, None):
+            values[name] = "files"  # their hashes say which
+    parts = [VERSION, values, tokenizer.fingerprint(), text.source_hash(config)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
+    """The TFDS builder of the rows of both sides; ``download_and_prepare`` writes them if they are not there."""
+    import tensorflow_datasets as tfds
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # a warning for each configuration made in code
+    tfds.disable_progress_bar()
+    width = config.length + 1
+    narrow = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+    types = {"tokens": narrow, "counts": np.uint8, "segments": np.uint16 if width < 2**16 else np.int32}
+
+    class Text(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Rows of packed documents."""
+
+        VERSION = tfds.core.Version(VERSION)
+
+        def _info(self):
+            features = {
+                name: tfds.features.Tensor(shape=(width,), dtype=dtype, encoding="bytes")
+                for name, dtype in types.items()
+            }
+            return self.dataset_info_from_configs(
+                features=tfds.features.FeaturesDict(features),
+                metadata=tfds.core.MetadataDict(config=dataclasses.asdict(config)),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, _):
+            return {side: self._generate_examples(side) for side in SIDES}
+
+        def _generate_examples(self, side):
+            summary, number = Summary(), 0
+            found = text.encode(text.documents(config, side), tokenizer, config)
+            options = {"overflow": config.overflow, "pad_id": tokenizer.pad_id, "start": len(tokenizer.start)}
+            for rows in pack(found, config.length, summary=summary, **options):
+                for row in zip(*rows, strict=True):
+                    yield number, {k: field.astype(types[k]) for k, field in zip(types, row, strict=True)}
+                    number += 1
+            _check_some(summary, config, side)
+            self.info.metadata[side] = dataclasses.asdict(summary)
+
+    name = f"{text.file_name(config)}_{fingerprint(config, tokenizer)}"
+    return Text(config=tfds.core.BuilderConfig(name=name), data_dir=data_dir, file_format="array_record")
+
+
+def _check_some(summary: Summary, config: TextDataConfig, side: str) -> None:
+    """Raises ValueError if a side has no row."""
+    if summary.rows:
+        return
+    if summary.documents:
+        raise ValueError(
+            f"{config.source}: nothing to predict in {summary.documents} documents of the side {side!r}; expected a "
+            "completion or a turn of the assistant in some (loss='all' counts every token)."
+        )
+    raise ValueError(
+        f"{config.source}: no documents on the side {side!r}: the source is empty, or too small for "
+        f"heldout_fraction={config.heldout_fraction}. Give more documents (separator cuts one text into several), "
+        "another fraction or split_seed, or a heldout_source."
+    )
+
+
+def prepare(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> dict[str, Rows]:
+    """The rows of both sides as arrays, prepared on first use.
+
+    Args:
+      config: which text, and how it becomes rows.
+      tokenizer: the one of teacher and student.
+      data_dir: where TFDS keeps prepared data; None: its own default (``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``).
+
+    Returns:
+      ``{"train": Rows, "heldout": Rows}``; ``rows.batch()`` is what a ``Loader`` and the step take.
+
+    Raises:
+      FileNotFoundError: no such source.
+      ValueError: what cannot be read, with file and line number; no document on a side.
+
+    Example::
+
+      rows = prepare(TextDataConfig(source="pydoc", length=256), distill.load_tokenizer("path/to/model"))
+      loader = Loader(rows["train"].batch(), batch_size=32, seed=0)
+    """
+    prepared = builder(config, tokenizer, data_dir)
+    prepared.download_and_prepare()
+    sides = {}
+    for side in SIDES:
+        source = prepared.as_data_source(split=side)
+        sides[side] = rows_of(source.__getitems__(range(len(source))))
+    return sides
+
+
+def rows_of(records: list[dict[str, np.ndarray]]) -> Rows:
+    """Stored rows as arrays."""
+    tokens, counts, segments = (np.stack([record[name] for record in records]) for name in Rows._fields)
+    return Rows(tokens, counts.astype(bool), segments)
+
+
+def summaries(
+    config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None
+) -> dict[str, Summary]:
+    """What packing did on both sides: documents, tokens, rows and how full they are."""
+    prepared = builder(config, tokenizer, data_dir)
+    prepared.download_and_prepare()
+    return {side: Summary(**prepared.info.metadata[side]) for side in SIDES}
