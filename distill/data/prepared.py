@@ -112,7 +112,7 @@ def prepare(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
 
     Example::
 
-      rows = prepare(TextDataConfig(source="pydoc", length=256), distill.load_tokenizer("path/to/model"))
+      rows = prepare(TextDataConfig(source="pydoc", length=256), TextTokenizer.from_folder("path/to/model"))
       loader = Loader(rows["train"].batch(), batch_size=32, seed=0)
     """
     prepared = builder(config, tokenizer, data_dir)

@@ -14,6 +14,7 @@ import numpy as np
 
 from distill.models import DecoderConfig, EncoderConfig, Model, decoder
 from distill.shapes import Params
+from distill.tokenizer import TextTokenizer
 from distill.weights import encoders
 from distill.weights.assemble import NetworkConfig, Place, Prefixed, assemble, disassemble, network
 from distill.weights.families import FAMILIES, from_json, table_of, to_json
@@ -179,8 +180,8 @@ def save(
       folder: made if there is none.
       model: a decoder or an encoder (``model.config`` says which).
       params: its parameters.
-      tokenizer: a folder whose tokenizer files are copied, or an object with ``save_pretrained`` or ``to_str``
-        (of transformers, of tokenizers). None: none.
+      tokenizer: a ``TextTokenizer``, a folder whose tokenizer files are copied, or an object with
+        ``save_pretrained`` or ``to_str`` (of transformers, of tokenizers). None: none.
       family: the ``model_type`` to save as; None: the first that has all options of this decoder.
       shard_bytes: most bytes of one file.
 
@@ -210,6 +211,9 @@ def _special_ids(tokenizer: Any) -> dict[str, Any]:
         file = Path(tokenizer) / "config.json"
         values = json.loads(file.read_text()) if file.is_file() else {}
         return {key: values.get(key) for key in _SPECIAL}
+    if isinstance(tokenizer, TextTokenizer):
+        pad = None if tokenizer.pad is None else tokenizer.pad_id
+        return dict(zip(_SPECIAL, (tokenizer.bos_id, tokenizer.eos_id, pad), strict=True))
     return {key: getattr(tokenizer, key, None) for key in _SPECIAL}
 
 
@@ -223,6 +227,8 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
         for file in files:
             if file.parent.resolve() != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
+    elif isinstance(tokenizer, TextTokenizer):
+        tokenizer.save(folder)
     elif hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     elif hasattr(tokenizer, "to_str"):

@@ -1,0 +1,353 @@
+"""Readers, sides and rows of text: what counts, where documents end, what is refused."""
+
+import json
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+from text_builders import CHAT, CHATML, MARKED, TEXTS, tiny_tokenizer, write_lines
+
+from distill.data import prepared, text
+from distill.data.chat import chat_with_turns, encode_chat
+from distill.data.loader import Loader
+from distill.data.packing import Rows, Summary, best_fit, cut, pack
+from distill.data.prepared import prepare
+from distill.data.readers import Document, Fields, Part, files_of, read
+from distill.data.text import Encoded, TextDataConfig, documents, encode
+
+TOKENIZER = tiny_tokenizer()
+RECORDS = [{"text": f"{one} {i}"} for i in range(12) for one in TEXTS]
+
+
+def encoded(parts, tokenizer=TOKENIZER, **options):
+    (found,) = encode([Document(tuple(Part(*part) for part in parts))], tokenizer, TextDataConfig(**options))
+    return found
+
+
+# ---- readers
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    table = pyarrow.Table.from_pylist(RECORDS)
+    write_lines(tmp_path / "a.jsonl", RECORDS)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table, max_chunksize=5)
+    with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as out:
+        out.write_table(table, max_chunksize=5)
+    (tmp_path / "a.txt").write_text("\n--\n".join(record["text"] for record in RECORDS))
+    for name in ("a.jsonl", "a.parquet", "a.arrow", "b.arrow", "a.txt"):
+        found = list(read(tmp_path / name, "auto", Fields(), "\n--\n"))
+        assert [document.parts for document in found] == [(Part(record["text"], True),) for record in RECORDS]
+        assert found[2].where == f"{tmp_path / name}:{5 if name == 'a.txt' else 3}"
+
+
+def test_records_are_known_by_their_fields(tmp_path):
+    records = {
+        "messages": {"messages": CHAT, "text": "x"},
+        "prompt": {"prompt": "p", "completion": "c", "text": "x"},
+        "text": {"text": "x"},
+    }
+    for form, record in records.items():
+        (found,) = read(write_lines(tmp_path / "a.jsonl", [record]), "auto", Fields(), "")
+        assert bool(found.messages) == (form == "messages")
+        assert [part.counts for part in found.parts] == {"messages": [], "prompt": [False, True], "text": [True]}[form]
+    fields = Fields(prompt="q", completion="a")
+    (found,) = read(write_lines(tmp_path / "a.jsonl", [{"q": "1", "a": "2"}]), "auto", fields, "")
+    assert found.parts == (Part("1", False), Part("2", True))
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b"{", "a.jsonl:3: not JSON"),
+        (b"\xff", "a.jsonl:3: not JSON"),
+        (b"[1]", "a.jsonl:3: a JSON list; expected an object"),
+        (b"{}", "a.jsonl:3: field 'text' is missing"),
+        (b'{"text": 1}', "a.jsonl:3: field 'text' is a int"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, line, error):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x"}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=error):
+        list(read(path, "auto", Fields()))
+
+
+@pytest.mark.parametrize(
+    ("record", "error"),
+    [
+        ({"other": 1}, "a.jsonl:1: fields other; expected 'text'"),
+        ({"messages": "x"}, "a.jsonl:1: messages are 'x'; expected a list"),
+        ({"messages": []}, "messages are"),
+        ({"messages": [{"role": "user"}]}, "message 0 is"),
+        ({"messages": CHAT, "tools": "x"}, "field 'tools' is a str"),
+    ],
+)
+def test_bad_record_is_named(tmp_path, record, error):
+    with pytest.raises(ValueError, match=error):
+        list(read(write_lines(tmp_path / "a.jsonl", [record]), "auto", Fields()))
+
+
+def test_bad_files_are_refused(tmp_path):
+    for name, kind in (("a.parquet", "parquet"), ("a.arrow", "arrow")):
+        (tmp_path / name).write_bytes(b"no table at all")
+        with pytest.raises(ValueError, match=f"{name}: not readable as {kind}"):
+            list(read(tmp_path / name, "auto", Fields()))
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\xff")
+    with pytest.raises(ValueError, match="a.txt:2: not UTF-8"):
+        list(read(tmp_path / "a.txt", "auto", Fields()))
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        files_of(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="files .csv are not read"):
+        files_of(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="no files to read in this folder"):
+        files_of(tmp_path / "empty")
+
+
+def test_splits_of_a_folder(tmp_path):
+    for name in (
+        "data/train-00001-of-00002.jsonl",
+        "data/train-00000-of-00002.jsonl",
+        "data/test-0.jsonl",
+        ".x/train.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "README.md").touch()
+    assert [file.name for file in files_of(tmp_path)] == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert [file.name for file in files_of(tmp_path, "test")] == ["test-0.jsonl"]
+    with pytest.raises(ValueError, match="no files of a split 'dev'; the folder has test, train"):
+        files_of(tmp_path, "dev")
+
+
+# ---- tokens of a document
+
+
+# Row 11: prompt tokens trained. Row 12: the first EOS counts, although pad == eos.
+def test_prompt_does_not_count_and_the_end_does():
+    assert TOKENIZER.pad_id == TOKENIZER.eos_id
+    ids, counts = encoded([("a quick", False), (" fox", True)])
+    prompt, completion = TOKENIZER.encode("a quick"), TOKENIZER.encode(" fox")
+    assert ids.tolist() == [*prompt, *completion, TOKENIZER.eos_id]
+    assert counts.tolist() == [False] * len(prompt) + [True] * (len(completion) + 1)
+    assert encoded([("a quick", False), (" fox", True)], loss="all").counts.all()
+    (rows,) = pack([Encoded(ids, counts)], 40, pad_id=TOKENIZER.pad_id)
+    batch = rows.batch()
+    assert batch.labels[batch.mask].tolist() == [*completion, TOKENIZER.eos_id]  # once, and no padding
+
+
+# Row 15: special tokens lost, or doubled.
+def test_special_tokens_stand_once():
+    starts = tiny_tokenizer(True)
+    for parts in ([("fox", True)], [("<s>fox", True)], [("<s>fox</s>", True)]):
+        assert encoded(parts, starts).ids.tolist() == [1, *starts.encode("fox"), 2]
+    assert encoded([("<s>fox", True)], starts).ids.tolist().count(1) == 1
+    inside = encoded([("a<|im_start|>b", True)]).ids.tolist()
+    assert inside.count(3) == 1
+
+
+# ---- conversations
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marks"])
+@pytest.mark.parametrize("starts", [False, True])
+def test_turns_of_the_assistant_count(template, starts):
+    tokenizer = tiny_tokenizer(starts, chat_template=template)
+    ids, counts = encode_chat(tokenizer, CHAT)
+    assert tokenizer.decode(ids, special=True) == tokenizer.chat(CHAT)
+    assert tokenizer.decode(ids[counts], special=True) == "the lazy dog<|im_end|> brown, 12<|im_end|>"
+    assert ids.tolist().count(1) == 1  # the template wrote it; none is added
+    (whole,) = encode([Document(messages=tuple(CHAT))], tokenizer, TextDataConfig(loss="all"))
+    assert whole.counts.all() and whole.ids.tolist() == ids.tolist()
+
+
+def test_marked_turns_are_those_of_transformers(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = tiny_tokenizer(True, chat_template=MARKED)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for chat in (CHAT, CHAT[:2], CHAT[:1], [{"role": "system", "content": "dog 🦊"}, *CHAT]):
+        want = theirs.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
+        ids, counts = encode_chat(tokenizer, chat)
+        assert ids.tolist() == want["input_ids"]
+        assert counts.astype(int).tolist() == list(want["assistant_masks"])
+
+
+def test_every_byte_of_a_turn_counts():
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "🦊"}]
+    for template in (CHATML, MARKED):
+        ids, counts = encode_chat(tiny_tokenizer(chat_template=template), chat)
+        assert TOKENIZER.decode(ids[counts], special=True) == "🦊<|im_end|>"
+
+
+def test_template_that_rewrites_earlier_turns_is_refused():
+    rewrites = CHATML.replace("m['content']", "(m['content'] if loop.last else '…')")
+    tokenizer = tiny_tokenizer(chat_template=rewrites)
+    assert chat_with_turns(tokenizer, CHAT[1:2])[0]
+    found = [Document(messages=tuple(CHAT), where="a.jsonl:7")]
+    with pytest.raises(ValueError, match="a.jsonl:7: the chat template is not prefix-stable"):
+        list(encode(found, tokenizer, TextDataConfig()))
+    with pytest.raises(ValueError, match="a.jsonl:7: the tokenizer has no chat template"):
+        list(encode(found, TOKENIZER, TextDataConfig()))
+
+
+# ---- packing
+
+
+def random_documents(count=60, seed=0, longest=23):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, longest, count)
+    return [Encoded(rng.integers(3, 300, n).astype(np.int32), rng.random(n) < 0.8) for n in lengths]
+
+
+def pieces_of(rows):
+    """The documents of rows, taken apart again."""
+    found = []
+    for tokens, counts, segments in zip(*rows, strict=True):
+        for i in range(1, segments.max() + 1):
+            found.append((tokens[segments == i].tolist(), counts[segments == i].tolist()))
+    return sorted(found)
+
+
+def joined(parts):
+    return Rows(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+
+
+@pytest.mark.parametrize("window", [7, 1000])
+def test_packing_loses_nothing(window):
+    found, summary = random_documents(), Summary()
+    rows = joined(pack(found, 22, summary=summary, window=window))
+    want = [(d.ids.tolist(), [False, *d.counts[1:].tolist()]) for d in found if d.counts[1:].any()]
+    assert pieces_of(rows) == sorted(want)
+    assert summary.rows == len(rows.tokens) and summary.fill == pytest.approx(rows.fill)
+    assert rows.fill > (0.85 if window == 1000 else 0.7)
+    assert (summary.documents, summary.counted) == (len(found), rows.counts.sum())
+    assert summary.tokens - summary.lost == (rows.segments > 0).sum()
+
+
+def test_every_token_of_a_long_document_is_predicted_once():
+    found = [d._replace(counts=np.ones_like(d.counts)) for d in random_documents(20, longest=90)]
+    summary = Summary()
+    batch = joined(pack(found, 9, summary=summary)).batch()
+    labels = np.sort(batch.labels[batch.mask])
+    np.testing.assert_array_equal(labels, np.sort(np.concatenate([d.ids[1:] for d in found])))
+    assert summary.lost == 0 and summary.counted == len(labels)
+
+
+# Row 15: the wrong side is cut.
+@pytest.mark.parametrize(
+    ("overflow", "start", "want"),
+    [("keep_start", 0, [0, 1, 2, 3]), ("keep_end", 0, [6, 7, 8, 9]), ("keep_end", 1, [0, 7, 8, 9])],
+)
+def test_the_side_that_is_cut(overflow, start, want):
+    (kept,) = cut(Encoded(np.arange(10), np.arange(10) % 2 == 0), 3, overflow, start)
+    assert kept.ids.tolist() == want and kept.counts.tolist() == [i % 2 == 0 for i in want]
+
+
+def test_best_fit_is_that_of_a_search():
+    sizes = np.random.default_rng(0).integers(1, 17, 200)
+    rooms, bins = [], []
+    for i in np.argsort(-sizes, kind="stable"):
+        fits = [(room, b) for b, room in enumerate(rooms) if room >= sizes[i]]
+        if not fits:
+            rooms.append(16)
+            bins.append([])
+        b = min(fits)[1] if fits else len(rooms) - 1
+        rooms[b] -= sizes[i]
+        bins[b].append(i)
+    ours = best_fit(sizes, 16)
+    assert sorted(i for b in ours for i in b) == list(range(200)) and all(sizes[b].sum() <= 16 for b in ours)
+    assert sorted(16 - sizes[b].sum() for b in ours) == sorted(rooms)
+
+
+# ---- prepared
+
+
+def test_prepared_once_and_split_by_document(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", RECORDS + RECORDS[:5])
+    config = TextDataConfig(source=str(path), length=24, heldout_fraction=0.3)
+    rows = prepare(config, TOKENIZER, tmp_path / "tfds")
+    sides = {side: {d.parts[0].text for d in documents(config, side)} for side in text.SIDES}
+    assert not sides["train"] & sides["heldout"]
+    assert sides["train"] | sides["heldout"] == {record["text"] for record in RECORDS}
+    for side, kept in rows.items():
+        want = joined(pack(encode(documents(config, side), TOKENIZER, config), 24, pad_id=TOKENIZER.pad_id))
+        for field, other in zip(kept, want, strict=True):
+            np.testing.assert_array_equal(field, other)
+        assert kept.tokens.dtype == np.uint16 and kept.counts.dtype == bool
+        decoded = {TOKENIZER.decode(piece[0]) for piece in pieces_of(kept)}
+        assert decoded == sides[side]
+    summary = prepared.summaries(config, TOKENIZER, tmp_path / "tfds")["train"]
+    assert summary.rows == len(rows["train"].tokens) and summary.fill == pytest.approx(rows["train"].fill)
+    assert f"{summary.rows} rows" in str(summary)
+    monkeypatch.setattr(text, "encode", None)  # read again from the disk, not made again
+    again = prepare(config, TOKENIZER, tmp_path / "tfds")
+    np.testing.assert_array_equal(again["train"].tokens, rows["train"].tokens)
+    assert Loader(again["train"].batch(), 2, seed=0).batch(3).inputs.shape == (2, 24)
+
+
+def test_fingerprint_follows_what_is_read(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", RECORDS)
+    config = TextDataConfig(source=str(path))
+    first = prepared.fingerprint(config, TOKENIZER)
+    path.rename(tmp_path / "moved").rename(path)
+    assert prepared.fingerprint(config, TOKENIZER) == first
+    assert prepared.fingerprint(config, tiny_tokenizer(eos="<s>")) != first
+    assert prepared.fingerprint(TextDataConfig(source=str(path), length=99), TOKENIZER) != first
+    write_lines(path, RECORDS[1:])
+    assert prepared.fingerprint(config, TOKENIZER) != first
+
+
+def test_a_side_without_documents_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", RECORDS[:1])
+    for fraction, side in ((0.001, "heldout"), (0.999, "train")):
+        with pytest.raises(ValueError, match=f"no documents on the side '{side}'"):
+            prepare(TextDataConfig(source=str(path), heldout_fraction=fraction), TOKENIZER, tmp_path / "tfds")
+    write_lines(path, [{"messages": CHAT[:1]}])
+    config = TextDataConfig(source=str(path), heldout_source=str(path))
+    with pytest.raises(ValueError, match="nothing to predict in 1 documents of the side 'train'"):
+        prepare(config, tiny_tokenizer(chat_template=CHATML), tmp_path / "tfds")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="a.jsonl:1: not JSON"):
+        prepare(config, TOKENIZER, tmp_path / "tfds")
+
+
+def test_heldout_documents_of_their_own(tmp_path):
+    for name in ("train", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(3)])
+    config = TextDataConfig(source=str(tmp_path), heldout_split="test", max_documents=2)
+    found = {side: [d.parts[0].text for d in documents(config, side)] for side in text.SIDES}
+    assert found == {"train": ["train 0", "train 1"], "heldout": ["test 0", "test 1"]}
+
+
+def test_pydoc_is_there():
+    from pydoc_data.topics import topics
+
+    found = {side: list(documents(TextDataConfig(), side)) for side in text.SIDES}
+    assert {d.parts[0].text for side in found.values() for d in side} == set(topics.values())
+    assert 2 <= len(found["heldout"]) < len(topics) / 4
+
+
+def test_chitchat_reads_as_conversation_and_as_text(tmp_path, monkeypatch):
+    from distill.weights import carried
+
+    lines = [[{"text": "hi"}, {"text": "you"}], [{"text": "hello"}]]
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"one": {"messages": lines}}))
+    monkeypatch.setattr(carried, "fetch", lambda which: path)
+    config = TextDataConfig(source="chitchat", heldout_source="pydoc")
+    (chat,) = documents(config, "train")
+    assert [(m["role"], m["content"]) for m in chat.messages] == [("user", "hi\nyou"), ("assistant", "hello")]
+    (plain,) = documents(TextDataConfig(source="chitchat", format="text", heldout_source="pydoc"), "train")
+    assert plain.parts == (Part("hi\nyou\nhello", True),)
+
+
+@pytest.mark.parametrize("options", [{"length": 0}, {"max_documents": 0}, {"heldout_fraction": 1.0}], ids=str)
+def test_configuration_is_checked(options):
+    with pytest.raises(ValueError, match=f"data: {next(iter(options))}="):
+        TextDataConfig(**options)
