@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import random_params, tiny
+from safetensors.numpy import load_file, save_file
 
 import distill
-from distill.models import DecoderConfig, RopeScaling, decoder
+from distill.models import Collect, DecoderConfig, RopeScaling, decoder
 from distill.weights import read_config
 from distill.weights.assemble import disassemble
 from distill.weights.families import FAMILIES, family_of, from_json, table_of, to_json
@@ -94,6 +95,57 @@ def test_what_is_written_is_read_as_the_same_decoder(name):
     assert again == dataclasses.replace(config, rope_scaling=scaling)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_read_and_written_is_the_same_file(name):
+    """To the bit, tensor by tensor, whatever a family joins or turns."""
+    family = json.loads((DATA / name / "config.json").read_text())["model_type"]
+    model, params = distill.load(DATA / name, dtype=None)
+    there = load_file(DATA / name / "model.safetensors")
+    again = dict(disassemble(model.config, table_of(model.config, family), params))
+    assert again.keys() == there.keys()
+    for tensor, array in there.items():
+        np.testing.assert_array_equal(again[tensor], array)
+
+
+# ---- what the options change elsewhere
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_a_text_in_two_pieces_is_the_text(name):
+    """Through the cache, with attention kept: both paths know every option."""
+    model, params = distill.load(DATA / name)
+    tokens, _ = inputs_of(16, model.vocab_size)
+    whole = model.apply(params, tokens[:2], collect=Collect(attention=(1,)))
+    cache = model.init_cache(2, 16)
+    first = model.apply(params, tokens[:2, :9], cache=cache)
+    second = model.apply(params, tokens[:2, 9:], cache=first.cache)
+    pieces = jnp.concatenate([first.hidden, second.hidden], axis=1)
+    np.testing.assert_allclose(pieces, whole.hidden, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(whole.collected["attention"][1].sum(axis=-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(
+        model.unembed(params, whole.hidden), model.head(params).logits(whole.hidden), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_no_position_beyond_the_table_is_made_up():
+    model, params = distill.load(DATA / "gpt2")
+    tokens = jnp.zeros((1, 17), jnp.int32)
+    for call in (lambda: model.apply(params, tokens), lambda: model.init_cache(1, 17)):
+        with pytest.raises(ValueError, match="a text of 17 tokens; expected at most 16 learned positions"):
+            call()
+    hidden = model.apply(params, tokens, positions=jnp.arange(17)[None]).hidden
+    assert jnp.all(jnp.isnan(hidden[0, 16]))
+
+
+def test_a_published_gpt2_leaves_out_a_prefix_and_holds_masks(tmp_path):
+    tensors = {name.removeprefix("transformer."): x for name, x in load_file(DATA / "gpt2/model.safetensors").items()}
+    tensors |= {f"h.{n}.attn.bias": np.ones((1, 1, 4, 4), np.float32) for n in range(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((DATA / "gpt2/config.json").read_text())
+    same = jax.tree.map(np.testing.assert_array_equal, distill.load(tmp_path)[1], distill.load(DATA / "gpt2")[1])
+    assert jax.tree.leaves(same) == []
+
+
 # ---- config.json
 
 SIZES = {
@@ -108,6 +160,9 @@ SIZES = {
 
 def json_of(kind="llama", **keys):
     return {"model_type": kind, **SIZES} | keys
+
+
+NEOX = {"model_type": "gpt_neox"} | {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 
 
 def test_a_published_llama_is_read():
@@ -182,6 +237,48 @@ def test_a_published_llama_is_read():
             json_of("smollm3", no_rope_layers=[1, 1, 0], use_sliding_window=True, sliding_window=5),
             {"rope_layers": (True, True, False), "window_layers": (False, False, True), "sliding_window": 5},
         ),
+        (
+            json_of("gemma2", hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh"),
+            {"attention_softcap": 50.0, "logit_softcap": 30.0, "window_layers": (True, False, True), "tied": True}
+            | {"sliding_window": 4096, "attention_scalar": 256, "norm_place": "around", "activation": "gelu_tanh"},
+        ),
+        (
+            json_of("gemma3_text", sliding_window=512, sliding_window_pattern=2, rope_theta=1e6)
+            | {"rope_local_base_freq": 9.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {"rope_theta": 1e6, "rope_theta_local": 9.0, "rope_scaling": RopeScaling("linear", 8.0), "qk_norm": True}
+            | {"window_layers": (True, False, True), "logit_softcap": None, "max_length": 131_072},
+        ),
+        (
+            json_of("gemma3_text", sliding_window_pattern=1),
+            {"rope_theta": 1e6, "rope_theta_local": None, "sliding_window": None},
+        ),
+        (json_of("olmo2"), {"norm_place": "after", "qk_norm_joint": True, "norm_epsilon": 1e-5, "tied": False}),
+        (json_of("phi3", sliding_window=7, auto_map={}), {"sliding_window": 7, "rope_fraction": 1.0}),
+        (
+            json_of("phi3", max_position_embeddings=8192, original_max_position_embeddings=1024, head_dim=8)
+            | {
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"type": "su", "short_factor": [1, 2], "long_factor": [3, 4]},
+            },
+            {"rope_fraction": 0.5}
+            | {"rope_scaling": RopeScaling("longrope", 8.0, 1024, short_factors=(1.0, 2.0), long_factors=(3.0, 4.0))},
+        ),
+        (
+            {"model_type": "gpt2", "vocab_size": 14, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_ctx": 1024},
+            {
+                "positions": "learned",
+                "max_length": 1024,
+                "feed_forward": 32,
+                "norm": "layer",
+                "gated": False,
+                "tied": True,
+            }
+            | {"activation": "gelu_tanh", "mlp_bias": True},
+        ),
+        (
+            NEOX | {"rotary_pct": 0.5, "rotary_emb_base": 500, "num_attention_heads": 2},
+            {"rope_fraction": 0.5, "rope_theta": 500.0, "parallel": True, "activation": "gelu", "output_bias": True},
+        ),
     ],
 )
 def test_keys_are_fields(values, fields):
@@ -210,11 +307,31 @@ def test_keys_are_fields(values, fields):
         (json_of(rope_scaling={"type": "linear"}), "without factor"),
         (json_of(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "without high_freq_factor, low_freq_factor"),
         (json_of(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "full_attention="),
+        (json_of("gemma2", hidden_activation="relu"), "hidden_activation='relu' is not supported; expected silu, gelu"),
+        (json_of("gemma2", hidden_act="gelu"), "hidden_act='gelu' is not supported; expected 'gelu_pytorch_tanh'"),
+        (json_of("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+        (
+            json_of("gemma3_text", rope_parameters={"rope_theta": 1.0}),
+            "rope_parameters has rope_theta; expected full_att",
+        ),
+        (
+            json_of("gemma3_text", rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 2.0}}),
+            "in layers with a window; expected none",
+        ),
+        (json_of("phi3", rope_scaling={"type": "yarn", "factor": 2.0}), "rope_type='yarn' of model_type 'phi3'"),
+        (json_of("gpt2", n_embd=8, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+        (json_of("gpt2", n_embd=8, activation_function="relu"), "activation_function='relu' is not supported"),
+        (NEOX | {"rotary_ndims": 3, "rotary_pct": 1.0}, "rotary_ndims=3"),
+        (NEOX, "rope_fraction=0.25 rotates 0"),
     ],
 )
 def test_what_is_not_supported_is_named(values, message):
     with pytest.raises(ValueError, match=message):
         from_json(values)
+
+
+GEMMA = {"norm_plus_one": True, "norm_place": "around", "scaled_embedding": True, "activation": "gelu_tanh"}
+GPT = {"norm": "layer", "gated": False, "mlp_bias": True, "kv_heads": 4}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +346,18 @@ def test_what_is_not_supported_is_named(values, message):
         ({"qk_norm": True}, "qwen3"),
         ({"qk_norm": True, "qkv_bias": True, "output_bias": True, "sliding_window": 3}, "qwen3"),
         ({"rope_layers": (True, False), "mlp_bias": True}, "smollm3"),
+        ({"rope_fraction": 0.5, "head_dim": 4}, "phi3"),
+        (
+            {"qk_norm": True, "qk_norm_joint": True, "norm_place": "after", "qkv_bias": True, "output_bias": True},
+            "olmo2",
+        ),
+        (GEMMA | {"attention_scalar": 3.0, "logit_softcap": 2.0, "sliding_window": 3}, "gemma2"),
+        (
+            GEMMA | {"attention_scalar": 3.0, "qk_norm": True, "sliding_window": 3, "rope_theta_local": 7.0},
+            "gemma3_text",
+        ),
+        (GPT | {"positions": "learned", "max_length": 9, "qkv_bias": True, "output_bias": True}, "gpt2"),
+        (GPT | {"parallel": True}, "gpt_neox"),
     ],
 )
 def test_a_decoder_is_saved_as_the_first_family_that_has_it_all(options, family):
@@ -245,6 +374,8 @@ def test_a_decoder_is_saved_as_the_first_family_that_has_it_all(options, family)
     [
         ({"qk_norm": True, "mlp_bias": True}, None, "no family among llama.*mlp_bias=True, qk_norm=True"),
         ({"output_bias": True}, None, "output_bias=True"),
+        ({"norm": "layer"}, None, "norm='layer'"),
+        ({"norm": "layer", "gated": False, "mlp_bias": True}, "gpt_neox", "no family among"),
         ({"qk_norm": True}, "llama", "family 'llama' has not all options of this decoder; 'qwen3' has"),
         ({}, "gptj", "family 'gptj' is not known"),
     ],

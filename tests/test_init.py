@@ -140,6 +140,51 @@ def test_importance_is_the_slope_by_a_gate():
         assert abs(slope) == pytest.approx(value, rel=0.02, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "layer", "norm_plus_one": True, "norm_place": "around", "scaled_embedding": True, "logit_softcap": 2.0}
+        | {"gated": False, "positions": "learned", "max_length": 6, "qk_norm": False, "parallel": True},
+        {"norm_place": "after", "qk_norm_joint": True},
+    ],
+    ids=["around", "after"],
+)
+def test_every_kind_of_decoder_can_be_measured_and_cut(options):
+    """The importance of a dimension is the slope by a gate where it is read; what is cut out is a decoder."""
+    config = dataclasses.replace(CONFIG, **options)
+    model, dimension = decoder(config), 5
+    params = random_params(model)
+
+    def of_this(params, batch):
+        nats = losses.cross_entropy(model.logits(params, batch.inputs), batch.labels)
+        return losses.divide(losses.masked_sum(nats, batch.mask))
+
+    def gated(gate):
+        def norm(leaves):
+            one = float(config.norm_plus_one)
+            scaled = {"scale": lambda x: (x + one) * gate - one, "bias": lambda x: x * gate}
+            return {n: leaf.at[..., dimension].set(scaled[n](leaf[..., dimension])) for n, leaf in leaves.items()}
+
+        layers = dict(params["layers"])
+        for branch, readers in (("attention", ("query", "key", "value")), ("mlp", ("gate", "up"))):
+            if config.norm_place != "after":
+                layers[f"{branch}_norm"] = norm(layers[f"{branch}_norm"])
+                continue
+            layers[branch] = dict(layers[branch])
+            for name in readers:
+                leaves = layers[branch][name]
+                layers[branch][name] = leaves | {"kernel": leaves["kernel"].at[:, dimension].multiply(gate)}
+        return params | {"layers": layers, "norm": norm(params["norm"])}
+
+    value = jax.jit(lambda gate: of_this(gated(gate), BATCH))
+    slope = float(value(1.01) - value(0.99)) / 0.02
+    measured = importance(config, params, of_this, [BATCH])
+    assert abs(slope) == pytest.approx(measured.width[dimension], rel=0.05, abs=1e-3)
+    small, kept = student_from(config, params, layers=2, kv_heads=2, feed_forward=7, width=10, measured=measured)
+    wanted = jax.eval_shape(decoder(small).init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, wanted)
+
+
 def test_importance_is_a_mean_over_batches():
     params = random_params(MODEL)
     others = [BATCH, on_device(uneven_batch(seed=1))]

@@ -349,6 +349,30 @@ def test_nnx_adapter_gives_the_logits_of_the_module():
     assert np.max(np.abs(model.logits(model.init(jax.random.key(5)), tokens) - want)) > 0.01
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": "learned"}, "learned positions need max_length, got None"),
+        ({"positions": "learned", "max_length": 4, "rope_fraction": 0.5}, "no rope options"),
+        ({"qk_norm_joint": True}, "qk_norm_joint without qk_norm"),
+        ({"logit_softcap": 0.0}, "logit_softcap=0.0; expected above 0, or None"),
+        ({"attention_scalar": -1.0}, "attention_scalar=-1.0"),
+        ({"rope_fraction": 0.5, "head_dim": 6}, "rope_fraction=0.5 rotates 3; rotary positions need an even number"),
+        ({"rope_fraction": 1.5}, "rope_fraction=1.5 rotates"),
+        ({"rope_theta_local": 5.0}, "rope_theta_local without a sliding_window"),
+        (
+            {"rope_scaling": RopeScaling("longrope", 2.0, 9, short_factors=(1.0,) * 3, long_factors=(1.0,) * 3)},
+            "3 factors of longrope; expected 1",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+    with pytest.raises(ValueError, match="1 short_factors and 0 long_factors"):
+        RopeScaling("longrope", 2.0, 9, short_factors=(1.0,))
+
+
 def test_nnx_parameters_are_a_plain_tree_of_arrays():
     model = nnx_model()
     params = model.init(jax.random.key(0))

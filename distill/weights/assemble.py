@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -155,13 +156,12 @@ def network(config: NetworkConfig) -> Model:
     return encoder(config) if isinstance(config, EncoderConfig) else decoder(config)
 
 
-def shapes_of(config: NetworkConfig) -> dict[Path, Shape]:
+@functools.lru_cache(maxsize=8)  # tracing a decoder takes longer than reading a small one
+def shapes_of(config: NetworkConfig) -> Mapping[Path, Shape]:
     """The shape of every parameter of a network; those of layers are stacked, ``[N, ...]``."""
-    model = network(config)
-    leaves = jax.tree_util.tree_leaves_with_path(model.axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    paths = [tuple(key.key for key in path) for path, _ in leaves]
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return {path: _at(shapes, path).shape for path in paths}
+    shapes = jax.eval_shape(network(config).init, jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return MappingProxyType({tuple(key.key for key in path): leaf.shape for path, leaf in leaves})
 
 
 def assemble(
@@ -236,13 +236,13 @@ def _tensors(table: Table, paths: Iterable[Path]) -> dict[str, list[Path]]:
     }
 
 
-def _beside(table: Table, shapes: dict[Path, Shape]) -> dict[Path, list[Shape]]:
+def _beside(table: Table, shapes: Mapping[Path, Shape]) -> dict[Path, list[Shape]]:
     """For each parameter, the shapes in the file of all that share its tensor: of one layer."""
     there = {p: table[p].transform.shape(shape[1:] if p[0] == "layers" else shape) for p, shape in shapes.items()}
     return {path: [there[p] for p in paths] for paths in _tensors(table, shapes).values() for path in paths}
 
 
-def _wanted(config: NetworkConfig, table: Table, shapes: dict[Path, Shape]) -> list[str]:
+def _wanted(config: NetworkConfig, table: Table, shapes: Mapping[Path, Shape]) -> list[str]:
     """The names a file must have; a table that lacks a parameter or names a tensor twice is an error."""
     if table.keys() != shapes.keys():
         wrong = sorted("/".join(path) for path in table.keys() ^ shapes.keys())
