@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from distill.data.addition import TOKENIZER, AdditionConfig
 from distill.models.config import DecoderConfig
+from distill.models.start import StartConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
@@ -121,8 +122,7 @@ class Config:
     answers: Literal["teacher", "labels"] = "teacher"
     """Who writes the answers the student is distilled on: the teacher (no label is used) or the labels. The teacher's,
     with kd_weight 0 and task_weight 1, are sequence-level distillation (arXiv 1606.07947)."""
-    student_start: Literal["random", "teacher"] = "random"
-    """teacher: cut out of the teacher, layers evenly spread; heads, units and dimensions by importance."""
+    student_start: StartConfig = StartConfig()
     teacher_signal: Literal["cached", "live"] = "cached"
     """cached: the teacher reads the transfer set once; live: it is evaluated in every step."""
     teacher_run: str | None = None
@@ -176,6 +176,8 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     types = typing.get_type_hints(kind)
     fields = {}
     for key, value in values.items():
+        if types.get(key) is StartConfig and isinstance(value, str):  # as older run folders have it
+            value = {"kind": value}
         if dataclasses.is_dataclass(types.get(key)):
             value = from_dict(types[key], value)
         fields[key] = tuple(value) if isinstance(value, list) else value

@@ -9,7 +9,6 @@ Every stage keeps its result in the run folder and is skipped when it stands the
 """
 
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ from distill.data.addition import TOKENIZER, Examples
 from distill.data.loader import Batch
 from distill.features import feature_terms, projector_shapes, with_projectors, without_projectors
 from distill.metrics import Writer
-from distill.models import DecoderConfig, Model, decoder
-from distill.models.init import Importance, importance, like
+from distill.models import Model, decoder
+from distill.models.start import Calibration, Start, outline, start
 from distill.objective import Terms, task_term, terms_of
 from distill.shapes import Params
 from distill.table import print_summary as print_summary  # part of what every kind of experiment has (kinds.py)
@@ -120,7 +119,8 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
     """The student, from the teacher's soft targets on the transfer set."""
     addition.assert_disjoint(config.data, sides["train"], sides["test"])
     training, cached = config.student.training, config.teacher_signal == "cached"
-    model, terms = learner(config, teacher, sides["train"])
+    begin = started(config, teacher, sides["train"])
+    model, terms = learner(config, begin.model)
     align(TOKENIZER.ids(), TOKENIZER.ids(), config.student.model.vocab_size, config.teacher.model.vocab_size)
     examples = transfer_set(config, sides, teacher).batch(config.data)
     flops = training.steps * _step_flops(config.student, config)
@@ -128,7 +128,8 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
     flops += reads * examples.inputs.shape[1] * _flops(config.teacher, config)
     if cached:
         examples = examples._replace(teacher_logits=evaluate.logits_on(*teacher, examples))
-    parts = ("data", "student", "student_start", "objective", "answers", "teacher_signal")
+    parts = ("data", "student", "objective", "answers", "teacher_signal")
+    asked = identity(config, *parts, teacher_weights=fingerprint(teacher.params))
     task = Task(
         student=model,
         terms=terms,
@@ -136,55 +137,38 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
         examples=examples,
         teacher=None if cached else teacher.model,
         teacher_params=None if cached else teacher.params,
+        base_params=begin.base,
         evaluate=_curve(model, config, sides["test"]),
-        identity=identity(config, *parts, teacher_weights=fingerprint(teacher.params)),
+        identity=asked | {"student_start": config.student_start.identity()},
     )
     with _cost(run, flops):
         params = fit(run, task, training, parallel_config=config.parallel, log=config.log, label="student")
-    return Trained(network(config.student), without_projectors(params))
+    return Trained(network(config.student), begin.plain(without_projectors(params)))
 
 
-def learner(config: Config, trained: Trained | None = None, train: Examples | None = None) -> tuple[Model, Terms]:
+def learner(config: Config, student: Model | None = None) -> tuple[Model, Terms]:
     """The student with the projectors it learns beside itself, and the terms of its objective.
 
-    With ``student_start="teacher"`` it starts as a part of ``trained``, by importance on ``train``; without a trained
-    teacher it is only checked that it could.
+    Without a ``student`` (``started``) it is only checked that there could be one; nothing is computed.
     """
     features, teacher = config.objective.features, network(config.teacher)
-    student = network(config.student)
-    if config.student_start == "teacher":
-        student = _cut_out(config, student, teacher, trained, train)
+    student = student or outline(teacher, config.student.model, config.student_start)
     student = with_projectors(student, projector_shapes(features, student, teacher))
     return student, terms_of(config.objective, feature_terms(features, student, teacher))
 
 
-def _cut_out(config: Config, student: Model, teacher: Model, trained: Trained | None, train: Examples | None) -> Model:
-    """The student model, its first parameters a part of the teacher's."""
+def started(config: Config, teacher: Trained, train: Examples) -> Start:
+    """The student before its first step; importance is measured by the cross-entropy of train-side answers."""
 
-    def start(params: Params, measure) -> Params:
-        return like(config.teacher.model, params, config.student.model, measure)[1]
-
-    if trained is None:
-        nothing = Importance(*(np.zeros(shape) for shape in _unit_shapes(config.teacher.model)))
-        jax.eval_shape(lambda key: start(teacher.init(key), lambda: nothing), jax.random.key(0))
-        return student
-
-    def loss(params: Params, batch: Batch) -> Any:
-        logits = teacher.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments)
+    def loss(model: Model, params: Params, batch: Batch) -> Any:
+        logits = model.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments)
         return losses.divide(losses.masked_sum(losses.cross_entropy(logits, batch.labels), batch.mask))
 
-    def measure() -> Importance:
-        parts = np.array_split(np.arange(min(len(train.tokens), 1024)), 8)
-        return importance(
-            config.teacher.model, trained.params, loss, [train.take(rows).batch(config.data) for rows in parts]
-        )
+    def batches() -> Iterator[Batch]:
+        for rows in np.array_split(np.arange(min(len(train.tokens), 1024)), 8):
+            yield train.take(rows).batch(config.data)
 
-    params = start(trained.params, measure)
-    return dataclasses.replace(student, init=lambda key: params)
-
-
-def _unit_shapes(model: DecoderConfig) -> tuple[tuple[int, ...], ...]:
-    return (model.layers, model.groups), (model.layers, model.feed_forward), (model.width,)
+    return start(*teacher, config.student.model, config.student_start, Calibration(loss, batches))
 
 
 def labelled(config: Config, train: Examples, seed: int) -> tuple[Examples, Examples]:
@@ -332,12 +316,15 @@ def _curve(model: Model, config: Config, test: Examples):
 def open_run(run: Path) -> tuple[Config, dict[str, Trained]]:
     """Configuration and trained models (teacher, student, baseline if there is one) of a run folder."""
     config = read_config(run)
-    folders = {"teacher": Path(config.teacher_run or run / "teacher"), "student": run, "baseline": run / "baseline"}
-    recipes = {"teacher": config.teacher, "student": config.student, "baseline": config.student}
-    models = {}
-    for name, folder in folders.items():
-        if name != "baseline" or (folder / "checkpoints").is_dir():
-            models[name] = restore(network(recipes[name]), folder)
+    plain = network(config.student)
+    models = {"teacher": restore(network(config.teacher), Path(config.teacher_run or run / "teacher"))}
+    if config.student_start.plain:
+        models["student"] = restore(plain, run)
+    else:  # what is not in its checkpoint is made again
+        begin = started(config, models["teacher"], addition.load(config.data)["train"])
+        models["student"] = Trained(plain, begin.plain(restore(begin.model, run).params))
+    if (run / "baseline" / "checkpoints").is_dir():
+        models["baseline"] = restore(plain, run / "baseline")
     return config, models
 
 

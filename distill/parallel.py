@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from distill.data.loader import Batch
 from distill.models.model import Model
 from distill.shapes import Params
-from distill.step import TrainState, TrainStep, scan_steps
+from distill.step import Frozen, TrainState, TrainStep, scan_steps
 
 MESH_AXES = {
     "vocab": "tensor",
@@ -33,6 +33,7 @@ MESH_AXES = {
     "embed": "fsdp",
     "head": None,
     "layers": None,
+    "rank": None,
     "norm": None,
     "position": None,
 }
@@ -66,7 +67,7 @@ class Wrapping:
     steps: Callable[..., Any]
     place_state: Callable[[TrainState], TrainState]
     place_params: Callable[[Params], Params]
-    """For the teacher."""
+    """For the teacher, or a ``Frozen``."""
     place_examples: Callable[[Batch], Batch]
     place_rows: Callable[[np.ndarray], Any]
     """``[K, B]`` indices of K batches."""
@@ -144,19 +145,21 @@ def on_mesh(
 ) -> Wrapping:
     """jit on a mesh: parameters sharded by ``MESH_AXES``, the batch over (data, fsdp)."""
     state = state_shardings(student, optimizer, mesh)
-    teacher_params = None if teacher is None else param_shardings(teacher, mesh)
+    frozen = None if teacher is None else param_shardings(teacher, mesh)
+    if student.base is not None:
+        frozen = Frozen(frozen, param_shardings(student.base, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec(None, *BATCH))
     steps = jax.jit(
         scan_steps(train_step),
         donate_argnums=0,
-        in_shardings=(state, teacher_params, everywhere, rows),
+        in_shardings=(state, frozen, everywhere, rows),
         out_shardings=(state, everywhere),
     )
     return Wrapping(
         steps,
         lambda tree: jax.device_put(_owned(tree), state),
-        lambda tree: jax.device_put(tree, teacher_params),
+        lambda tree: jax.device_put(tree, frozen),
         lambda tree: jax.device_put(tree, everywhere),
         lambda array: jax.device_put(_divisible(array, mesh.shape["data"] * mesh.shape["fsdp"]), rows),
         lambda tree: tree,

@@ -18,6 +18,7 @@ from distill import losses
 from distill.data.loader import Batch
 from distill.features import FeatureTerm, collect_of
 from distill.losses.reduce import Pair, masked_sum
+from distill.models.factors import joined
 from distill.models.model import Collect, Model, Output
 from distill.objective import AnyTerm, Terms, evaluate_terms, per_position, position_weights, terms_at, total
 from distill.shapes import Array, Int, Params
@@ -26,7 +27,7 @@ Metrics = dict[str, Pair]
 CHUNKED_FROM = 1024
 """Words from which on the head is worked through in chunks: there it is 1.5 to 2.2 times as fast as all logits at once,
 at half as many it is slower (``scripts/benchmark.py head``)."""
-TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Metrics]]
+TrainStep = Callable[["TrainState", "Params | Frozen | None", Batch], tuple["TrainState", Metrics]]
 
 
 class TrainState(NamedTuple):
@@ -36,6 +37,14 @@ class TrainState(NamedTuple):
     """Optimizer steps done: the one counter from which schedules and the position in the data derive."""
     params: Params
     opt_state: optax.OptState
+
+
+class Frozen(NamedTuple):
+    """What a step reads and never changes, for a student that learns only a part of its parameters (``Model.base``)."""
+
+    teacher: Params | None
+    student: Params
+    """The part that is not learnt; it may hold the teacher's own arrays."""
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -77,7 +86,8 @@ def make_train_step(
     Returns:
       ``train_step(state, teacher_params, batch) -> (state, metrics)``; metrics are (sum, weight) pairs, global:
       ``loss``, every term by its name, ``agreement`` (share of top-1 tokens equal to the teacher's) and
-      ``teacher_cross_entropy`` when there is a teacher, ``gradient_norm``.
+      ``teacher_cross_entropy`` when there is a teacher, ``gradient_norm``. For a student with a ``base`` the second
+      argument is ``Frozen(teacher_params, base_params)``.
     """
     _check_terms(terms, student, teacher)
     chunks = _chunks(chunk_size, student, teacher)
@@ -116,6 +126,8 @@ def make_train_step(
 
     def loss_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array, step: Array):
         now, weights = terms_at(terms, step), position_weights(reduction, batch)
+        if student.base is not None:
+            teacher_params, params = teacher_params.teacher, joined(teacher_params.student, params)
         inside = [term for term in now if isinstance(term, FeatureTerm)]
         sides = _forward(student, params, teacher, jax.lax.stop_gradient(teacher_params), batch, inside)
         evaluate = in_chunks if chunks and batch.teacher_logits is None else whole

@@ -20,13 +20,14 @@ from distill.checkpoint import Checkpoints, lock, refuse_changes
 from distill.config import LogConfig, TrainingConfig
 from distill.data.loader import Batch, Loader
 from distill.metrics import Writer, averages
+from distill.models.factors import joined
 from distill.models.model import Model
 from distill.objective import Term
 from distill.optim import optimizer
 from distill.parallel import ParallelConfig, Wrapping
 from distill.progress import Progress
 from distill.shapes import Params
-from distill.step import TrainState, init_state, make_train_step
+from distill.step import Frozen, TrainState, init_state, make_train_step
 
 Evaluate = Callable[[Params], dict[str, float]]
 
@@ -44,12 +45,23 @@ class Task:
     examples: Batch
     teacher: Model | None = None
     teacher_params: Params | None = None
+    base_params: Params | None = None
+    """Parameters of the student that are not learnt (``Model.base``)."""
     evaluate: Evaluate = lambda params: {}
-    """Metrics of the learning curve, such as exact match."""
+    """Metrics of the learning curve, such as exact match, from all of the student's parameters."""
     reduction: str = "token_mean"
     """Of every mean (``make_train_step``)."""
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Configuration and fingerprints; a run folder with another identity is refused."""
+
+    @property
+    def frozen(self) -> Params | Frozen | None:
+        """The second argument of the step."""
+        return self.teacher_params if self.base_params is None else Frozen(self.teacher_params, self.base_params)
+
+    def measure(self, learnt: Params) -> dict[str, float]:
+        """``evaluate`` from what is learnt."""
+        return self.evaluate(learnt if self.base_params is None else joined(self.base_params, learnt))
 
 
 def fit(
@@ -61,7 +73,7 @@ def fit(
     log: LogConfig = LogConfig(),
     label: str = "student",
 ) -> Params:
-    """Trains, or goes on training, in a run folder; returns the final parameters.
+    """Trains, or goes on training, in a run folder; returns the final parameters (what is learnt of them).
 
     Args:
       run: the run folder; checkpoints and metrics.jsonl live there.
@@ -130,20 +142,20 @@ def _loop(
     stop: dict[str, bool],
 ) -> TrainState:
     count = training.steps_per_dispatch
-    teacher_params = None if task.teacher is None else wrapping.place_params(task.teacher_params)
+    frozen = None if task.frozen is None else wrapping.place_params(task.frozen)
     examples = wrapping.place_examples(loader.examples)
     recorder = _Recorder(writer, progress, training, task.examples)
     if step == 0:
-        recorder.evaluated(0, task.evaluate(wrapping.fetch_state(state).params))
+        recorder.evaluated(0, task.measure(wrapping.fetch_state(state).params))
     while step < training.steps:
         rows = wrapping.place_rows(loader.rows(step, count))
-        state, metrics = wrapping.steps(state, teacher_params, examples, rows)
+        state, metrics = wrapping.steps(state, frozen, examples, rows)
         recorder.record()  # of the dispatch before, while this one computes
         recorder.pending = (step, wrapping.fetch_metrics(metrics))
         step += count
         if step % training.evaluate_every == 0 or step == training.steps:
             recorder.record()
-            recorder.evaluated(step, task.evaluate(wrapping.fetch_state(state).params))
+            recorder.evaluated(step, task.measure(wrapping.fetch_state(state).params))
         if step % training.save_every == 0 or step == training.steps or stop["now"]:
             recorder.record()  # a state whose loss is not finite is never saved
             meta = {"identity": task.identity, "next_batch": step}

@@ -15,6 +15,7 @@ from distill.experiment import Trained, distil, network, run_experiment
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.models.init import Importance, importance, like, spread, student_from
+from distill.models.start import StartConfig
 from distill.parallel import ParallelConfig
 
 CONFIG = tiny(
@@ -234,7 +235,7 @@ def experiment(**options):
         data=addition.AdditionConfig(digits=1),
         teacher=Recipe(teacher),
         student=Recipe(student, training),
-        student_start="teacher",
+        student_start=StartConfig("teacher"),
         parallel=ParallelConfig(backend="one_device"),
         log=LogConfig(progress=False),
     )
@@ -246,7 +247,7 @@ def test_an_experiment_starts_from_its_teacher(tmp_path):
     teacher = Trained(network(config.teacher), random_params(network(config.teacher)))
     sides = addition.load(config.data)
     distil(config, tmp_path / "cut", sides, teacher)
-    distil(dataclasses.replace(config, student_start="random"), tmp_path / "random", sides, teacher)
+    distil(dataclasses.replace(config, student_start=StartConfig()), tmp_path / "random", sides, teacher)
     first = [next(r["loss"] for r in read_metrics(tmp_path / run) if "loss" in r) for run in ("cut", "random")]
     assert first[0] != first[1]
     again = distil(config, tmp_path / "again", sides, teacher)

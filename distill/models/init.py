@@ -96,15 +96,63 @@ def spread(layers: int, of: int) -> tuple[int, ...]:
       >>> spread(4, 10), spread(1, 10)
       ((0, 3, 6, 9), (0,))
     """
-    if not 1 <= layers <= of:
-        raise ValueError(f"spread: {layers} layers of {of}; expected 1 … {of}.")
+    _check_count(layers, of)
     return tuple(round(i * (of - 1) / max(layers - 1, 1)) for i in range(layers))
 
 
+def every(layers: int, of: int) -> tuple[int, ...]:
+    """Every n-th of ``of`` layers from the first on, n as large as ``layers`` of them allow (arXiv 1910.01108).
+
+    Example:
+      >>> every(3, 6), every(3, 8)
+      ((0, 2, 4), (0, 2, 4))
+    """
+    _check_count(layers, of)
+    return tuple(range(0, of, of // layers))[:layers]
+
+
+def ends(layers: int, of: int) -> tuple[int, ...]:
+    """The first and the last of ``of`` layers, one more of the first if ``layers`` is odd.
+
+    Example:
+      >>> ends(2, 6), ends(3, 6)
+      ((0, 5), (0, 1, 5))
+    """
+    _check_count(layers, of)
+    first = -(-layers // 2)
+    return (*range(first), *range(of - layers + first, of))
+
+
+def first(layers: int, of: int) -> tuple[int, ...]:
+    """The first of ``of`` layers.
+
+    Example:
+      >>> first(2, 6)
+      (0, 1)
+    """
+    _check_count(layers, of)
+    return tuple(range(layers))
+
+
+def _check_count(layers: int, of: int) -> None:
+    if not 1 <= layers <= of:
+        raise ValueError(f"{layers} layers of {of}; expected 1 … {of}.")
+
+
+CHOICES = {"spread": spread, "every": every, "ends": ends, "first": first}
+"""Ways to choose a number of layers."""
+
+
 def like(
-    config: DecoderConfig, params: Params, student: DecoderConfig, measure: Callable[[], Importance]
+    config: DecoderConfig,
+    params: Params,
+    student: DecoderConfig,
+    measure: Callable[[], Importance],
+    layers: Sequence[int] | None = None,
 ) -> tuple[DecoderConfig, Params]:
     """``student_from`` with the sizes of another configuration; ``measure`` is called if units are chosen by it.
+
+    ``layers`` names those to keep; None: evenly spread.
 
     Raises:
       ValueError: a student that cannot be cut out of this teacher: more of something, or heads of another size.
@@ -112,7 +160,8 @@ def like(
     sizes = {"kv_heads": student.groups, "feed_forward": student.feed_forward, "width": student.width}
     there = {"kv_heads": config.groups, "feed_forward": config.feed_forward, "width": config.width}
     measured = measure() if any(sizes[name] < there[name] for name in sizes) else None
-    small, params = student_from(config, params, layers=student.layers, measured=measured, **sizes)
+    layers = spread(student.layers, config.layers) if layers is None else layers
+    small, params = student_from(config, params, layers=layers, measured=measured, **sizes)
     names = [field.name for field in dataclasses.fields(DecoderConfig)]
     different = [
         f"{name}={getattr(student, name)} (a part of the teacher has {getattr(small, name)})"

@@ -51,13 +51,29 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", parameter(self.axes, std=self.fan_in**-0.5), self.shape)
-        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if self.has_variable("params", "left"):  # in place of the kernel, two factors of it (factors.py)
+            y = self._through(x, "left", "right")
+        else:
+            kernel = self.param("kernel", parameter(self.axes, std=self.fan_in**-0.5), self.shape)
+            y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if self.has_variable("params", "lora_left"):
+            y = y + self._through(x, "lora_left", "lora_right")
         if not self.bias_axes:
             return y
         bias = self.param("bias", parameter(self.axes[-self.bias_axes :]), self.shape[-self.bias_axes :])
         bias = bias[:, None] if self.bias_axes == 2 else bias  # [H, K] meets [B, H, L, K]
         return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim)).astype(x.dtype)
+
+    def _through(self, x: Array, *names: str) -> Array:
+        """x · left · right: one product after the other, left ``[inputs…, r]`` and right ``[r, outputs…]``."""
+        left, right = (self.get_variable("params", name).astype(x.dtype) for name in names)
+        inputs, result = self.equation.split("->")
+        of_x, of_kernel = inputs.split(",")
+        summed = "".join(axis for axis in of_kernel if axis in of_x)
+        middle = "".join(axis for axis in of_x if axis not in summed) + "r"
+        given = of_kernel.replace(summed, "")
+        x_r = jnp.einsum(f"{of_x},{summed}r->{middle}", x, left)
+        return jnp.einsum(f"{middle},r{given}->{result}", x_r, right)
 
 
 class Norm(nn.Module):

@@ -118,6 +118,11 @@ class Model:
     head: Callable[[Params], Head] | None = None
     """``head(params) -> Head``, what ``unembed`` multiplies by, for losses that never hold all logits."""
     config: Any = None
+    merge: Callable[[Params], Params] | None = None
+    """Parameters of the plain network with this ``config`` from these, for export (``factors.py``); None: they are."""
+    base: "Model | None" = None
+    """Model of the parameters that are not learnt. Then ``init`` gives those that are, and everything else takes both,
+    ``factors.joined``; in a train step they stand beside the teacher's (``step.Frozen``). None: all are learnt."""
 
     def logits(self, params: Params, tokens: Array, **inputs: Any) -> Array:
         """``unembed(apply(tokens))``: ``[B, L, V]`` float32."""
