@@ -32,7 +32,7 @@ class Importance(NamedTuple):
     """Key/value heads with the query heads that share them: they stay or go together."""
     feed_forward: Float[np.ndarray, "N F"]
     width: Float[np.ndarray, " D"]
-    """Residual dimensions, the same in all layers; the gate is where the norms read them."""
+    """Residual dimensions, the same in all layers; the gate is where layers and head read them."""
 
 
 def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Iterable[Any]) -> Importance:
@@ -48,24 +48,23 @@ def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Itera
       ValueError: no batches.
     """
 
+    axes = decoder(config).axes["layers"]
+
     @jax.jit
     def of_batch(batch: Any) -> Importance:
-        gradient = jax.grad(loss)(params, batch)
-        gates = jax.tree.map(jnp.multiply, params, gradient)
-        layers = gates["layers"]
+        gradients = jax.grad(loss)(params, batch)
+        gates = jax.tree.map(jnp.multiply, params, gradients)
+        layers, norm = gates["layers"], gates["norm"]
         by_head = _by_axis(layers["attention"]["output"]["kernel"], 0, 1)
-        reads = [_norm_gate(config, gates["norm"], gradient["norm"])]
-        if config.norm_place == "after":  # no norm reads: the kernels do
-            kernels = [layers["attention"][name]["kernel"] for name in ("query", "key", "value")]
-            kernels += [layers["mlp"][name]["kernel"] for name in ("gate", "up") if name in layers["mlp"]]
-            reads += [_by_axis(kernel, 1) for kernel in kernels]
-        else:
-            names = ("attention_norm", "mlp_norm")
-            reads += [_norm_gate(config, layers[name], gradient["layers"][name]) for name in names]
+        units = jnp.abs(_by_axis(layers["mlp"]["down"]["kernel"], 0, 1)) if _plain(axes) else jnp.zeros((0, 0))
+        width = sum(norm.values()) + (gradients["norm"]["scale"] if config.norm_plus_one else 0.0)
+        for branch, names in (("attention", ("query", "key", "value")), ("mlp", ("gate", "up"))):
+            for name in names:
+                if name in layers[branch]:
+                    kernel = layers[branch][name]["kernel"]
+                    width = width + _by_axis(kernel, axes[branch][name]["kernel"].index("embed"))
         return Importance(
-            jnp.abs(by_head.reshape(config.layers, config.groups, -1).sum(axis=-1)),
-            jnp.abs(_by_axis(layers["mlp"]["down"]["kernel"], 0, 1)),
-            jnp.abs(sum(read.reshape(-1, config.width).sum(axis=0) for read in reads)),
+            jnp.abs(by_head.reshape(config.layers, config.groups, -1).sum(axis=-1)), units, jnp.abs(width)
         )
 
     total, count = None, 0
@@ -82,6 +81,11 @@ def _norm_gate(config: DecoderConfig, gate: Params, gradient: Params) -> Array:
     """The derivative by a gate on what a norm gives, ``[..., D]``, from its scale's and its bias's own."""
     scale = gate["scale"] + gradient["scale"] if config.norm_plus_one else gate["scale"]
     return scale + gate["bias"] if "bias" in gate else scale
+
+
+def _plain(axes: Params) -> bool:
+    """Has every layer one MLP, whose units can be chosen? (One of experts has not.)"""
+    return axes.get("mlp", {}).get("down", {}).get("kernel") == ("layers", "mlp", "embed")
 
 
 def _by_axis(x: Array, *kept: int) -> Array:
@@ -162,11 +166,12 @@ def like(
     measured = measure() if any(sizes[name] < there[name] for name in sizes) else None
     layers = spread(student.layers, config.layers) if layers is None else layers
     small, params = student_from(config, params, layers=layers, measured=measured, **sizes)
+    free = ["kv_heads", "head_dim", "dtype"] + ["max_length"] * (config.positions == "rotary")
     names = [field.name for field in dataclasses.fields(DecoderConfig)]
     different = [
         f"{name}={getattr(student, name)} (a part of the teacher has {getattr(small, name)})"
         for name in names
-        if name not in ("kv_heads", "head_dim", "dtype") and getattr(student, name) != getattr(small, name)
+        if name not in free and getattr(student, name) != getattr(small, name)
     ]
     if student.key_size != small.key_size:
         different.append(f"head_dim={student.key_size} (the teacher's is {small.key_size})")
@@ -210,46 +215,92 @@ def student_from(
       >>> small.layers, params["layers"]["mlp"]["up"]["kernel"].shape
       (2, (2, 8, 16))
     """
+    small = part_of(config, layers=layers, kv_heads=kv_heads, feed_forward=feed_forward, width=width)
+    sizes = ("kv_heads", small.groups, config.groups), ("feed_forward", small.feed_forward, config.feed_forward)
+    fewer = [name for name, size, there in (*sizes, ("width", small.width, config.width)) if size < there]
+    if measured is None and fewer:
+        raise ValueError("student_from: fewer heads, units or dimensions need measured=importance(…) to choose by.")
+    axes = decoder(config).axes
+    if "feed_forward" in fewer and not _plain(axes["layers"]):
+        raise ValueError("student_from: units of experts cannot be left out; keep feed_forward, or leave out layers.")
+    kept = np.asarray(_kept(config, layers))
+    chosen = {} if len(kept) == config.layers and (np.diff(kept) > 0).all() else {"layers": kept}
+    if "kv_heads" in fewer:
+        chosen["kv"] = _largest(measured.groups, kv_heads)[kept]
+        per_group = config.heads // config.groups
+        heads = chosen["kv"][..., None] * per_group + np.arange(per_group)
+        chosen["heads"] = heads.reshape(len(kept), -1)
+    if "feed_forward" in fewer:
+        chosen["mlp"] = _largest(measured.feed_forward, feed_forward)[kept]
+    if "width" in fewer:
+        chosen["embed"] = chosen["norm"] = _largest(measured.width[None], width)[0]
+    cut = jax.tree.map(lambda leaf, names: _cut(leaf, names, chosen), params, axes)
+    _check_shapes(small, cut)
+    return small, cut
+
+
+def part_of(
+    config: DecoderConfig,
+    *,
+    layers: int | Sequence[int] | None = None,
+    kv_heads: int | None = None,
+    feed_forward: int | None = None,
+    width: int | None = None,
+) -> DecoderConfig:
+    """The configuration of ``student_from``: what differs by layer goes with its layer.
+
+    Raises:
+      ValueError: sizes larger than the teacher's, layers it has not, or a width that cannot change.
+
+    Example:
+      >>> config = DecoderConfig(layers=3, sliding_window=8, window_layers=(True, False, True))
+      >>> part_of(config, layers=(0, 1)).window_layers
+      (True, False)
+    """
     asked = {"kv_heads": (kv_heads, config.groups), "feed_forward": (feed_forward, config.feed_forward)}
     asked |= {"width": (width, config.width)}
     for name, (size, there) in asked.items():
         if size is not None and not 1 <= size <= there:
             raise ValueError(f"student_from: {name}={size}; expected 1 … {there}, what the teacher has.")
-    if measured is None and any(size not in (None, there) for size, there in asked.values()):
-        raise ValueError("student_from: fewer heads, units or dimensions need measured=importance(…) to choose by.")
-    kept_layers = tuple(range(config.layers)) if layers is None else layers
-    kept_layers = spread(layers, config.layers) if isinstance(layers, int) else tuple(kept_layers)
-    if not kept_layers or not all(0 <= layer < config.layers for layer in kept_layers):
-        raise ValueError(f"student_from: layers={kept_layers}; expected some of 0 … {config.layers - 1}.")
-    chosen = {"layers": np.asarray(kept_layers)}
-    if kv_heads not in (None, config.groups):
-        chosen["kv"] = _largest(measured.groups, kv_heads)[chosen["layers"]]
-        per_group = config.heads // config.groups
-        heads = chosen["kv"][..., None] * per_group + np.arange(per_group)
-        chosen["heads"] = heads.reshape(len(kept_layers), -1)
-    if feed_forward not in (None, config.feed_forward):
-        chosen["mlp"] = _largest(measured.feed_forward, feed_forward)[chosen["layers"]]
-    if width not in (None, config.width):
-        chosen["embed"] = chosen["norm"] = _largest(measured.width[None], width)[0]
-    groups = config.groups if kv_heads is None else kv_heads
-    small = dataclasses.replace(
+    if config.scaled_embedding and width not in (None, config.width):
+        raise ValueError(
+            f"student_from: width={width}; the embedding of this teacher counts √{config.width} times, which would "
+            "change with the width; keep it."
+        )
+    kept = _kept(config, layers)
+    by_layer = {"rope_layers": config.rope_layers, "window_layers": config.window_layers}
+    groups = kv_heads or config.groups
+    return dataclasses.replace(
         config,
-        layers=len(kept_layers),
+        layers=len(kept),
         width=width or config.width,
         heads=groups * (config.heads // config.groups),
         kv_heads=groups,
         head_dim=config.key_size,
         feed_forward=feed_forward or config.feed_forward,
-        rope_layers=_of_layers(config.rope_layers, kept_layers),
-        window_layers=_of_layers(config.window_layers, kept_layers),
+        **{name: tuple(pattern[layer] for layer in kept) if pattern else () for name, pattern in by_layer.items()},
     )
-    axes = decoder(config).axes
-    return small, jax.tree.map(lambda leaf, names: _cut(leaf, names, chosen), params, axes)
 
 
-def _of_layers(pattern: tuple[bool, ...], layers: Sequence[int]) -> tuple[bool, ...]:
-    """A pattern by layer, for the layers that are kept; an empty one means all alike."""
-    return tuple(pattern[layer] for layer in layers) if pattern else ()
+def _kept(config: DecoderConfig, layers: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to keep, as a list."""
+    if layers is None:
+        return tuple(range(config.layers))
+    kept = spread(layers, config.layers) if isinstance(layers, int) else tuple(layers)
+    if not kept or not all(0 <= layer < config.layers for layer in kept):
+        raise ValueError(f"student_from: layers={kept}; expected some of 0 … {config.layers - 1}.")
+    return kept
+
+
+def _check_shapes(config: DecoderConfig, params: Params) -> None:
+    """Raises ValueError for a parameter that was not cut as this configuration has it: an option nobody thought of."""
+    wanted = jax.eval_shape(decoder(config).init, jax.random.key(0))
+    for (path, leaf), want in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True):
+        if leaf.shape != want.shape:
+            raise ValueError(
+                f"student_from: {jax.tree_util.keystr(path)} is {leaf.shape} after the cut, a decoder of that size has "
+                f"{want.shape}; a teacher with this option can only be cut by layers."
+            )
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
@@ -259,7 +310,7 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
 
 def _cut(leaf: Array, names: tuple[str, ...], chosen: dict[str, np.ndarray]) -> Array:
     """The chosen part of a parameter; indices ``[N, …]`` differ by layer."""
-    if "layers" in names:
+    if "layers" in names and "layers" in chosen:
         leaf = leaf[chosen["layers"]]  # the first axis of what is stacked
     for axis, name in enumerate(names):
         index = chosen.get(name)

@@ -49,12 +49,9 @@ class StartConfig:
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0.0:
             raise ValueError(f"student_start: rank={self.rank}, alpha={self.alpha}; expected rank ≥ 1 and alpha > 0.")
-        read = {"choice": self.cut, "layers": self.cut, "rank": self.factors, "alpha": self.kind == "lora"}
-        unread |= {
-            "kernels": self.factors,
-            "weighted": self.kind == "low_rank",
-            "share_embeddings": self.kind != "lora",
-        }
+        read = {"choice": self.cut, "layers": self.cut, "rank": self.factors, "kernels": self.factors}
+        read |= {"alpha": self.kind == "lora", "weighted": self.kind == "low_rank"}
+        read |= {"share_embeddings": self.kind != "lora"}
         for field in dataclasses.fields(self):
             if getattr(self, field.name) != field.default and not read.get(field.name, True):
                 raise ValueError(

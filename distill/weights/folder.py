@@ -179,7 +179,7 @@ def save(
     Args:
       folder: made if there is none.
       model: a decoder or an encoder (``model.config`` says which).
-      params: its parameters.
+      params: its parameters; of factors and corrections (``factors.py``) the product is written.
       tokenizer: a ``TextTokenizer``, a folder whose tokenizer files are copied, or an object with
         ``save_pretrained`` or ``to_str`` (of transformers, of tokenizers). None: none.
       family: the ``model_type`` to save as; None: the first that has all options of this decoder.
@@ -196,6 +196,7 @@ def save(
         values = encoders.to_json(config, family, dtype) | _special_ids(tokenizer)
         tensors = encoders.tensors(config, values["model_type"], params)
     else:
+        params = params if model.merge is None else model.merge(params)
         values = to_json(config, family, dtype) | _special_ids(tokenizer)
         tensors = disassemble(config, table_of(config, values["model_type"]), params)
     folder = Path(folder)
