@@ -24,6 +24,7 @@ ARROWS = {
     "table": set(),
     "vocab": {"shapes"},
     "head": {"shapes"},
+    "prune": {"shapes", "models", "tokenizer"},
     "losses": {"shapes", "head"},
     "models": {"shapes", "head"},
     "weights": {"shapes", "models", "tokenizer"},
