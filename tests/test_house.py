@@ -40,6 +40,7 @@ ARROWS = {
     "config": {"models", "data", "objective", "optim", "parallel", "configs"},
     "configs": {"models", "data", "objective", "optim", "parallel", "config"},
     "checkpoint": {"shapes", "config"},
+    "preflight": {"shapes", "losses", "models", "data", "objective", "vocab", "config"},
 }
 """Part of distill → the parts it may import, besides itself."""
 
