@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from builders import random_params, tiny_decoder
 from text_builders import CHAT, CHATML, TEXTS, byte_level, tiny_tokenizer
 
 from distill.tokenizer import TextTokenizer
@@ -100,3 +101,13 @@ def test_bad_tokenizers_are_refused(tmp_path):
         tiny_tokenizer(chat_template="{{ raise_exception('no') }}").chat(CHAT)
     with pytest.raises(ValueError, match="the chat template fails"):  # the sandbox
         tiny_tokenizer(chat_template="{{ ''.__class__.__mro__ }}").chat(CHAT)
+
+
+def test_saved_with_a_model(tmp_path):
+    import distill
+
+    model = tiny_decoder()
+    distill.save(tmp_path, model, random_params(model), tiny_tokenizer(pad="<unk>"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 0]
+    assert TextTokenizer.from_folder(tmp_path) == tiny_tokenizer(pad="<unk>")
