@@ -28,7 +28,7 @@ from distill.features import feature_terms, projector_shapes, with_projectors, w
 from distill.metrics import Writer
 from distill.models import Model, decoder
 from distill.models.start import Calibration, Start, outline, start
-from distill.objective import Terms, task_term, terms_of
+from distill.objective import Terms, router_terms, task_term, terms_of
 from distill.shapes import Params
 from distill.table import print_summary as print_summary  # part of what every kind of experiment has (kinds.py)
 from distill.train import Task, fit
@@ -69,7 +69,7 @@ def train_alone(config: Config, recipe: Recipe, run: Path, sides: dict[str, Exam
     model = network(recipe)
     task = Task(
         student=model,
-        terms=[task_term()],
+        terms=[task_term(), *router_terms(model)],
         examples=sides["train"].batch(config.data),
         evaluate=_curve(model, config, sides["test"]),
         identity=identity(config, "data", role),
@@ -154,7 +154,10 @@ def learner(config: Config, student: Model | None = None) -> tuple[Model, Terms]
     features, teacher = config.objective.features, network(config.teacher)
     student = student or outline(teacher, config.student.model, config.student_start)
     student = with_projectors(student, projector_shapes(features, student, teacher))
-    return student, terms_of(config.objective, feature_terms(features, student, teacher))
+    return student, terms_of(
+        config.objective,
+        (*feature_terms(features, student, teacher), *router_terms(student, config.objective.router_weight)),
+    )
 
 
 def started(config: Config, teacher: Trained, train: Examples) -> Start:
@@ -200,8 +203,9 @@ def train_baseline(config: Config, run: Path, sides: dict[str, Examples]) -> tup
         )
         schedule = arms.Schedule(sweep.steps, sweep.batch_size, sweep.evaluate_every, config.student.training.optimizer)
         tokens = sweep.runs * sweep.steps * sweep.batch_size * replicas.examples.inputs.shape[2]
+        terms = [task_term(), *router_terms(model)]
         with _cost(folder, 3 * tokens * _flops(config.student, config)):
-            outcome = arms.train(model, [task_term()], replicas, schedule, config.data, [validation] * sweep.runs)
+            outcome = arms.train(model, terms, replicas, schedule, config.data, [validation] * sweep.runs)
         best = int(np.argmax(outcome.curve.max(axis=1)))
         chosen = {
             "learning_rate": float(rates[best]),

@@ -19,6 +19,7 @@ from distill import losses
 from distill.data.loader import Batch
 from distill.features import FeatureConfig, FeatureTerm
 from distill.losses.reduce import Pair
+from distill.models.model import Model
 from distill.shapes import Array, Labels, Logits, Nats
 
 DIVERGENCES = {
@@ -61,7 +62,19 @@ class Term:
     needs_teacher: bool = True
 
 
-AnyTerm = Term | FeatureTerm
+@dataclasses.dataclass(frozen=True)
+class RouterTerm:
+    """The load-balancing loss of a student that is a mixture of experts (``losses.load_balancing``).
+
+    It looks at no label and at no teacher; the tokens are those of a batch, of all devices (of a micro-batch, where
+    there are several: then their mean is taken, weighed by counted tokens).
+    """
+
+    weight: float
+    name: str = "load_balancing"
+
+
+AnyTerm = Term | FeatureTerm | RouterTerm
 Terms = Sequence[AnyTerm] | Callable[[Array], Sequence[AnyTerm]]
 """Terms, or a function of the optimizer step that gives them: weights and temperatures may follow a schedule."""
 
@@ -94,6 +107,8 @@ class ObjectiveConfig:
     schedule_steps: int = 0
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
     """token_mean: every counted token of the global batch weighs the same; sequence_mean: every sequence does."""
+    router_weight: float | None = None
+    """Of the load-balancing loss, for a student with experts; None: its own ``router_loss_weight``."""
     features: FeatureConfig = FeatureConfig()
     """Terms between hidden states, attention maps and relations; they need a live teacher."""
 
@@ -106,6 +121,8 @@ class ObjectiveConfig:
             jax.eval_shape(distillation_term(self).per_position, jnp.zeros(2), jnp.zeros(2), jnp.int32(0))
         except ValueError as error:
             raise ValueError(f"objective: {error}") from error
+        if self.router_weight is not None and self.router_weight < 0.0:
+            raise ValueError(f"objective: router_weight={self.router_weight}; expected at least 0, or None.")
         if self.final_temperature is not None and not self.final_temperature > 0.0:
             raise ValueError(f"objective: final_temperature={self.final_temperature}; expected a number above 0.")
         if self.final_interpolation is not None and not 0.0 <= self.final_interpolation <= 1.0:
@@ -156,7 +173,25 @@ def distillation_term(config: ObjectiveConfig) -> Term:
     return Term(config.divergence, lambda s, t, labels: divergence(s, t, **options), config.kd_weight * factor)
 
 
-def terms_of(config: ObjectiveConfig, features: Sequence[FeatureTerm] = ()) -> Terms:
+def router_terms(student: Model, weight: float | None = None) -> tuple[RouterTerm, ...]:
+    """The term that keeps a student's experts equally busy; none without experts or with a weight of 0.
+
+    Args:
+      student: its configuration says whether it has experts.
+      weight: None: the configuration's ``router_loss_weight``.
+
+    Example:
+      >>> from distill.models import DecoderConfig, decoder
+      >>> router_terms(decoder(DecoderConfig(experts=4, router_loss_weight=0.01)))
+      (RouterTerm(weight=0.01, name='load_balancing'),)
+    """
+    if not getattr(student.config, "experts", 0):
+        return ()
+    weight = student.config.router_loss_weight if weight is None else weight
+    return (RouterTerm(weight),) if weight else ()
+
+
+def terms_of(config: ObjectiveConfig, features: Sequence[FeatureTerm | RouterTerm] = ()) -> Terms:
     """The terms with a weight above 0 and ``features``; a function of the step if anything is scheduled."""
     task = (task_term(config.task_weight),) if config.task_weight else ()
     if config.scheduled:

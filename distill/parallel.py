@@ -31,6 +31,7 @@ MESH_AXES = {
     "kv": "tensor",
     "mlp": "tensor",
     "embed": "fsdp",
+    "experts": None,
     "head": None,
     "layers": None,
     "rank": None,

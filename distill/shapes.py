@@ -8,7 +8,7 @@ L     length (queries)            K     size of one head
 S     length (keys)               R     query heads per group, H/G
 V     vocabulary                  F     feed-forward
 D     model width                 N     layers
-H     query heads
+H     query heads                 E     experts
 ====  ==========================  ====  ==========================
 """
 

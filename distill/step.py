@@ -19,8 +19,18 @@ from distill.data.loader import Batch
 from distill.features import FeatureTerm, collect_of
 from distill.losses.reduce import Pair, masked_sum
 from distill.models.factors import joined
-from distill.models.model import Collect, Model, Output
-from distill.objective import AnyTerm, Terms, evaluate_terms, per_position, position_weights, terms_at, total
+from distill.models.model import Collect, Model, Output, Routing
+from distill.objective import (
+    AnyTerm,
+    RouterTerm,
+    Term,
+    Terms,
+    evaluate_terms,
+    per_position,
+    position_weights,
+    terms_at,
+    total,
+)
 from distill.shapes import Array, Int, Params
 
 Metrics = dict[str, Pair]
@@ -131,11 +141,14 @@ def make_train_step(
         inside = [term for term in now if isinstance(term, FeatureTerm)]
         sides = _forward(student, params, teacher, jax.lax.stop_gradient(teacher_params), batch, inside)
         evaluate = in_chunks if chunks and batch.teacher_logits is None else whole
-        loss, pairs = evaluate([term for term in now if not isinstance(term, FeatureTerm)], sides, batch, weights)
+        loss, pairs = evaluate([term for term in now if isinstance(term, Term)], sides, batch, weights)
         for term in inside:
             features = sides.of_student.collected, sides.of_teacher.collected
             pairs[term.name] = masked_sum(term.per_position(*features, batch, params), batch.mask, weights)
-        loss = loss + total(inside, {name: value for name, (value, _) in pairs.items()})
+        counted = jnp.sum(batch.mask if weights is None else weights, dtype=jnp.float32)
+        routers = [term for term in now if isinstance(term, RouterTerm)]
+        pairs |= {term.name: _balance(sides.of_student.routing, counted, global_sum) for term in routers}
+        loss = loss + total([*inside, *routers], {name: value for name, (value, _) in pairs.items()})
         return loss / jnp.where(weight > 0, weight, 1.0), {"loss": (loss, pairs[now[0].name][1])} | pairs
 
     def gradients_of(params: Params, teacher_params: Params | None, batch: Batch, weight: Array, step: Array):
@@ -195,6 +208,13 @@ def _forward(
     return _Sides(params, of_student, teacher_params, of_teacher)
 
 
+def _balance(routing: Routing, counted: Array, global_sum: Callable) -> Pair:
+    """This device's part of the load-balancing loss of all devices' tokens, so that sums over devices are the loss."""
+    tokens = jax.lax.stop_gradient(jnp.sum(routing.probabilities))
+    counts, tokens, everywhere = global_sum((routing.counts, tokens, counted))
+    return losses.load_balancing(counts, routing.probabilities, tokens) * everywhere, counted
+
+
 def _check_terms(terms: Terms, student: Model, teacher: Model | None) -> None:
     """What can be said before anything is traced.
 
@@ -210,6 +230,8 @@ def _check_terms(terms: Terms, student: Model, teacher: Model | None) -> None:
             f"make_train_step: {', '.join(inside)} look inside the teacher; give the step a teacher (in a "
             "configuration: --teacher-signal live)."
         )
+    if any(isinstance(term, RouterTerm) for term in listed) and not getattr(student.config, "experts", 0):
+        raise ValueError("make_train_step: a term balances experts, and the student has none; leave it out.")
     if teacher is not None and teacher.vocab_size != student.vocab_size:
         raise ValueError(
             f"make_train_step: the student has {student.vocab_size} words, the teacher {teacher.vocab_size}; cut both "

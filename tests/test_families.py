@@ -12,6 +12,7 @@ from builders import random_params, tiny
 from safetensors.numpy import load_file, save_file
 
 import distill
+from distill import losses
 from distill.models import Collect, DecoderConfig, RopeScaling, decoder
 from distill.weights import read_config
 from distill.weights.assemble import disassemble
@@ -52,6 +53,11 @@ def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
     worst = {"logits": float(np.max(np.abs(logits - want)[counted]))}
     assert worst["logits"] < 1e-4, (folder.name, worst)
     family = json.loads((folder / "config.json").read_text())["model_type"]
+    if model.config.experts:
+        for rows, name in ((slice(2), "rows"), (slice(2, 3), "padded"), (slice(3, 4), "packed")):
+            given = {key: value[rows] for key, value in inputs.items()}
+            balance = losses.load_balancing(*model.apply(params, tokens[rows], **given).routing)
+            np.testing.assert_allclose(balance, theirs[f"load_balancing/{name}"], rtol=1e-4)
     ours = dict(disassemble(model.config, table_of(model.config, family), gradient))
     want = {name.removeprefix("gradient/"): value for name, value in theirs.items() if name.startswith("gradient/")}
     assert ours.keys() == want.keys()

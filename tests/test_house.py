@@ -32,7 +32,7 @@ ARROWS = {
     "data": {"shapes", "tokenizer", "weights"},
     "report": {"metrics"},
     "features": {"shapes", "losses", "models", "data"},
-    "objective": {"shapes", "losses", "data", "features"},
+    "objective": {"shapes", "losses", "models", "data", "features"},
     "sampling": {"shapes", "models"},
     "step": {"shapes", "losses", "models", "data", "features", "objective", "optim"},
     "parallel": {"shapes", "models", "data", "step"},

@@ -26,6 +26,7 @@ from distill.losses.hidden import attention_kl, hidden_cosine, hidden_mse, layer
 from distill.losses.labels import cross_entropy
 from distill.losses.matching import logit_mse, pearson
 from distill.losses.reduce import divide, masked_sum, select, sequence_weights
+from distill.losses.routing import load_balancing
 from distill.losses.sparse import (
     SampledTargets,
     SparseTargets,
@@ -55,6 +56,7 @@ __all__ = [
     "hidden_mse",
     "jeffreys",
     "layer_map",
+    "load_balancing",
     "logit_mse",
     "masked_sum",
     "pearson",

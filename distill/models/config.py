@@ -126,6 +126,14 @@ class DecoderConfig:
     """A token sees so many keys, its own among them. None: all before it."""
     window_layers: tuple[bool, ...] = ()
     """For each layer, whether it has the window. Empty: all have."""
+    experts: int = 0
+    """Experts E of every layer, each an MLP of ``feed_forward`` units; 0: one MLP for all tokens."""
+    experts_per_token: int = 2
+    """Experts k that a token goes to."""
+    normalize_experts: bool = True
+    """The weights of a token's experts are divided by their sum."""
+    router_loss_weight: float = 0.0
+    """Weight of the load-balancing loss when the model is trained (``losses.load_balancing``)."""
     max_length: int | None = None
     """Longest text the model is meant for; only learned positions enforce it. It goes from file to file."""
     norm_epsilon: float = 1e-5
@@ -149,6 +157,17 @@ class DecoderConfig:
                 raise ValueError(f"model: {name}={value}; expected above 0, or None.")
         self._check_layers()
         self._check_positions()
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.experts < 0 or self.router_loss_weight < 0.0:
+            raise ValueError(
+                f"model: experts={self.experts}, router_loss_weight={self.router_loss_weight}; expected at least 0."
+            )
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"model: experts_per_token={self.experts_per_token}; expected 1 … {self.experts} experts.")
+        if self.experts and (self.mlp_bias or not self.gated or self.activation != "silu"):
+            raise ValueError("model: experts are gated, by silu, without biases; leave mlp_bias, gated and activation.")
 
     def _check_layers(self) -> None:
         for name in ("rope_layers", "window_layers"):
@@ -201,6 +220,12 @@ class DecoderConfig:
         """How many numbers of a head rotate."""
         return int(self.key_size * self.rope_fraction)
 
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters that have no part in what a token becomes: of the experts it does not go to."""
+        idle = self.experts - self.experts_per_token if self.experts else 0
+        return 3 * self.layers * idle * self.width * self.feed_forward
+
     def flops_per_token(self, length: int) -> float:
         """FLOPs of the forward pass per token, matmuls only (2 per multiply-add), averaged over a text of ``length``.
 
@@ -213,5 +238,7 @@ class DecoderConfig:
         keys = (self.layers - windowed) * (length + 1) / 2
         keys += windowed * (window * (window + 1) / 2 + (length - window) * window) / length
         attention = 2 * self.heads * self.key_size * keys
-        per_layer = projections + (3 if self.gated else 2) * self.width * self.feed_forward
+        mlp = (3 if self.gated else 2) * self.feed_forward
+        per_token = self.experts_per_token * mlp + self.experts if self.experts else mlp
+        per_layer = projections + self.width * per_token
         return 2.0 * (self.layers * per_layer + attention + self.width * self.vocab_size)

@@ -31,7 +31,7 @@ class Decoder(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0, nn.broadcast),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
@@ -65,7 +65,9 @@ class Decoder(nn.Module):
             collect.check(self.config.layers)
             kept = empty(self.config, collect, batch, length, segments_BS.shape[1])
             slots = slots_of(collect, self.config.layers)
-        (x_BLD, kept), kv = self.layers((embedded_BLD, kept), positions_BL, masks, start, kv, slots, kinds)
+        (x_BLD, kept), (kv, routing) = self.layers(
+            (embedded_BLD, kept), positions_BL, masks, start, kv, slots, kinds, segments_BL > 0
+        )
         hidden_BLD = self.norm(x_BLD)
         if self.is_initializing():
             self.unembed(hidden_BLD)
@@ -73,6 +75,7 @@ class Decoder(nn.Module):
             hidden_BLD,
             None if seen is None else seen._replace(keys_NBGSK=kv[0], values_NBGSK=kv[1]),
             None if collect is None else collected(collect, self.config.layers, kept, embedded_BLD, x_BLD),
+            routing,
         )
 
     def _embed(self, tokens_BL: Array, positions_BL: Array) -> Array:

@@ -11,6 +11,7 @@ from distill.models.attention import attend, attention_weights, mix
 from distill.models.collect import keep
 from distill.models.config import DecoderConfig
 from distill.models.model import Relations, parameter
+from distill.models.moe import Experts
 from distill.models.rope import rotate
 from distill.shapes import Array
 
@@ -181,7 +182,7 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, carry, positions_BL: Array, masks: tuple[Array, ...], start, cache, slots, kinds):
+    def __call__(self, carry, positions_BL: Array, masks: tuple[Array, ...], start, cache, slots, kinds, real_BL):
         c = self.config
         x_BLD, kept = carry
 
@@ -193,11 +194,15 @@ class Block(nn.Module):
 
         mask_BLS = jnp.where(kinds["window"], masks[1], masks[0]) if "window" in kinds else masks[0]
         cache = None if cache is None else (*cache, start)
-        attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
+        attention = Attention(c, name="attention")
         y_BLD, kv, seen = attention(read("attention", x_BLD), positions_BL, mask_BLS, cache, kept or (), kinds)
         attended_BLD = x_BLD + give("attention", y_BLD)
-        y_BLD = mlp(read("mlp", x_BLD if c.parallel else attended_BLD))
+        y_BLD, routing = read("mlp", x_BLD if c.parallel else attended_BLD), None
+        if c.experts:
+            y_BLD, routing = Experts(c, name="mlp")(y_BLD, real_BL)
+        else:
+            y_BLD = MLP(c, name="mlp")(y_BLD)
         x_BLD = attended_BLD + give("mlp", y_BLD)
         if kept is not None:
             kept = keep(kept, seen | {"hidden": x_BLD}, slots)
-        return (x_BLD, kept), None if cache is None else kv
+        return (x_BLD, kept), (None if cache is None else kv, routing)

@@ -67,6 +67,15 @@ class Relations(NamedTuple):
     values: Float[Array, "B G S K"]
 
 
+class Routing(NamedTuple):
+    """Where a mixture of experts sent tokens, padding left out; of all layers ``[N, E]``."""
+
+    counts: Float[Array, "*layers E"]
+    """Tokens that went to an expert; over all experts, k times the tokens."""
+    probabilities: Float[Array, "*layers E"]
+    """Sum over tokens of the probability of an expert."""
+
+
 class Output(NamedTuple):
     """What ``apply`` returns; ``hidden`` is after the final norm, as the head wants it."""
 
@@ -74,6 +83,8 @@ class Output(NamedTuple):
     cache: Cache | None = None
     collected: dict[str, dict[int, Any]] | None = None
     """By the names of ``Collect``, then by layer: ``collected["hidden"][3]``; None unless asked for."""
+    routing: Routing | None = None
+    """Of a mixture of experts, for ``losses.load_balancing``."""
 
 
 class Parameter(nn.Partitioned):

@@ -141,7 +141,7 @@ class Row:
     """Where a parameter stands in a file."""
 
     name: str
-    """The tensor's name, with ``{layer}`` (counted from 0) for what every layer has."""
+    """The tensor's name, with ``{layer}`` (counted from 0) for what every layer has, ``{expert}`` for every expert."""
     transform: Transform = same
     part: Part | None = None
     """None: the tensor is this parameter alone."""
@@ -218,12 +218,23 @@ def disassemble(config: NetworkConfig, table: Table, params: Params) -> Iterator
         if tuple((leaf := _at(params, path)).shape) != shape:
             raise ValueError(f"parameter {'/'.join(path)} has shape {tuple(leaf.shape)}; this decoder has {shape}.")
     for name, members in _tensors(table, shapes).items():
-        for layer in range(config.layers) if "{layer}" in name else (None,):
-            arrays = [_at(params, path) if layer is None else _at(params, path)[layer] for path in members]
+        for full_name, index in _names(config, name):
+            arrays = [_at(params, path)[index] if index else _at(params, path) for path in members]
             arrays = [table[path].transform.write(np.asarray(a)) for path, a in zip(members, arrays, strict=True)]
             part = table[members[0]].part
             array = arrays[0] if part is None else part.join(arrays)
-            yield name.format(layer=layer), np.ascontiguousarray(array)
+            yield full_name, np.ascontiguousarray(array)
+
+
+def _names(config: NetworkConfig, name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The tensors of a row: the name of each, and where it lies in the stacked parameter."""
+    stacked = _stacked(name)
+    counts = (getattr(config, {"layer": "layers", "expert": "experts"}[axis]) for axis in stacked)
+    return [(name.format(**dict(zip(stacked, index, strict=True))), index) for index in np.ndindex(*counts)]
+
+
+def _stacked(name: str) -> list[str]:
+    return [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]
 
 
 def _tensors(table: Table, paths: Iterable[Path]) -> dict[str, list[Path]]:
@@ -238,7 +249,7 @@ def _tensors(table: Table, paths: Iterable[Path]) -> dict[str, list[Path]]:
 
 def _beside(table: Table, shapes: Mapping[Path, Shape]) -> dict[Path, list[Shape]]:
     """For each parameter, the shapes in the file of all that share its tensor: of one layer."""
-    there = {p: table[p].transform.shape(shape[1:] if p[0] == "layers" else shape) for p, shape in shapes.items()}
+    there = {p: table[p].transform.shape(shape[len(_stacked(table[p].name)) :]) for p, shape in shapes.items()}
     return {path: [there[p] for p in paths] for paths in _tensors(table, shapes).values() for path in paths}
 
 
@@ -253,8 +264,8 @@ def _wanted(config: NetworkConfig, table: Table, shapes: Mapping[Path, Shape]) -
             raise ValueError(f"{'/'.join(paths[0])}: {name!r} must hold {{layer}} exactly if every layer has it.")
         parts = [table[path].part for path in paths]
         if len(paths) > 1 and [part and part.index for part in parts] != list(range(len(paths))):
-            raise ValueError(f"the name table uses {name.format(layer=0)} twice.")
-        names += [name.format(layer=layer) for layer in range(config.layers if "{layer}" in name else 1)]
+            raise ValueError(f"the name table uses {name.format(layer=0, expert=0)} twice.")
+        names += [full_name for full_name, _ in _names(config, name)]
     return names
 
 
@@ -273,15 +284,14 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 
 def _read(config: NetworkConfig, row: Row, one: Callable[[str, Shape], np.ndarray], shape: Shape, dtype: Any):
-    if "{layer}" not in row.name:
-        array = one(row.name, shape)
-        return np.ascontiguousarray(array, array.dtype if dtype is None else dtype)
     stacked = None
-    for layer in range(config.layers):
-        array = one(row.name.format(layer=layer), shape[1:])
+    for name, index in _names(config, row.name):
+        array = one(name, shape[len(index) :])
+        if not index:
+            return np.ascontiguousarray(array, array.dtype if dtype is None else dtype)
         if stacked is None:
             stacked = np.empty(shape, array.dtype if dtype is None else dtype)
-        stacked[layer] = array
+        stacked[index] = array
     return stacked
 
 

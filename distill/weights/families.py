@@ -6,11 +6,11 @@ A key of ``config.json`` is used, or known not to matter, or an error with its v
 from typing import Any
 
 from distill.models import DecoderConfig
-from distill.weights import gemma, gpt, llama, relatives
+from distill.weights import gemma, gpt, llama, moe, relatives
 from distill.weights.assemble import Table, shapes_of
 from distill.weights.family import HARMLESS, NEUTRAL, Family, Json, Keys, chosen
 
-FAMILIES: dict[str, Family] = llama.FAMILIES | relatives.FAMILIES | gemma.FAMILIES | gpt.FAMILIES
+FAMILIES: dict[str, Family] = llama.FAMILIES | relatives.FAMILIES | moe.FAMILIES | gemma.FAMILIES | gpt.FAMILIES
 """``model_type`` → family, the most common first: a decoder is saved as the first that has all it needs."""
 
 

@@ -121,8 +121,23 @@ CASES = {
         {**NEOX, "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}
         | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 60.0, "partial_rotary_factor": 1.0}},
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 7}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 4, "intermediate_size": 4},
+    ),
+    "qwen3_moe_normalized": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 6, "intermediate_size": 6}
+        | {"norm_topk_prob": True, "attention_bias": True, "router_aux_loss_coef": 0.02},
+    ),
 }
 """Name → model_type and what differs from ``SIZES``."""
+EXPERTS = {
+    "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
+    "qwen3_moe": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
+}
+"""model_type → in its files, the module of a layer with experts, and the matrices of an expert."""
 
 
 def build(name: str, folder: Path) -> None:
@@ -174,16 +189,38 @@ def theirs(folder: Path) -> dict[str, np.ndarray]:
         more = {"position_ids": torch.tensor(given["positions"])} if "positions" in given else {}
         if name == "padded":
             more["attention_mask"] = torch.tensor(given["segments"])
-        logits = model(tokens, use_cache=False, **more).logits
+        if model.config.model_type in EXPERTS:
+            more["output_router_logits"] = True
+        output = model(tokens, use_cache=False, **more)
+        logits = output.logits
+        if model.config.model_type in EXPERTS:
+            results[f"load_balancing/{name}"] = output.aux_loss.detach().numpy()
         results[f"logits/{name}"] = logits.detach().numpy()
         if name == "rows":
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            gradients = {key: value.grad.numpy() for key, value in model.named_parameters()}
+            if model.config.model_type in EXPERTS:
+                gradients = of_experts(gradients, *EXPERTS[model.config.model_type])
             renamed = {"lm_head.weight": "embed_out.weight"} if model.config.model_type == "gpt_neox" else {}
-            grads = {
-                renamed.get(key, key): value.grad.numpy() for key, value in model.named_parameters()
-            }  # as in files
-            results |= {f"gradient/{key}": value for key, value in grads.items()}
+            results |= {f"gradient/{renamed.get(key, key)}": value for key, value in gradients.items()}  # as in files
     return results
+
+
+def of_experts(tensors: dict[str, np.ndarray], module: str, names: dict[str, str]) -> dict[str, np.ndarray]:
+    """Tensors by their names in files, where each expert's matrices are tensors of their own."""
+    result = {}
+    for key, value in tensors.items():
+        layer, found, kind = key.partition(".mlp.experts.")
+        if not found:
+            result[key.replace(".mlp.", f".{module}.")] = value
+            continue
+        for expert, matrix in enumerate(value):
+            parts = {"down": matrix}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate", "up"), np.split(matrix, 2), strict=True))
+            for part, array in parts.items():
+                result[f"{layer}.{module}.experts.{expert}.{names[part]}.weight"] = array
+    return result
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -1,0 +1,163 @@
+"""Mixtures of experts: a router sends each token to k of E feed-forward networks, and no token is dropped.
+
+Tokens are sorted by expert, so that each expert multiplies a block of neighbouring rows: k/E of the work of all experts
+on all tokens, with shapes that do not depend on where tokens go.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from distill.models.config import DecoderConfig
+from distill.models.model import Routing, parameter
+from distill.shapes import Array
+
+BLOCK = 64
+"""Rows that are multiplied at a time where there is no kernel for groups of rows (of 16, 32, 64 and 128 the fastest on
+a CPU, forward and backward)."""
+
+
+class Chosen(NamedTuple):
+    """Where tokens go."""
+
+    experts_TK: Array
+    """The k experts of a token, the most probable first; of two that are equally probable, the lower number first."""
+    weights_TK: Array
+    """What their outputs count."""
+    probabilities_TE: Array
+    """Of all experts."""
+
+
+def route(x_TD: Array, kernel_DE: Array, experts: int, normalize: bool) -> Chosen:
+    """p = softmax(x · kernel) in float32; the ``experts`` largest p, divided by their sum if ``normalize``."""
+    logits_TE = jnp.einsum("td,de->te", x_TD, kernel_DE.astype(x_TD.dtype), preferred_element_type=jnp.float32)
+    probabilities_TE = jax.nn.softmax(logits_TE, axis=-1)
+    weights_TK, experts_TK = jax.lax.top_k(probabilities_TE, experts)
+    if normalize:
+        weights_TK = weights_TK / jnp.sum(weights_TK, axis=-1, keepdims=True)
+    return Chosen(experts_TK, weights_TK, probabilities_TE)
+
+
+def mixture(chosen: Chosen, x_TD: Array, expert: Callable[[Array, Callable[[Array, Array], Array]], Array]) -> Array:
+    """Σ over a token's k experts of weight · expert(x), ``[T, D]``.
+
+    Args:
+      chosen: where tokens go.
+      x_TD: tokens.
+      expert: ``expert(rows, multiply) -> rows``, where ``multiply(rows [R, A], kernels [E, A, B]) -> [R, B]`` gives
+        each row the kernel of its expert.
+    """
+    tokens, k = chosen.experts_TK.shape
+    experts_R = chosen.experts_TK.reshape(-1)
+    order_R = jnp.argsort(experts_R, stable=True)
+    sizes_E = jnp.bincount(experts_R, length=chosen.probabilities_TE.shape[1]).astype(jnp.int32)
+    y_RD = expert(x_TD[order_R // k], lambda rows, kernels: grouped_dot(rows, kernels, sizes_E))
+    y_TKD = y_RD[jnp.argsort(order_R)].reshape(tokens, k, -1)
+    weights_TK = chosen.weights_TK.astype(y_TKD.dtype)
+    return jnp.einsum("tkd,tk->td", y_TKD, weights_TK, preferred_element_type=jnp.float32).astype(x_TD.dtype)
+
+
+# ---- a product for groups of rows
+
+
+def grouped_dot(x_RA: Array, kernels_EAB: Array, sizes_E: Array) -> Array:
+    """``[R, B]``: the first ``sizes[0]`` rows times ``kernels[0]``, the next ``sizes[1]`` times ``kernels[1]``, …
+
+    The sizes add up to R. It is ``jax.lax.ragged_dot``, with which accelerators do no more than this; a CPU would do
+    every expert's work on every row, so there blocks of rows are multiplied one after the other.
+    """
+    return jax.lax.platform_dependent(x_RA, kernels_EAB, sizes_E, cpu=_by_blocks, default=jax.lax.ragged_dot)
+
+
+@jax.custom_vjp
+def _by_blocks(x_RA: Array, kernels_EAB: Array, sizes_E: Array) -> Array:
+    rows, padded_RA = x_RA.shape[0], _with_room(x_RA)
+
+    def multiply(y_RB: Array, expert: Array, start: Array, _: Array) -> Array:
+        # Rows of the next expert that a block reaches into are written again by their own.
+        return jax.lax.dynamic_update_slice_in_dim(y_RB, _block(padded_RA, start) @ kernels_EAB[expert], start, axis=0)
+
+    return _over_blocks(sizes_E, multiply, jnp.zeros((rows + BLOCK, kernels_EAB.shape[2]), x_RA.dtype))[:rows]
+
+
+def _forward(x_RA: Array, kernels_EAB: Array, sizes_E: Array):
+    return _by_blocks(x_RA, kernels_EAB, sizes_E), (x_RA, kernels_EAB, sizes_E)
+
+
+def _backward(saved, dy_RB: Array):
+    x_RA, kernels_EAB, sizes_E = saved
+    padded_RA, padded_RB = _with_room(x_RA), _with_room(dy_RB)
+
+    def add(total_EAB: Array, expert: Array, start: Array, inside: Array) -> Array:
+        rows = jnp.where(inside[:, None], _block(padded_RA, start), 0)
+        product = jnp.einsum("ra,rb->ab", rows, _block(padded_RB, start), preferred_element_type=jnp.float32)
+        return total_EAB.at[expert].add(product)
+
+    d_kernels = _over_blocks(sizes_E, add, jnp.zeros(kernels_EAB.shape, jnp.float32))
+    return _by_blocks(dy_RB, kernels_EAB.swapaxes(1, 2), sizes_E), d_kernels.astype(kernels_EAB.dtype), None
+
+
+_by_blocks.defvjp(_forward, _backward)
+
+
+def _over_blocks(sizes_E: Array, body: Callable[[Any, Array, Array, Array], Any], start: Any) -> Any:
+    """``body(total, expert, first row, which of BLOCK rows are the expert's)``, over blocks in the order of rows."""
+    ends_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // BLOCK)
+    until_E = jnp.cumsum(blocks_E)
+
+    def one(n: Array, total: Any) -> Any:
+        expert = jnp.searchsorted(until_E, n, side="right")
+        first = ends_E[expert] - sizes_E[expert] + (n - until_E[expert] + blocks_E[expert]) * BLOCK
+        return body(total, expert, first, first + jnp.arange(BLOCK) < ends_E[expert])
+
+    return jax.lax.fori_loop(0, until_E[-1], one, start)
+
+
+def _with_room(x_RA: Array) -> Array:
+    return jnp.pad(x_RA, ((0, BLOCK), (0, 0)))
+
+
+def _block(x_RA: Array, start: Array) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x_RA, start, BLOCK, axis=0)
+
+
+# ---- the layer
+
+
+class _Kernel(nn.Module):
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("kernel", parameter(self.axes, std=self.shape[-2] ** -0.5), self.shape)
+
+
+class Experts(nn.Module):
+    """Σ over k of E experts of p · down(silu(gate(x)) · up(x)) (arXiv 2101.03961, 2401.04088)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, real_BL: Array) -> tuple[Array, Routing]:
+        """The output, and where the tokens of ``real_BL`` went."""
+        c = self.config
+        x_TD, real_T1 = x_BLD.reshape(-1, c.width), real_BL.reshape(-1, 1).astype(jnp.float32)
+        router_DE = _Kernel((c.width, c.experts), ("embed", "experts"), name="router")()
+        wide, narrow = (c.experts, c.width, c.feed_forward), (c.experts, c.feed_forward, c.width)
+        gate_EDF = _Kernel(wide, ("experts", "embed", "mlp"), name="gate")()
+        up_EDF = _Kernel(wide, ("experts", "embed", "mlp"), name="up")()
+        down_EFD = _Kernel(narrow, ("experts", "mlp", "embed"), name="down")()
+
+        def expert(rows: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+            gate, up, down = (kernel.astype(rows.dtype) for kernel in (gate_EDF, up_EDF, down_EFD))
+            return multiply(nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
+
+        chosen = route(x_TD, router_DE, c.experts_per_token, c.normalize_experts)
+        y_TD = mixture(chosen, x_TD, expert)
+        counts_TE = jnp.sum(jax.nn.one_hot(chosen.experts_TK, c.experts, dtype=jnp.float32), axis=1)
+        counts_E = jax.lax.stop_gradient(jnp.sum(counts_TE * real_T1, axis=0))
+        return y_TD.reshape(x_BLD.shape), Routing(counts_E, jnp.sum(chosen.probabilities_TE * real_T1, axis=0))
