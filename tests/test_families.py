@@ -61,7 +61,7 @@ def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
     ours = dict(disassemble(model.config, table_of(model.config, family), gradient))
     want = {name.removeprefix("gradient/"): value for name, value in theirs.items() if name.startswith("gradient/")}
     assert ours.keys() == want.keys()
-    errors = [np.max(np.abs(ours[name] - want[name])) / np.max(np.abs(want[name])) for name in want]
+    errors = [np.max(np.abs(ours[name] - want[name])) / (np.max(np.abs(want[name])) or 1.0) for name in want]
     worst["gradient"] = float(max(errors))
     assert worst["gradient"] < 1e-3, (folder.name, worst)
     return worst

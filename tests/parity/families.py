@@ -121,14 +121,14 @@ CASES = {
         {**NEOX, "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}
         | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 60.0, "partial_rotary_factor": 1.0}},
     ),
-    "mixtral": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 7}),
+    "mixtral": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 7, "hidden_size": 8}),
     "qwen3_moe": (
         "qwen3_moe",
         {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 4, "intermediate_size": 4},
     ),
     "qwen3_moe_normalized": (
         "qwen3_moe",
-        {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 6, "intermediate_size": 6}
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 5, "intermediate_size": 5}
         | {"norm_topk_prob": True, "attention_bias": True, "router_aux_loss_coef": 0.02},
     ),
 }
@@ -185,6 +185,8 @@ def theirs(folder: Path) -> dict[str, np.ndarray]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32
         )
+        if model.config.model_type in EXPERTS:
+            model.set_experts_implementation("eager")  # grouped products want rows of 16 bytes
         tokens = torch.tensor(given["tokens"])
         more = {"position_ids": torch.tensor(given["positions"])} if "positions" in given else {}
         if name == "padded":
