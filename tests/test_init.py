@@ -144,7 +144,7 @@ def test_importance_is_the_slope_by_a_gate():
 @pytest.mark.parametrize(
     "options",
     [
-        {"norm": "layer", "norm_plus_one": True, "norm_place": "around", "scaled_embedding": True, "logit_softcap": 2.0}
+        {"norm": "layer", "norm_plus_one": True, "norm_place": "around", "logit_softcap": 2.0}
         | {"gated": False, "positions": "learned", "max_length": 6, "qk_norm": False, "parallel": True},
         {"norm_place": "after", "qk_norm_joint": True},
     ],

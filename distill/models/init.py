@@ -192,7 +192,7 @@ def student_from(
 ) -> tuple[DecoderConfig, Params]:
     """A smaller decoder cut out of a larger one; what is not given stays whole.
 
-    Norms are over what is left of their dimensions, and a scaled embedding is scaled by the student's own √width.
+    Norms are over what is left of their dimensions; the width of a scaled embedding (Gemma) cannot change.
 
     Args:
       config: of the teacher.
