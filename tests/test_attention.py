@@ -1,10 +1,12 @@
 """Softmax attention beside loops in float64: groups, masks, scale, softcap."""
 
+import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from distill.models.attention import attend, attention_weights
+from distill.models import attention
+from distill.models.attention import attend, attention_weights, in_blocks
 
 
 def plain(q, k, v, mask, scale=None, softcap=None):
@@ -41,3 +43,38 @@ def test_a_row_without_keys_is_uniform():
     mask[1, 2] = False
     assert np.allclose(attention_weights(q, k, jnp.asarray(mask), softcap=5.0)[1, :, :, 2], 1 / 6)
     assert jnp.isfinite(attention_weights(q, k, jnp.asarray(mask))).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.7, "softcap": 1.5}])
+def test_blocks_are_the_whole(options):
+    """Values beside float64, gradients beside the plain form; 11 queries in blocks of 4: the last one is short."""
+    q, k, v, mask = drawn(length=11)
+    g = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+    mask = jnp.asarray(mask)
+    assert np.abs(in_blocks(q, k, v, mask, block=4, **options) - plain(q, k, v, mask, **options)).max() < 2e-6
+
+    def gradients(function, **more):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(g * function(*x, mask, **more, **options)), argnums=(0, 1, 2)))(
+            q, k, v
+        )
+
+    for ours, whole in zip(gradients(in_blocks, block=4), gradients(attend), strict=True):
+        assert np.abs(ours - whole).max() < 5e-6 * np.abs(whole).max()
+
+
+def test_blocks_see_no_later_key():
+    q, k, v, _ = drawn(length=8)
+    k[:, :, 4:], v[:, :, 4:] = np.nan, np.nan
+    seen = in_blocks(q, k, v, jnp.ones((2, 8, 8), bool), block=4)
+    assert np.isfinite(seen[:, :, :4]).all() and np.isnan(seen[:, :, 4:]).all()
+
+
+def test_long_causal_texts_go_in_blocks(monkeypatch):
+    q, k, v, _ = drawn(length=8)
+    v[:, :, 7:] = np.nan
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((8, 8), bool)), (2, 8, 8))
+    finite = lambda **options: bool(np.isfinite(attend(q, k, v, mask, **options)[0, 0, 0]).all())  # noqa: E731
+    assert not finite(causal=True)  # 0 · NaN: all keys are multiplied
+    monkeypatch.setattr(attention, "BLOCKED_FROM", 8)
+    monkeypatch.setattr(attention, "in_blocks", lambda *x, **options: in_blocks(*x, **options, block=4))
+    assert finite(causal=True) and not finite()

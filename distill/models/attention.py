@@ -5,6 +5,10 @@ import jax.numpy as jnp
 
 from distill.shapes import Array
 
+BLOCKED_FROM = 128
+"""Tokens from which on, on a CPU, causal attention goes block by block: there 1.4 to 3 times as fast, with gradients,
+as all scores at once; at 64 the gain is small, at 32 there is none."""
+
 
 def attention_weights(
     q_BHLK: Array, k_BGSK: Array, mask_BLS: Array, *, scale: float | None = None, softcap: float | None = None
@@ -48,9 +52,66 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    causal: bool = False,
 ) -> Array:
     """Softmax attention of H query heads over G key/value groups, scores and softmax in float32. Returns ``[B,H,L,K]``.
 
-    Arguments as for ``attention_weights``.
+    Arguments as for ``attention_weights``, and:
+
+    Args:
+      causal: the caller's word that query l and key l are the same token and that ``mask_BLS`` shows no query a later
+        key, so that scores of later keys need not be computed. The mask is honoured all the same.
     """
+    if causal and _blocks_pay(q_BHLK.shape[2]):
+        return in_blocks(q_BHLK, k_BGSK, v_BGSK, mask_BLS, scale=scale, softcap=softcap)
     return mix(attention_weights(q_BHLK, k_BGSK, mask_BLS, scale=scale, softcap=softcap), v_BGSK)
+
+
+def _blocks_pay(length: int) -> bool:
+    """A rule known when tracing. Accelerators keep the plain form: blocks are untried there."""
+    return length >= BLOCKED_FROM and jax.default_backend() == "cpu"
+
+
+def in_blocks(
+    q_BHLK: Array,
+    k_BGSK: Array,
+    v_BGSK: Array,
+    mask_BLS: Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+) -> Array:
+    """Causal ``attend``, ``block`` queries at a time, each block over the keys up to its last query alone.
+
+    For n blocks, (n + 1) / 2n of the multiplications. Exponentials go into the product with the values as they are;
+    the sum divides what comes out, K numbers a query instead of S. No gradient flows through the subtracted maximum:
+    the quotient does not depend on it. ``block`` None: four blocks, of at least 64 queries and whole eights.
+    """
+    batch, heads, length, size = q_BHLK.shape
+    groups = k_BGSK.shape[1]
+    scale = size**-0.5 if scale is None else scale
+    block = max(64, 8 * -(-length // 32)) if block is None else block
+    # One leading axis: XLA's CPU backend multiplies [N, l, k] x [N, k, s] faster than any other form of it.
+    q_NRLK = (q_BHLK * jnp.asarray(scale, q_BHLK.dtype)).reshape(batch * groups, heads // groups, length, size)
+    k_NKS = k_BGSK.reshape(batch * groups, length, size).swapaxes(1, 2)
+    v_NSK = v_BGSK.reshape(batch * groups, length, size)
+
+    def one(start: int, end: int) -> Array:
+        """The values of queries ``start … end``."""
+        rows = q_NRLK[:, :, start:end].reshape(batch * groups, -1, size)
+        scores = _dot(rows, k_NKS[:, :, :end]).reshape(batch, heads, end - start, end)
+        scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+        scores = jnp.where(mask_BLS[:, None, start:end, :end], scores, jnp.finfo(jnp.float32).min)
+        scores = scores.reshape(batch * groups, -1, end)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        mixed = _dot(weights.astype(v_NSK.dtype), v_NSK[:, :end]) / jnp.sum(weights, axis=-1, keepdims=True)
+        return mixed.astype(v_NSK.dtype).reshape(batch * groups, -1, end - start, size)
+
+    blocks = [one(start, min(start + block, length)) for start in range(0, length, block)]
+    return jnp.concatenate(blocks, axis=2).reshape(batch, heads, length, size)
+
+
+def _dot(a_NMK: Array, b_NKS: Array) -> Array:
+    """The batched product, accumulated in float32."""
+    return jax.lax.dot_general(a_NMK, b_NKS, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)

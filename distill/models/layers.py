@@ -56,7 +56,7 @@ class Projection(nn.Module):
             y = self._through(x, "left", "right")
         else:
             kernel = self.param("kernel", parameter(self.axes, std=self.fan_in**-0.5), self.shape)
-            y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+            y = self._product(x, kernel.astype(x.dtype))
         if self.has_variable("params", "lora_left"):
             y = y + self._through(x, "lora_left", "lora_right")
         if not self.bias_axes:
@@ -75,6 +75,14 @@ class Projection(nn.Module):
         given = of_kernel.replace(summed, "")
         x_r = jnp.einsum(f"{of_x},{summed}r->{middle}", x, left)
         return jnp.einsum(f"{middle},r{given}->{result}", x_r, right)
+
+    def _product(self, x: Array, kernel: Array) -> Array:
+        """The einsum. Heads are split off after one plain matrix product, which XLA's CPU backend would turn around."""
+        if self.equation != "bld,dhk->bhlk":
+            return jnp.einsum(self.equation, x, kernel)
+        batch, length, width = x.shape
+        y = x.reshape(-1, width) @ kernel.reshape(width, -1)
+        return y.reshape(batch, length, *kernel.shape[1:]).swapaxes(1, 2)
 
 
 class Norm(nn.Module):
@@ -142,7 +150,7 @@ class Attention(nn.Module):
             y_BHLK = mix(weights, v_BGLK)
             seen["attention"] = weights.reshape(*q_BHLK.shape[:3], k_BGLK.shape[2])
         else:
-            y_BHLK = attend(q_BHLK, k_BGLK, v_BGLK, mask_BLS, **options)
+            y_BHLK = attend(q_BHLK, k_BGLK, v_BGLK, mask_BLS, causal=cache is None, **options)
         if "relations" in wanted:
             seen["relations"] = Relations(q_BHLK, k_BGLK, v_BGLK)
         shape, fan_in = (c.heads, c.key_size, c.width), c.heads * c.key_size
