@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from distill.models import attention
+from distill.models import DecoderConfig, attention, decoder
 from distill.models.attention import attend, attention_weights, in_blocks
 
 
@@ -78,3 +78,23 @@ def test_long_causal_texts_go_in_blocks(monkeypatch):
     monkeypatch.setattr(attention, "BLOCKED_FROM", 8)
     monkeypatch.setattr(attention, "in_blocks", lambda *x, **options: in_blocks(*x, **options, block=4))
     assert finite(causal=True) and not finite()
+
+
+def test_a_decoder_of_long_texts_is_that_of_short_ones(monkeypatch):
+    """Packed documents, grouped heads, a window: every gradient, with long texts' products and without."""
+    config = DecoderConfig(
+        vocab_size=14, layers=2, width=16, heads=4, kv_heads=2, feed_forward=24, sliding_window=5, qkv_bias=True
+    )
+    model, tokens = decoder(config), np.random.default_rng(0).integers(0, 14, (2, 12))
+    segments = jnp.asarray(np.repeat([[1, 2], [1, 1]], [6, 6], axis=1).reshape(2, 12))
+    params = model.init(jax.random.key(0))
+
+    def gradients(params):
+        return jax.grad(lambda p: jnp.sum(jnp.square(model.logits(p, tokens, segments=segments))))(params)
+
+    short = jax.jit(gradients)(params)
+    monkeypatch.setattr(attention, "BLOCKED_FROM", 8)
+    monkeypatch.setattr(attention, "in_blocks", lambda *x, **options: in_blocks(*x, **options, block=4))
+    long = jax.jit(lambda p: gradients(p))(params)
+    for ours, other in zip(jax.tree.leaves(long), jax.tree.leaves(short), strict=True):
+        assert np.abs(ours - other).max() < 1e-5 * max(np.abs(other).max(), 1.0)

@@ -62,12 +62,12 @@ def attend(
       causal: the caller's word that query l and key l are the same token and that ``mask_BLS`` shows no query a later
         key, so that scores of later keys need not be computed. The mask is honoured all the same.
     """
-    if causal and _blocks_pay(q_BHLK.shape[2]):
+    if causal and long_on_cpu(q_BHLK.shape[2]):
         return in_blocks(q_BHLK, k_BGSK, v_BGSK, mask_BLS, scale=scale, softcap=softcap)
     return mix(attention_weights(q_BHLK, k_BGSK, mask_BLS, scale=scale, softcap=softcap), v_BGSK)
 
 
-def _blocks_pay(length: int) -> bool:
+def long_on_cpu(length: int) -> bool:
     """A rule known when tracing. Accelerators keep the plain form: blocks are untried there."""
     return length >= BLOCKED_FROM and jax.default_backend() == "cpu"
 

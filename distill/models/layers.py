@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from distill.models.attention import attend, attention_weights, mix
+from distill.models.attention import attend, attention_weights, long_on_cpu, mix
 from distill.models.collect import keep
 from distill.models.config import DecoderConfig
 from distill.models.model import Relations, parameter
@@ -77,8 +77,8 @@ class Projection(nn.Module):
         return jnp.einsum(f"{middle},r{given}->{result}", x_r, right)
 
     def _product(self, x: Array, kernel: Array) -> Array:
-        """The einsum. Heads are split off after one plain matrix product, which XLA's CPU backend would turn around."""
-        if self.equation != "bld,dhk->bhlk":
+        """The einsum; of long texts on a CPU, heads split off after one plain product, which XLA would turn around."""
+        if self.equation != "bld,dhk->bhlk" or not long_on_cpu(x.shape[1]):
             return jnp.einsum(self.equation, x, kernel)
         batch, length, width = x.shape
         y = x.reshape(-1, width) @ kernel.reshape(width, -1)
