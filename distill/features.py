@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from distill import losses
 from distill.data.loader import Batch
+from distill.models.encoder import EncoderConfig
 from distill.models.model import Collect, Model
 from distill.shapes import Array, Nats, Params
 
@@ -96,7 +97,8 @@ def feature_terms(config: FeatureConfig, student: Model, teacher: Model) -> tupl
     if config.attention_weight:
         terms.append(_attention_term(config, losses.layer_map(*depths, config.layers)))
     if config.relation_weight:
-        terms.append(_relation_term(config, depths[0], config.relation_layer or depths[1]))
+        layers = depths[0], config.relation_layer or depths[1]
+        terms.append(_relation_term(config, *layers, causal=not isinstance(student.config, EncoderConfig)))
     _try(terms, student, teacher)
     return tuple(terms)
 
@@ -133,9 +135,9 @@ def _attention_term(config: FeatureConfig, pairs) -> FeatureTerm:
     return FeatureTerm("attention_kl", per_position, *sides, config.attention_weight)
 
 
-def _relation_term(config: FeatureConfig, student_layer: int, teacher_layer: int) -> FeatureTerm:
+def _relation_term(config: FeatureConfig, student_layer: int, teacher_layer: int, *, causal: bool) -> FeatureTerm:
     def per_position(student: Features, teacher: Features, batch: Batch, params: Params) -> Nats:
-        options = {"segments": batch.segments, "relation_heads": config.relation_heads}
+        options = {"segments": batch.segments, "relation_heads": config.relation_heads, "causal": causal}
         kinds = zip(student["relations"][student_layer], teacher["relations"][teacher_layer], strict=True)
         return sum(losses.relation_kl(s, t, **options) for s, t in kinds)
 

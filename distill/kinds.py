@@ -22,6 +22,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "addition": Kind("distill.experiment", "distill.report"),
+    "sentences": Kind("distill.sentences", "distill.sentences"),
 }
 
 

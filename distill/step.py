@@ -18,6 +18,7 @@ from distill import losses
 from distill.data.loader import Batch
 from distill.features import FeatureTerm, collect_of
 from distill.losses.reduce import Pair, masked_sum
+from distill.models import EncoderConfig
 from distill.models.factors import joined
 from distill.models.model import Collect, Model, Output, Routing
 from distill.objective import (
@@ -141,7 +142,9 @@ def make_train_step(
         inside = [term for term in now if isinstance(term, FeatureTerm)]
         sides = _forward(student, params, teacher, jax.lax.stop_gradient(teacher_params), batch, inside)
         evaluate = in_chunks if chunks and batch.teacher_logits is None else whole
-        loss, pairs = evaluate([term for term in now if isinstance(term, Term)], sides, batch, weights)
+        outside = [term for term in now if isinstance(term, Term)]
+        headless = isinstance(student.config, EncoderConfig) and not outside  # and so without logits
+        loss, pairs = (jnp.float32(0.0), {}) if headless else evaluate(outside, sides, batch, weights)
         for term in inside:
             features = sides.of_student.collected, sides.of_teacher.collected
             pairs[term.name] = masked_sum(term.per_position(*features, batch, params), batch.mask, weights)

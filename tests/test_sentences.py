@@ -1,0 +1,147 @@
+"""Sentence encoders: terms, measures, a whole experiment on a tiny encoder and text made up here."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import random_params
+from scipy import stats
+
+import distill
+from distill import losses
+from distill import sentences as experiment
+from distill.config import LogConfig, SentenceConfig, TrainingConfig
+from distill.features import FeatureConfig
+from distill.kinds import experiment_of
+from distill.models import Collect, EncoderConfig, encoder
+from distill.optim import OptimizerConfig
+from distill.parallel import ParallelConfig
+
+TINY = EncoderConfig(vocab_size=40, layers=2, width=8, heads=2, feed_forward=12, token_types=2, max_length=12)
+CONFIG = SentenceConfig(
+    layers=(1,),
+    sentences=24,
+    held_out=8,
+    length=10,
+    features=FeatureConfig(relation_weight=0.1, relation_heads=2),
+    training=TrainingConfig(
+        steps=8,
+        batch_size=8,
+        steps_per_dispatch=4,
+        evaluate_every=8,
+        save_every=4,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+    ),
+    parallel=ParallelConfig(backend="one_device"),
+    log=LogConfig(progress=False),
+)
+
+
+def test_similarities_are_compared_as_numpy_does():
+    rng = np.random.default_rng(0)
+    s, t = rng.normal(size=(5, 4)), rng.normal(size=(5, 6))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t)]
+    square = (unit[0] @ unit[0].T - unit[1] @ unit[1].T) ** 2
+    got = losses.similarity_mse(jnp.asarray(s, jnp.float32), jnp.asarray(t, jnp.float32))
+    np.testing.assert_allclose(got, square.sum(axis=1) / 4, rtol=1e-5)
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    turned = losses.similarity_mse(*(jnp.asarray(x, jnp.float32) for x in (s @ turn * 3, s)))
+    np.testing.assert_allclose(turned, 0.0, atol=1e-10)
+    assert losses.similarity_mse(jnp.ones((1, 4)), jnp.zeros((1, 4))).tolist() == [0.0]
+
+
+def test_measures_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    teacher = rng.normal(size=(9, 4))
+    student = teacher + 0.5 * rng.normal(size=(9, 4))
+    student, teacher = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (student, teacher))
+    pairs = [(x @ x.T)[np.triu_indices(9, 1)] for x in (student, teacher)]
+    got = experiment.compare(student, teacher)
+    assert got["pearson"] == pytest.approx(stats.pearsonr(*pairs)[0])
+    assert got["spearman"] == pytest.approx(stats.spearmanr(*pairs)[0])
+    cosines = [np.where(np.eye(9) > 0, -9.0, x @ x.T) for x in (student, teacher)]
+    other = [[sorted(range(9), key=row.__getitem__)[-1] for row in matrix] for matrix in cosines]
+    assert got["nearest"] == pytest.approx(np.mean(np.equal(*other)))
+    assert got["cosine"] == pytest.approx(np.mean([a @ b for a, b in zip(student, teacher, strict=True)]))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny teacher with a tokenizer of words, and dialogues, in place of what is fetched."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("teacher")
+    model = encoder(TINY)
+    distill.save(folder, model, random_params(model))
+    words = {f"w{i}": i for i in range(40)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    turns = [" ".join(f"w{i}" for i in rng.integers(1, 40, rng.integers(3, 14))) for _ in range(2000)]
+    dialogues = {str(i): {"messages": [[{"text": turns[2 * i]}], [{"text": turns[2 * i + 1]}]]} for i in range(1000)}
+    file = folder / "dataset.json"
+    file.write_text(json.dumps(dialogues))
+    return file, dataclasses.replace(CONFIG, teacher=str(folder))
+
+
+@pytest.fixture
+def given(made, monkeypatch):
+    file, config = made
+    monkeypatch.setattr(experiment.carried, "fetch", lambda what: file)
+    return config
+
+
+def test_a_whole_experiment_and_its_resumption(given, tmp_path):
+    summary = experiment_of(given).run_experiment(given, tmp_path)
+    assert summary["student"]["layers"] == 1 and summary["teacher"]["layers"] == 2
+    assert summary["student"]["cosine"] > summary["untrained"]["cosine"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "sentence_cosine", "similarity_mse", "relation_kl"} <= lines[1].keys()
+    again = experiment.run_experiment(given, tmp_path)
+    names = ("untrained", "student", "control", "teacher")
+    assert {n: again[n] for n in names} == {n: summary[n] for n in names}
+    assert experiment.evaluate_folder(tmp_path)["student"] == summary["student"]
+    rows = experiment.answer(tmp_path, ["w1 w2 w3"])
+    assert rows[0].keys() == {"prompt", "teacher", "student"}
+    experiment.print_summary(summary, tmp_path)
+    with pytest.raises(ValueError, match="cosine_weight: 1.0 → 2.0"):
+        experiment.run_experiment(dataclasses.replace(given, cosine_weight=2.0), tmp_path)
+
+
+def test_no_sentence_is_on_both_sides(given):
+    sides = experiment.sentences(given)
+    assert not set(sides["train"][1]) & set(sides["held_out"][1])
+    assert all(((rows > 0).sum(axis=1) >= experiment.SHORTEST).all() for rows, _ in sides.values())
+    with pytest.raises(ValueError, match="5000 of train asked for; there are"):
+        experiment.sentences(dataclasses.replace(given, sentences=5000))
+
+
+def test_a_student_like_its_teacher_loses_nothing(given):
+    model, params = experiment._teacher(given)
+    terms = experiment.sentence_terms(given, model, model)
+    batch = experiment.batch_of(experiment.sentences(given)["held_out"][0])
+    kept = model.apply(params, batch.inputs, segments=batch.segments, collect=Collect(hidden=(2,))).collected
+    for term in terms:
+        np.testing.assert_allclose(term.per_position(kept, kept, batch, params), 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sentences": 1}, "at least 2 sentences"),
+        ({"cosine_weight": -1.0}, "weights must be at least 0"),
+        ({"cosine_weight": 0.0, "similarity_weight": 0.0, "features": FeatureConfig()}, "one of them above"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SentenceConfig(**options)
+
+
+def test_a_teacher_that_cannot_be_is_refused(given):
+    with pytest.raises(ValueError, match="length=13; the teacher has 12 positions"):
+        experiment._teacher(dataclasses.replace(given, length=13))
