@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distill import benchmark, benchmark_head, benchmark_tpu
+from distill import benchmark, benchmark_head, benchmark_step, benchmark_tpu
 from distill.head import Head
 from distill.losses import divide, masked_sum
 from distill.parallel import ParallelConfig, make_mesh
@@ -175,3 +175,11 @@ def test_without_a_gpu_it_ends_with_2():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: this measures on a GPU, and JAX sees only cpu; pip install -e '.[cuda]'.\n"
+
+
+def test_contestants_of_a_step_take_turns(tmp_path):
+    worker = "import sys, json\nfor i, _ in enumerate(sys.stdin): print(json.dumps([float(i + 1), 7.0]), flush=True)"
+    answers = benchmark_step.race({name: [sys.executable, "-c", worker] for name in "ab"}, rounds=2)
+    assert answers == {name: [[3.0, 7.0], [4.0, 7.0]] for name in "ab"}  # two rounds of warm-up
+    with pytest.raises(RuntimeError, match="step: c ended without an answer"):
+        benchmark_step.race({"c": [sys.executable, "-c", ""]}, rounds=1)

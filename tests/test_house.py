@@ -55,6 +55,7 @@ TOP = {
     "golden",
     "benchmark",
     "benchmark_head",
+    "benchmark_step",
     "benchmark_tpu",
     "cli",
     "kinds",
