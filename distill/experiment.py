@@ -9,11 +9,9 @@ Every stage keeps its result in the run folder and is skipped when it stands the
 """
 
 import contextlib
-import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,19 +28,10 @@ from distill.models import Model, decoder
 from distill.models.start import Calibration, Start, outline, start
 from distill.objective import Terms, router_terms, task_term, terms_of
 from distill.shapes import Params
+from distill.stages import Trained, cost, ledger, restore
 from distill.table import print_summary as print_summary  # part of what every kind of experiment has (kinds.py)
 from distill.train import Task, fit
 from distill.vocab import align
-
-WATTS_PER_CORE = 10.0
-"""Assumed draw of one busy CPU core, in watts; energy here is modelled from CPU time, ± 40 %, not measured."""
-
-
-class Trained(NamedTuple):
-    """A model and its parameters."""
-
-    model: Model
-    params: Params
 
 
 def run_experiment(config: Config, run: Path) -> dict[str, Any]:
@@ -74,7 +63,7 @@ def train_alone(config: Config, recipe: Recipe, run: Path, sides: dict[str, Exam
         evaluate=_curve(model, config, sides["test"]),
         identity=identity(config, "data", role),
     )
-    with _cost(run, recipe.training.steps * _step_flops(recipe, config)):
+    with cost(run, recipe.training.steps * _step_flops(recipe, config)):
         params = fit(run, task, recipe.training, parallel_config=config.parallel, log=config.log, label=role)
     return Trained(model, params)
 
@@ -89,22 +78,6 @@ def train_teacher(config: Config, run: Path, sides: dict[str, Examples]) -> Trai
 def network(recipe: Recipe) -> Model:
     """The decoder of a recipe; rows of its embedding that are no token of the tokenizer get no logit."""
     return decoder(recipe.model).with_vocabulary(TOKENIZER.vocab_size)
-
-
-def restore(model: Model, run: Path) -> Trained:
-    """A trained model from its run folder.
-
-    Raises:
-      FileNotFoundError: no checkpoint there.
-      ValueError: the checkpoint holds a model of another shape.
-    """
-    if not (run / "checkpoints").is_dir():
-        raise FileNotFoundError(
-            f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py or train.py."
-        )
-    with Checkpoints(run) as checkpoints:
-        params = checkpoints.params(jax.eval_shape(model.init, jax.random.key(0)))
-    return Trained(model, params)
 
 
 def transfer_set(config: Config, sides: dict[str, Examples], teacher: Trained) -> Examples:
@@ -141,7 +114,7 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
         evaluate=_curve(model, config, sides["test"]),
         identity=asked | {"student_start": config.student_start.identity()},
     )
-    with _cost(run, flops):
+    with cost(run, flops):
         params = fit(run, task, training, parallel_config=config.parallel, log=config.log, label="student")
     return Trained(network(config.student), begin.plain(without_projectors(params)))
 
@@ -204,7 +177,7 @@ def train_baseline(config: Config, run: Path, sides: dict[str, Examples]) -> tup
         schedule = arms.Schedule(sweep.steps, sweep.batch_size, sweep.evaluate_every, config.student.training.optimizer)
         tokens = sweep.runs * sweep.steps * sweep.batch_size * replicas.examples.inputs.shape[2]
         terms = [task_term(), *router_terms(model)]
-        with _cost(folder, 3 * tokens * _flops(config.student, config)):
+        with cost(folder, 3 * tokens * _flops(config.student, config)):
             outcome = arms.train(model, terms, replicas, schedule, config.data, [validation] * sweep.runs)
         best = int(np.argmax(outcome.curve.max(axis=1)))
         chosen = {
@@ -238,7 +211,7 @@ def evaluate_run(
     """Writes RUN/evaluation.json and RUN/summary.json; returns the summary."""
     models = {"teacher": teacher, "student": student} | ({"baseline": baseline} if baseline else {})
     test = sides["test"]
-    with _cost(run / "evaluation", None):
+    with cost(run / "evaluation", None):
         evaluation = {name: evaluate.evaluate_model(*trained, config.data, test) for name, trained in models.items()}
         written = evaluate.write_answers(*teacher, config.data, test)
         heard = test.with_answers(config.data, written).batch(config.data)  # the text on which the two are compared
@@ -249,7 +222,7 @@ def evaluate_run(
         evaluation["soft_targets"] = evaluate.soft_targets(on_truth, config.data, test)
     if baseline:
         evaluation["baseline"] |= {"labels": config.baseline.labels, "chosen": chosen, "runs": config.baseline.runs}
-    evaluation["ledger"] = ledger(config, run)
+    evaluation["ledger"] = _ledger(config, run)
     write_json(run / "evaluation.json", evaluation)
     summary = summarize(evaluation)
     write_json(run / "summary.json", summary)
@@ -273,34 +246,16 @@ def summarize(evaluation: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def ledger(config: Config, run: Path) -> dict[str, Any]:
-    """FLOPs, seconds, CPU seconds and modelled joules of every stage, teacher and sweep included."""
-    stages = {
-        "teacher training": Path(config.teacher_run or run / "teacher"),
-        "student distillation": run,
-        f"baseline sweep ({config.baseline.runs} runs)": run / "baseline",
-        "evaluation": run / "evaluation",
-    }
-    rows = []
-    for what, folder in stages.items():
-        if (folder / "cost.json").exists():
-            cost = json.loads((folder / "cost.json").read_text())
-            rows.append({"what": what} | cost | {"joules": cost["cpu_seconds"] * WATTS_PER_CORE})
-    return {"rows": rows, "watts_per_core": WATTS_PER_CORE, "uncertainty": 0.4}
-
-
-@contextlib.contextmanager
-def _cost(folder: Path, flops: float | None) -> Iterator[None]:
-    """Adds the time of a stage to FOLDER/cost.json (a stage killed midway loses that session's seconds)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "cost.json"
-    wall, cpu = time.perf_counter(), time.process_time()
-    try:
-        yield
-    finally:
-        before = json.loads(file.read_text()) if file.exists() and flops is not None else {}
-        spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        write_json(file, {"flops": flops} | {key: value + before.get(key, 0.0) for key, value in spent.items()})
+def _ledger(config: Config, run: Path) -> dict[str, Any]:
+    """What every stage cost, teacher and sweep included."""
+    return ledger(
+        {
+            "teacher training": Path(config.teacher_run or run / "teacher"),
+            "student distillation": run,
+            f"baseline sweep ({config.baseline.runs} runs)": run / "baseline",
+            "evaluation": run / "evaluation",
+        }
+    )
 
 
 def _flops(recipe: Recipe, config: Config) -> float:

@@ -59,6 +59,7 @@ TOP = {
     "benchmark_tpu",
     "cli",
     "kinds",
+    "stages",
 }
 """These may import everything, and only they each other."""
 
