@@ -17,7 +17,8 @@ from distill.data.loader import Batch
 from distill.models.model import Model
 from distill.shapes import Params
 
-_greedy = jax.jit(sampling.greedy, static_argnums=0, static_argnames=("max_new_tokens", "eos_id", "pad_id"))
+greedy = jax.jit(sampling.greedy, static_argnums=0, static_argnames=("max_new_tokens", "eos_id", "pad_id"))
+"""``sampling.greedy``, compiled."""
 _logits = jax.jit(
     lambda model, params, batch: model.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments),
     static_argnums=0,
@@ -26,7 +27,7 @@ _logits = jax.jit(
 
 def write_answers(model: Model, params: Params, config: AdditionConfig, examples: Examples) -> np.ndarray:
     """``[examples, answer]`` ids the model writes for the prompts."""
-    answers = _greedy(
+    answers = greedy(
         model,
         params,
         jax.device_put(examples.prompts(config)),

@@ -23,6 +23,7 @@ class Kind(NamedTuple):
 KINDS = {
     "addition": Kind("distill.experiment", "distill.report"),
     "sentences": Kind("distill.sentences", "distill.sentences"),
+    "text": Kind("distill.text_experiment", "distill.report_text"),
 }
 
 

@@ -1,5 +1,6 @@
 """Tables in the terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def _row(name: str, summary: dict[str, Any]) -> list[str]:
         f"{values['latency_seconds'] * 1e3:.2f} ms",
         f"{values['tokens_per_second']:,.0f}",
     ]
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table: the first column is a name, the others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=130).print(table)
 
 
 def print_answers(rows: list[dict[str, str]]) -> None:

@@ -38,7 +38,9 @@ ARROWS = {
     "parallel": {"shapes", "models", "data", "step"},
     "evaluate": {"shapes", "models", "data", "step", "sampling", "metrics"},
     "config": {"models", "data", "features", "objective", "optim", "parallel", "configs"},
-    "configs": {"models", "data", "objective", "optim", "parallel", "config"},
+    "text_config": {"models", "data", "objective", "optim", "parallel", "config"},
+    "report_text": {"report"},
+    "configs": {"models", "data", "objective", "optim", "parallel", "config", "text_config"},
     "checkpoint": {"shapes", "config"},
     "preflight": {"shapes", "losses", "models", "data", "objective", "vocab", "config"},
 }
@@ -60,6 +62,8 @@ TOP = {
     "cli",
     "kinds",
     "stages",
+    "text_experiment",
+    "text_heldout",
 }
 """These may import everything, and only they each other."""
 

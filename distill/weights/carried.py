@@ -81,6 +81,9 @@ MINILM = CarriedFolder(
 )
 """all-MiniLM-L6-v2 (Apache-2.0), a BERT of 6 layers and width 384 for sentence embeddings, 91 MB."""
 
+MODELS = {"smollm2": SMOLLM2}
+"""Models by the names that configurations and scripts give them."""
+
 
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/distill/weights``, or the same under ``~/.cache``."""

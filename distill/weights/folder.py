@@ -77,7 +77,7 @@ def load(
         source = gguf.GGUFSource(path)
         place = _onto(sharding, decoder(gguf.config_of(source, activations)))
         return gguf.load(source, place=place, dtype=np.float32 if dtype is None else dtype, activations=activations)
-    folder = path if path.is_dir() else _download(path_or_name, revision)
+    folder = path if path.is_dir() else download(path_or_name, revision)
     config, family = _config_of(folder)
     config = dataclasses.replace(config, dtype=activations)
     model = network(config)
@@ -140,7 +140,7 @@ def _onto(sharding: Callable[[Model], Any] | None, model: Model) -> Place | None
     return place
 
 
-def _download(name: str | Path, revision: str | None) -> Path:
+def download(name: str | Path, revision: str | None = None) -> Path:
     """The hub's folder of a model: from its cache, or downloaded; only safetensors, JSON and tokenizer files."""
     if isinstance(name, Path) or not _NAME.fullmatch(name) or name.endswith(".gguf"):
         raise FileNotFoundError(f"{name}: no such folder or file; expected a path, or a name such as org/model.")

@@ -1,0 +1,93 @@
+"""Configuration of a distillation on text (``text_experiment.py``): a published teacher and a student."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from distill.config import LogConfig, TrainingConfig
+from distill.data.text import TextDataConfig
+from distill.objective import ObjectiveConfig
+from distill.parallel import ParallelConfig
+
+Arm = Literal["equal_tokens", "equal_time"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """The student: cut out of the teacher, or a published model of its own."""
+
+    source: str | None = None
+    """As ``TextConfig.teacher``: a published model from which the student starts; its tokens must be the teacher's.
+    None: cut out of the teacher, with the sizes below; what is None stays as the teacher has it."""
+    layers: int | None = None
+    """Evenly spread over the teacher's, the first and the last among them."""
+    kv_heads: int | None = None
+    """Groups of heads, by importance on text, as are units and dimensions (``models/init.py``)."""
+    feed_forward: int | None = None
+    width: int | None = None
+    calibration_batches: int = 8
+    """Batches on which importance is measured."""
+
+    def __post_init__(self):
+        for name in ("layers", "kv_heads", "feed_forward", "width", "calibration_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"student: {name}={value}; expected at least 1.")
+        sizes = {name: getattr(self, name) for name in ("layers", "kv_heads", "feed_forward", "width")}
+        given = [name for name, value in sizes.items() if value is not None]
+        if self.source is not None and given:
+            raise ValueError(f"student: source={self.source!r} has its own sizes; leave out {', '.join(given)}.")
+        if self.source is None and not given:
+            raise ValueError(
+                "student: as large as the teacher; give --student.layers, --student.width … or a --student.source."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """One experiment on text: a student distilled from a published teacher, and the same student without one."""
+
+    kind: ClassVar[str] = "text"
+    name: str = "text"
+    teacher: str = "smollm2"
+    """``smollm2`` (SmolLM2-135M-Instruct, fetched with pip and known by its hash), a Hugging Face folder, a GGUF file,
+    or a name on the hub."""
+    data: TextDataConfig = TextDataConfig()
+    student: StudentConfig = StudentConfig(layers=6)
+    training: TrainingConfig = TrainingConfig()
+    """Of every arm: same batches, same schedule; only equal_time has another number of steps."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    arms: tuple[Arm, ...] = ("equal_tokens", "equal_time")
+    """The student by cross-entropy on the same text, beside the distilled one: as many tokens, or as many seconds of
+    training, its schedule stretched to them."""
+    activations: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matmul operands of both models; the student's parameters are float32."""
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the teacher's parameters are held."""
+    heldout_rows: int | None = None
+    """Rows of held-out text on which models are compared; None: all."""
+    curve_rows: int = 8
+    """The first of them are measured for the learning curve."""
+    prompts: int = 4
+    """Held-out documents of which every model continues the beginning."""
+    prompt_tokens: int = 24
+    new_tokens: int = 48
+    """Tokens written for each prompt, the most likely one each time."""
+    data_dir: str | None = None
+    """Where prepared rows are kept; None: where TFDS keeps them."""
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self):
+        for name in ("curve_rows", "prompts", "prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+        if self.heldout_rows is not None and self.heldout_rows < 1:
+            raise ValueError(f"heldout_rows={self.heldout_rows}; expected at least 1, or None for all.")
+        if len(set(self.arms)) != len(self.arms):
+            raise ValueError(f"arms={self.arms}; expected each at most once.")
+        if self.arms[:1] == ("equal_time",):
+            raise ValueError(f"arms={self.arms}; equal_time is timed by equal_tokens, which must come first.")
+        if not (self.objective.kd_weight or self.objective.features.used):
+            raise ValueError("objective: nothing of the teacher in it; the arms train without one.")
+        if self.prompt_tokens > self.data.length:
+            raise ValueError(f"prompt_tokens={self.prompt_tokens}; a row has {self.data.length} tokens.")

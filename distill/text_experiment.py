@@ -1,0 +1,367 @@
+"""An experiment on text: a student distilled from a published teacher, and the same student by cross-entropy alone.
+
+Every stage keeps its result in the run folder and is skipped when it stands there already:
+
+    RUN/                the student, distilled from the live teacher
+    RUN/equal_tokens/   the same student by cross-entropy: same start, same batches, same schedule
+    RUN/equal_time/     likewise, for as many seconds of training as distilling took
+    RUN/student_hf/     the distilled student, as transformers opens it
+    RUN/evaluation.json, RUN/summary.json
+
+Seconds of training are steps · the median time of a step: compiling, evaluating and saving are no part of them, and a
+hiccup of the machine is none either.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill import losses
+from distill.checkpoint import fingerprint, lock
+from distill.config import TrainingConfig, read_config, to_dict, write_config, write_json
+from distill.data import prepared
+from distill.data.loader import Batch, Loader
+from distill.data.packing import Rows
+from distill.evaluate import greedy
+from distill.features import feature_terms, projector_shapes, with_projectors, without_projectors
+from distill.metrics import read_metrics
+from distill.models import Model, decoder
+from distill.models.init import importance, student_from
+from distill.objective import Terms, task_term, terms_of
+from distill.parallel import make_mesh, param_shardings
+from distill.shapes import Params
+from distill.stages import Trained, cost, ledger, restore
+from distill.table import print_rows
+from distill.text_config import TextConfig
+from distill.text_heldout import Heldout
+from distill.tokenizer import TextTokenizer
+from distill.train import Task, fit
+from distill.vocab import align
+from distill.weights import save
+from distill.weights.published import Published, read
+
+
+class World(NamedTuple):
+    """What all arms share."""
+
+    teacher: Trained
+    tokenizer: TextTokenizer
+    student: Model
+    """Its ``init`` gives the start: the same of every arm."""
+    train: Batch
+    heldout: Heldout
+    prompts: np.ndarray
+    """``[prompts, prompt_tokens]``: how held-out rows begin."""
+    fingerprints: dict[str, str]
+
+
+def run_experiment(config: TextConfig, run: Path) -> dict[str, Any]:
+    """Does what is not done yet of an experiment; returns the summary."""
+    with lock(run / ".experiment"):
+        write_config(run, config)
+        world = make_world(config)
+        distil(config, run, world)
+        for arm in config.arms:
+            train_alone(config, run, world, arm)
+        return evaluate_run(config, run, world)
+
+
+def make_world(config: TextConfig) -> World:
+    """Teacher, tokenizer, student, text: everything that can be wrong is found here, before any training."""
+    teacher = _read(config, config.teacher, config.teacher_dtype)
+    tokenizer, network = teacher.tokenizer, Trained(teacher.model, teacher.params)
+    rows = prepared.prepare(config.data, tokenizer, config.data_dir)
+    train = rows["train"].batch()
+    own = None if config.student.source is None else _read(config, config.student.source, "float32")
+    if own is not None:
+        align(own.tokenizer.ids(), tokenizer.ids(), own.model.vocab_size, teacher.model.vocab_size)
+    student = _cut_out(config, network, train) if own is None else _started_at(own)
+    learner(config, student, teacher.model)
+    heldout = rows["heldout"].take(slice(config.heldout_rows))
+    prints = {"tokenizer": tokenizer.fingerprint(), "teacher_weights": fingerprint(teacher.params)}
+    prints["text"] = prepared.fingerprint(config.data, tokenizer)
+    prompts = _prompts(config, heldout)
+    return World(network, tokenizer, student, train, Heldout(*network, heldout.batch()), prompts, prints)
+
+
+def _read(config: TextConfig, name: str, dtype: str) -> Published:
+    """A published model, its parameters where the mesh wants them."""
+    several = config.parallel.backend == "mesh" or (config.parallel.backend == "auto" and jax.device_count() > 1)
+    sharding = (lambda model: param_shardings(model, make_mesh(config.parallel))) if several else None
+    return read(name, dtype=dtype, activations=config.activations, sharding=sharding)
+
+
+def _cut_out(config: TextConfig, teacher: Trained, train: Batch) -> Model:
+    """The student as a part of its teacher; units are chosen by importance on the training text."""
+    asked, whole = config.student, teacher.model.config
+
+    def loss(params: Params, batch: Batch) -> Any:
+        states = teacher.model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments).hidden
+        sides = states, teacher.model.head(params), None, None
+        return losses.divide(losses.chunked(_cross_entropy, *sides, batch.labels, batch.mask))
+
+    def batches() -> Iterator[Batch]:
+        loader = Loader(train, config.training.batch_size, config.training.seed)
+        return map(loader.batch, range(asked.calibration_batches))
+
+    sizes = {"kv_heads": asked.kv_heads, "feed_forward": asked.feed_forward, "width": asked.width}
+    there = {"kv_heads": whole.groups, "feed_forward": whole.feed_forward, "width": whole.width}
+    fewer = any(size is not None and size < there[name] for name, size in sizes.items())
+    measured = importance(whole, teacher.params, loss, batches()) if fewer else None
+    small, params = student_from(whole, teacher.params, layers=asked.layers, measured=measured, **sizes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    model = decoder(small).with_vocabulary(teacher.model.vocab_size)
+    return dataclasses.replace(model, init=lambda key: params)
+
+
+def _cross_entropy(student_logits, _, labels):
+    return losses.cross_entropy(student_logits, labels)
+
+
+def _started_at(own: Published) -> Model:
+    """A published model that learns from its own parameters on."""
+    return dataclasses.replace(own.model, init=lambda key: own.params)
+
+
+def _prompts(config: TextConfig, heldout: Rows) -> np.ndarray:
+    """How held-out rows begin, where one document reaches so far."""
+    length = config.prompt_tokens
+    whole = heldout.segments[:, length - 1] == 1
+    if not whole.any():
+        raise ValueError(f"prompt_tokens={length}: no held-out row begins with so many tokens of one document.")
+    return heldout.tokens[whole][: config.prompts, :length].astype(np.int32)
+
+
+def learner(config: TextConfig, student: Model, teacher: Model) -> tuple[Model, Terms]:
+    """The student with the projectors it learns beside itself, and the terms of its objective."""
+    features = config.objective.features
+    student = with_projectors(student, projector_shapes(features, student, teacher))
+    return student, terms_of(config.objective, feature_terms(features, student, teacher))
+
+
+def identity(config: TextConfig, world: World, training: TrainingConfig, *parts: str) -> dict[str, Any]:
+    """What may not change when an arm goes on."""
+    everything = to_dict(config)
+    named = {part: everything[part] for part in ("teacher", "data", "student", "activations", *parts)}
+    return named | {"training": to_dict(training)} | world.fingerprints
+
+
+def distil(config: TextConfig, run: Path, world: World) -> Trained:
+    """The student, from the soft targets of the live teacher; also written as RUN/student_hf."""
+    model, terms = learner(config, world.student, world.teacher.model)
+    task = Task(
+        student=model,
+        terms=terms,
+        reduction=config.objective.reduction,
+        examples=world.train,
+        teacher=world.teacher.model,
+        teacher_params=world.teacher.params,
+        evaluate=lambda params: world.heldout.measure(world.student, without_projectors(params), config.curve_rows),
+        identity=identity(config, world, config.training, "objective", "teacher_dtype"),
+    )
+    length = config.data.length
+    per_token = 3 * world.student.config.flops_per_token(length) + world.teacher.model.config.flops_per_token(length)
+    with cost(run, _tokens(config.training, config) * per_token):
+        params = fit(run, task, config.training, parallel_config=config.parallel, log=config.log, label="student")
+    student = Trained(world.student, without_projectors(params))
+    save(run / "student_hf", *student, world.tokenizer)
+    return student
+
+
+def train_alone(config: TextConfig, run: Path, world: World, arm: str) -> Trained:
+    """The student by cross-entropy on the same text, from the same start."""
+    training = config.training
+    if arm == "equal_time":
+        training = dataclasses.replace(training, steps=_equal_steps(config, run))
+    task = Task(
+        student=world.student,
+        terms=[task_term()],
+        reduction=config.objective.reduction,
+        examples=world.train,
+        evaluate=lambda params: world.heldout.measure(world.student, params, config.curve_rows),
+        identity=identity(config, world, training),
+    )
+    flops = _tokens(training, config) * 3 * world.student.config.flops_per_token(config.data.length)
+    with cost(run / arm, flops):
+        params = fit(run / arm, task, training, parallel_config=config.parallel, log=config.log, label=arm)
+    return Trained(world.student, params)
+
+
+def _tokens(training: TrainingConfig, config: TextConfig) -> int:
+    return training.steps * training.batch_size * config.data.length
+
+
+def _equal_steps(config: TextConfig, run: Path) -> int:
+    """Steps of cross-entropy that take as long as distilling did; decided once, kept in RUN/equal_time/steps.json."""
+    file = run / "equal_time" / "steps.json"
+    if not file.exists():
+        seconds = {
+            arm: seconds_per_step(folder, config)
+            for arm, folder in (("distilled", run), ("alone", run / "equal_tokens"))
+        }
+        unit = config.training.steps_per_dispatch
+        steps = max(round(config.training.steps * seconds["distilled"] / seconds["alone"] / unit), 1) * unit
+        write_json(file, {"steps": steps, "seconds_per_step": seconds})
+    return json.loads(file.read_text())["steps"]
+
+
+def seconds_per_step(folder: Path, config: TextConfig) -> float:
+    """Median over the dispatches of a training, from its metrics."""
+    speeds = [record["tokens_per_second"] for record in read_metrics(folder) if record["kind"] == "train"]
+    return config.training.batch_size * config.data.length / float(np.median(speeds))
+
+
+def evaluate_run(config: TextConfig, run: Path, world: World) -> dict[str, Any]:
+    """Writes RUN/evaluation.json and RUN/summary.json; returns the summary."""
+    evaluation: dict[str, Any] = {}
+    with cost(run / "evaluation", None):
+        teacher, length = world.teacher, config.data.length
+        evaluation["teacher"] = (
+            world.heldout.of_teacher() | _sizes(teacher.model, length) | _write(config, world, *teacher)
+        )
+        for name in ("student", *config.arms, "start"):
+            params = _params_of(run, world, name)
+            evaluation[name] = world.heldout.measure(world.student, params) | _sizes(world.student, length)
+            evaluation[name] |= _write(config, world, world.student, params)
+            if name != "start":
+                evaluation[name] |= _training_of(run if name == "student" else run / name, config)
+    evaluation["heldout"] = {"rows": len(world.prompts), "tokens": world.heldout.tokens}
+    evaluation["prompts"] = [world.tokenizer.decode(row) for row in world.prompts]
+    evaluation["verdict"] = verdict(evaluation)
+    arms = {NAMES[arm]: run / arm for arm in config.arms}
+    evaluation["ledger"] = ledger({"distillation": run} | arms | {"evaluation": run / "evaluation"})
+    write_json(run / "evaluation.json", evaluation)
+    summary = summarize(evaluation)
+    write_json(run / "summary.json", summary)
+    return summary
+
+
+def _params_of(run: Path, world: World, name: str) -> Params:
+    if name == "start":
+        return world.student.init(jax.random.key(0))
+    return restore(world.student, run if name == "student" else run / name).params
+
+
+def _sizes(model: Model, length: int) -> dict[str, float]:
+    return {"parameters": model.parameter_count(), "flops_per_token": model.config.flops_per_token(length)}
+
+
+def _training_of(folder: Path, config: TextConfig) -> dict[str, float]:
+    """Tokens and seconds an arm learnt from."""
+    steps = max(record["step"] for record in read_metrics(folder) if record["kind"] == "train")
+    tokens = steps * config.training.batch_size * config.data.length
+    return {"steps": steps, "training_tokens": tokens, "training_seconds": steps * seconds_per_step(folder, config)}
+
+
+def _write(config: TextConfig, world: World, model: Model, params: Params) -> dict[str, Any]:
+    """How a model continues the prompts, and how many tokens a second it writes."""
+    written = write(model, params, world.prompts, world.tokenizer, config.new_tokens)
+    start = time.perf_counter()
+    write(model, params, world.prompts, world.tokenizer, config.new_tokens)
+    seconds = time.perf_counter() - start
+    texts = [world.tokenizer.decode(row) for row in written]
+    return {"written": texts, "tokens_per_second": written.size / seconds}
+
+
+def write(model: Model, params: Params, prompts: np.ndarray, tokenizer: TextTokenizer, count: int) -> np.ndarray:
+    """``[B, count]`` ids a model writes greedily after prompts ``[B, L]``."""
+    ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.eos_id}
+    return np.asarray(jax.device_get(greedy(model, params, jax.device_put(prompts), max_new_tokens=count, **ids)))
+
+
+def verdict(evaluation: dict[str, Any]) -> list[str]:
+    """Distilled beside cross-entropy, a line for each arm: by how many nats it is better, or worse.
+
+    Example:
+      >>> verdict({"student": {"kl": 1.0, "nll": 3.0}, "equal_time": {"kl": 1.5, "nll": 2.9}})
+      ['at equal time: KL to the teacher 0.5000 nats better, nats per token 0.1000 nats worse: distilling does not win both']
+    """
+    lines = []
+    for arm in ("equal_tokens", "equal_time"):
+        if arm in evaluation:
+            gains = [evaluation[arm][key] - evaluation["student"][key] for key in ("kl", "nll")]
+            kl, nll = (f"{abs(gain):.4f} nats {'better' if gain > 0 else 'worse'}" for gain in gains)
+            both = "distilling wins both" if min(gains) > 0 else "distilling does not win both"
+            lines.append(f"at {arm.replace('_', ' ')}: KL to the teacher {kl}, nats per token {nll}: {both}")
+    return lines
+
+
+def summarize(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers of summary.json."""
+    keep = ("parameters", "kl", "nll", "perplexity", "agreement", "flops_per_token", "tokens_per_second")
+    keep += ("training_tokens", "training_seconds")
+    names = [name for name in ("teacher", "student", "equal_tokens", "equal_time", "start") if name in evaluation]
+    rows = {name: {key: evaluation[name][key] for key in keep if key in evaluation[name]} for name in names}
+    seconds = sum(row["seconds"] for row in evaluation["ledger"]["rows"])
+    agreement = evaluation["student"]["agreement"]
+    return rows | {"agreement": agreement, "verdict": evaluation["verdict"], "seconds": seconds}
+
+
+NAMES = {
+    "teacher": "teacher",
+    "student": "distilled",
+    "equal_tokens": "cross-entropy, equal tokens",
+    "equal_time": "cross-entropy, equal time",
+    "start": "untrained start",
+}
+"""Models as tables call them."""
+COLUMNS = {
+    "KL": ("kl", ".4f"),
+    "nats/token": ("nll", ".4f"),
+    "perplexity": ("perplexity", ",.1f"),
+    "agreement": ("agreement", ".2%"),
+    "parameters": ("parameters", ",.0f"),
+    "FLOPs/token": ("flops_per_token", ".3g"),
+    "tokens/s": ("tokens_per_second", ",.0f"),
+    "trained on": ("training_tokens", ",.0f"),
+    "seconds": ("training_seconds", ",.0f"),
+}
+"""Column → key and format."""
+
+
+def print_summary(summary: dict[str, Any], run: Path) -> None:
+    """The table of the arms, and what comes of it."""
+    rows = [[NAMES[name], *cells(summary[name])] for name in NAMES if name in summary]
+    print_rows(str(run), ("model", *COLUMNS), rows)
+    print(*summary["verdict"], sep="\n")
+
+
+def cells(values: dict[str, Any]) -> list[str]:
+    """A model's numbers, written."""
+    return [format(values[key], how) if key in values else "–" for key, how in COLUMNS.values()]
+
+
+def _open(run: Path) -> tuple[TextConfig, World]:
+    config = read_config(run, TextConfig)
+    if not (run / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py.")
+    return config, make_world(config)
+
+
+def evaluate_folder(run: Path) -> dict[str, Any]:
+    """``evaluate_run`` of what stands in a run folder."""
+    config, world = _open(run)
+    return evaluate_run(config, run, world)
+
+
+def answer(run: Path, prompts: list[str]) -> list[dict[str, str]]:
+    """How teacher and student of a run folder go on, as rows for a table."""
+    config, world = _open(run)
+    student = world.student, _params_of(run, world, "student")
+    rows = []
+    for prompt in prompts:
+        ids = np.asarray([[*world.tokenizer.start, *world.tokenizer.encode(prompt)]], np.int32)
+        if not ids.size:
+            raise ValueError("an empty prompt; expected some text to go on with.")
+        row = {"prompt": prompt}
+        for name, model in (("teacher", world.teacher), ("student", student)):
+            row[name] = world.tokenizer.decode(write(*model, ids, world.tokenizer, config.new_tokens)[0])
+        rows.append(row)
+    return rows

@@ -1,0 +1,65 @@
+"""A published model with its tokenizer, by its path or its name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from distill.models import Model
+from distill.shapes import Params
+from distill.tokenizer import TextTokenizer
+from distill.weights import carried, folder, gguf, gguf_tokenizer
+
+
+class Published(NamedTuple):
+    """A model, its parameters, its tokenizer."""
+
+    model: Model
+    params: Params
+    tokenizer: TextTokenizer
+
+
+def read(
+    name: str,
+    *,
+    dtype: Any = np.float32,
+    activations: Literal["float32", "bfloat16"] = "float32",
+    sharding: Callable[[Model], Any] | None = None,
+) -> Published:
+    """A model and its tokenizer; ids that are no token get no logit.
+
+    Args:
+      name: of ``carried.MODELS``, a Hugging Face folder, a GGUF file, or a name on the hub.
+      dtype: as ``load``.
+      activations: as ``load``.
+      sharding: as ``load``.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: not supported, or more tokens than the embedding has rows.
+    """
+    path = _located(name)
+    options = {"dtype": dtype, "activations": activations, "sharding": sharding}
+    model, params = folder.load(path, **options)
+    tokenizer = _tokenizer_at(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{name}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding {model.vocab_size} rows; "
+            "they do not belong together."
+        )
+    return Published(model.with_vocabulary(tokenizer.vocab_size), params, tokenizer)
+
+
+def _located(name: str) -> Path:
+    """Where the files are, fetched if need be."""
+    if name in carried.MODELS:
+        return carried.fetch(carried.MODELS[name])
+    path = Path(name)
+    return path if path.exists() else folder.download(name)
+
+
+def _tokenizer_at(path: Path) -> TextTokenizer:
+    if path.suffix == ".gguf":
+        return gguf_tokenizer.text_tokenizer(gguf.GGUFSource(path))
+    return TextTokenizer.from_folder(path)
