@@ -7,26 +7,25 @@ from rich.console import Console
 
 
 class Progress:
-    """Loss, exact match, tokens per second and time left of one training."""
+    """Loss, what was last measured, tokens per second and time left of one training."""
 
     def __init__(self, label: str, steps: int, start: int = 0, show: bool = True):
         console = Console(quiet=not show)
         self._label, self._steps = label, steps
         self._console = console
         self._lines = not console.is_terminal
-        self._exact_match = float("nan")
         self._bar = rich_progress.Progress(
             rich_progress.TextColumn("{task.description:>8}"),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
-            rich_progress.TextColumn("loss {task.fields[loss]:.4f}  exact match {task.fields[exact_match]:.1%}"),
+            rich_progress.TextColumn("loss {task.fields[loss]:.4f}  {task.fields[measured]}"),
             rich_progress.TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s"),
             rich_progress.TimeRemainingColumn(),
             console=console,
             disable=self._lines,
         )
         nan = float("nan")
-        self._fields: dict[str, Any] = {"loss": nan, "exact_match": nan, "tokens_per_second": nan}
+        self._fields: dict[str, Any] = {"loss": nan, "measured": "", "tokens_per_second": nan}
         self._task = self._bar.add_task(label, total=steps, completed=start, **self._fields)
 
     def __enter__(self) -> "Progress":
@@ -43,11 +42,23 @@ class Progress:
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """After an evaluation."""
-        self._fields |= values
-        self._bar.update(self._task, exact_match=values.get("exact_match", float("nan")))
+        measured = self._fields["measured"] = written(values)
+        self._bar.update(self._task, measured=measured)
         if self._lines:
-            loss, match, speed = (self._fields[name] for name in ("loss", "exact_match", "tokens_per_second"))
+            loss, speed = self._fields["loss"], self._fields["tokens_per_second"]
             self._console.print(
-                f"{self._label} {step}/{self._steps}  loss {loss:.4f}  exact match {match:.1%}  {speed:,.0f} tokens/s",
+                f"{self._label} {step}/{self._steps}  loss {loss:.4f}  {measured}  {speed:,.0f} tokens/s",
                 highlight=False,
             )
+
+
+def written(values: dict[str, float]) -> str:
+    """The first two measures, shares as percentages.
+
+    Example:
+      >>> written({"exact_match": 0.5}), written({"kl": 1.5, "nll": 3.0, "agreement": 0.4})
+      ('exact match 50.0%', 'kl 1.5000  nll 3.0000')
+    """
+    shares = ("exact_match", "agreement")
+    texts = (f"{name.replace('_', ' ')} {value:{'.1%' if name in shares else '.4f'}}" for name, value in values.items())
+    return "  ".join(list(texts)[:2])

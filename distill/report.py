@@ -67,7 +67,7 @@ def write_report(runs: Sequence[Path]) -> Path:
     if not runs:
         raise ValueError("no run folder was given; expected one or more, as in scripts/report.py --run runs/addition")
     read = [_read_run(Path(folder)) for folder in runs]
-    page = _template().render(_context(read, _draw_figures(read)))
+    page = template("report.html.jinja").render(_context(read, _draw_figures(read)))
     path = read[0].folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -83,11 +83,11 @@ def _read_run(folder: Path) -> Run:
     where = {"teacher": folder / "teacher", "student": folder, "baseline": folder / "baseline"}
     run = Run(
         folder,
-        config=_read_json(folder / "config.json", train),
-        evaluation=_read_json(folder / "evaluation.json", evaluate),
-        summary=_read_json(folder / "summary.json", train, optional=True),
-        arms=_read_json(folder / "arms.json", "run scripts/reproduce.py again", optional=True),
-        metrics={model: _read_metrics(path / "metrics.jsonl") for model, path in where.items()},
+        config=read_json(folder / "config.json", train),
+        evaluation=read_json(folder / "evaluation.json", evaluate),
+        summary=read_json(folder / "summary.json", train, optional=True),
+        arms=read_json(folder / "arms.json", "run scripts/reproduce.py again", optional=True),
+        metrics={model: read_metrics(path / "metrics.jsonl") for model, path in where.items()},
     )
     if not run.metrics["student"]:
         raise FileNotFoundError(f"{folder / 'metrics.jsonl'} is missing or empty; {train}")
@@ -95,7 +95,8 @@ def _read_run(folder: Path) -> Run:
     return run
 
 
-def _read_json(path: Path, remedy: str, optional: bool = False) -> dict[str, Any]:
+def read_json(path: Path, remedy: str, optional: bool = False) -> dict[str, Any]:
+    """A JSON object; a file that must be there and is not, or holds something else, is an error with its remedy."""
     if not path.is_file():
         if optional:
             return {}
@@ -109,7 +110,8 @@ def _read_json(path: Path, remedy: str, optional: bool = False) -> dict[str, Any
     return value
 
 
-def _read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl, none where there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     records = []
     for number, line in enumerate(lines, start=1):
@@ -170,12 +172,14 @@ def _times(value: object) -> str:
     return "–" if math.isnan(number) else f"{number:.1f}×" if 1 <= number < 1000 else f"{_scientific(number)}×"
 
 
-def _total(rows: list[dict], key: str) -> str:
+def total(rows: list[dict], key: str) -> str:
+    """A sum, written; of those that are known."""
     known = [number for number in (_number(row.get(key)) for row in rows) if not math.isnan(number)]
     return ("≥ " if len(known) < len(rows) else "") + _scientific(sum(known)) if known else "–"
 
 
-def _series(records: list[dict], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: list[dict], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one measure."""
     # A resumed run writes some steps again: the later record of a step is the one that led to the weights.
     by_step = {r["step"]: _number(r[key]) for r in records if r.get("kind") == kind and key in r}
     steps = sorted(step for step in by_step if not math.isnan(_number(step)))
@@ -228,10 +232,10 @@ def _draw_figures(runs: list[Run]) -> dict[str, str]:
         "calibration": (student.get("calibration"), _draw_calibration),
         "arms": (runs[0].arms.get("rows"), _draw_arms),
     }
-    return {name: _data_uri(name, draw, runs) for name, (data, draw) in figures.items() if data}
+    return {name: _drawn(name, draw, runs) for name, (data, draw) in figures.items() if data}
 
 
-def _data_uri(name: str, draw: Callable[[list[Run], Path], None], runs: list[Run]) -> str:
+def _drawn(name: str, draw: Callable[[list[Run], Path], None], runs: list[Run]) -> str:
     path = runs[0].folder / f"{name}.png"
     try:
         draw(runs, path)
@@ -241,11 +245,16 @@ def _data_uri(name: str, draw: Callable[[list[Run], Path], None], runs: list[Run
             f"{path.with_name(source)} lacks what the figure {name!r} shows ({type(error).__name__}: {error}); "
             f"expected the format of scripts/evaluate.py: run it with --run {path.parent} again"
         ) from error
+    return data_uri(path)
+
+
+def data_uri(path: Path) -> str:
+    """A PNG as it stands in a page."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 @contextmanager
-def _canvas(path: Path, height: float, rows: int = 1) -> Generator[Any, None, None]:
+def canvas(path: Path, height: float, rows: int = 1) -> Generator[Any, None, None]:
     """Axes to draw on, written to `path`: same bytes for same numbers, whatever the user's matplotlibrc."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -262,31 +271,32 @@ def _look(model: str, **more: Any) -> dict[str, Any]:
     return {"color": COLOURS[model], "marker": MARKERS[model], "label": model, **more}
 
 
-def _legend(axes: Any, columns: int = 3) -> None:
+def legend(axes: Any, columns: int = 3) -> None:
+    """Above the axes, each label once."""
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
     axes.legend(entries.values(), entries, ncols=columns, **place)
 
 
 def _draw_curves(runs: list[Run], path: Path) -> None:
-    with _canvas(path, 5.0, rows=2) as (above, below):
+    with canvas(path, 5.0, rows=2) as (above, below):
         for model, records in runs[0].metrics.items():
             line = _look(model, linestyle="--" if model == "baseline" else "-")
             if records:
-                steps, scores = _series(records, "eval", "exact_match")
+                steps, scores = series(records, "eval", "exact_match")
                 above.plot(steps, 100 * scores, markersize=4, **line)
-                steps, losses = _series(records, "train", "loss")
+                steps, losses = series(records, "train", "loss")
                 below.plot(steps, np.where(losses > 0, losses, np.nan), **line | {"marker": "", "linewidth": 1.2})
         above.set(ylabel="exact match (%)", ylim=(-4, 104))
         below.set(ylabel="training loss (nats)", xlabel="optimizer step")
         below.set_yscale("log" if any((line.get_ydata() > 0).any() for line in below.lines) else "linear")
-        _legend(above)
+        legend(above)
 
 
 def curves(path: Path, x: Sequence[float], lines: dict[str, Sequence[float]], x_label: str, y_label: str) -> None:
     """One PNG of named curves over the same x, for measurements that belong to no run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _canvas(path, 3.2) as axes:
+    with canvas(path, 3.2) as axes:
         for name, y in lines.items():
             axes.plot(x, y, marker="o", label=name)
         axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
@@ -294,7 +304,7 @@ def curves(path: Path, x: Sequence[float], lines: dict[str, Sequence[float]], x_
 
 
 def _draw_parameters(runs: list[Run], path: Path) -> None:
-    with _canvas(path, 3.5) as axes:
+    with canvas(path, 3.5) as axes:
         for run, model in [(each, model) for each in reversed(runs) for model in each.models]:
             size, match = (run.evaluation[model][key] for key in ("parameters", "exact_match"))
             point, fill = (size, 100 * _number(match)), COLOURS[model] if run is runs[0] else "white"
@@ -311,7 +321,7 @@ def _draw_parameters(runs: list[Run], path: Path) -> None:
 def _draw_carries(runs: list[Run], path: Path) -> None:
     evaluation, models = runs[0].evaluation, runs[0].models
     carries = sorted(evaluation["student"]["exact_match_by_carries"], key=int)
-    with _canvas(path, 3.5) as axes:
+    with canvas(path, 3.5) as axes:
         for place, model in enumerate(models):
             by_carries = evaluation[model].get("exact_match_by_carries") or {}
             scores = [100 * _number(by_carries.get(count, {}).get("exact_match")) for count in carries]
@@ -322,13 +332,13 @@ def _draw_carries(runs: list[Run], path: Path) -> None:
         axes.set(ylabel="exact match (%)", xlabel="number of carries", ylim=(0, 112), yticks=range(0, 101, 25))
         axes.set_xticks(range(len(carries)), carries)
         axes.grid(axis="x", visible=False)
-        _legend(axes)
+        legend(axes)
 
 
 def _draw_soft_targets(runs: list[Run], path: Path) -> None:
     soft = runs[0].evaluation["soft_targets"]
     x, truth = np.arange(len(soft["symbols"])), soft["symbols"].index(soft["truth"])
-    with _canvas(path, 5.6, rows=2) as (above, below):
+    with canvas(path, 5.6, rows=2) as (above, below):
         above.bar(x - 0.2, soft["teacher"], width=0.38, color=COLOURS["teacher"], label="teacher, T = 1")
         softened = f"teacher, T = {_plain(soft['temperature'])}"
         above.bar(x + 0.2, soft["teacher_softened"], width=0.38, color="#a9b1bb", label=softened)
@@ -341,11 +351,11 @@ def _draw_soft_targets(runs: list[Run], path: Path) -> None:
         for axes in (above, below):
             axes.axvspan(truth - 0.5, truth + 0.5, color="#fff1cc", zorder=0)
             axes.grid(axis="x", visible=False)
-            _legend(axes)
+            legend(axes)
 
 
 def _draw_calibration(runs: list[Run], path: Path) -> None:
-    with _canvas(path, 4.4) as axes:
+    with canvas(path, 4.4) as axes:
         axes.plot([0, 100], [0, 100], color="#8a9099", linewidth=1, linestyle=":")
         for model in runs[0].models:
             bins = (runs[0].evaluation[model].get("calibration") or {}).get("bins", [])
@@ -355,13 +365,13 @@ def _draw_calibration(runs: list[Run], path: Path) -> None:
             axes.plot(x, y, color=COLOURS[model], linewidth=1, alpha=0.4)
             axes.scatter(x, y, 18 + 160 * share, **_look(model, alpha=0.85))
         axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(-3, 104), ylim=(-3, 104))
-        _legend(axes)
+        legend(axes)
 
 
 def _draw_arms(runs: list[Run], path: Path) -> None:
     rows, teacher = runs[0].arms["rows"], runs[0].arms.get("teacher") or {}
     sizes = sorted({row["parameters"] for row in rows})
-    with _canvas(path, 5.0) as axes:
+    with canvas(path, 5.0) as axes:
         if teacher.get("seeds"):
             axes.axhline(100 * np.mean(teacher["seeds"]), color=COLOURS["teacher"], linewidth=1, label="Teacher")
         for slot, size in enumerate(sizes):
@@ -372,7 +382,7 @@ def _draw_arms(runs: list[Run], path: Path) -> None:
         axes.set_xticks(range(len(sizes)), [_plain(size) for size in sizes])
         axes.grid(axis="x", visible=False)
         axes.set(xlabel="student parameters", ylabel="exact match (%)", ylim=(-4, 104), xlim=(-0.5, len(sizes) - 0.5))
-        _legend(axes, columns=2)
+        legend(axes, columns=2)
 
 
 def _draw_arm(axes: Any, row: dict, x: float) -> None:
@@ -385,12 +395,13 @@ def _draw_arm(axes: Any, row: dict, x: float) -> None:
 # ---- the page
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of this folder, with the filters of numbers."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     filters = (_number, _plain, _percent, _scientific, _times)
     environment.filters |= {function.__name__.removeprefix("_"): function for function in filters}
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def _context(runs: list[Run], figures: dict[str, str]) -> dict[str, Any]:
@@ -398,7 +409,7 @@ def _context(runs: list[Run], figures: dict[str, str]) -> dict[str, Any]:
     students = dict.fromkeys(row["student"] for row in rows)
     return {
         **{"runs": runs, "figures": figures, "arms": ARMS},
-        **{"number": _number, "ratio": _ratio, "total": _total},
+        **{"number": _number, "ratio": _ratio, "total": total},
         "knowledge": _dark_knowledge(runs[0]) if "soft_targets" in figures else {},
         "arm_groups": [_in_order(row for row in rows if row["student"] == student) for student in students],
         "config_text": json.dumps(runs[0].config, indent=2, ensure_ascii=False),

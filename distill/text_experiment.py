@@ -281,15 +281,15 @@ def verdict(evaluation: dict[str, Any]) -> list[str]:
 
     Example:
       >>> verdict({"student": {"kl": 1.0, "nll": 3.0}, "equal_time": {"kl": 1.5, "nll": 2.9}})
-      ['at equal time: KL to the teacher 0.5000 nats better, nats per token 0.1000 nats worse: distilling does not win both']
+      ['distilled, at equal time: KL to the teacher 0.5000 better, nats per token 0.1000 worse: not better on both']
     """
     lines = []
     for arm in ("equal_tokens", "equal_time"):
         if arm in evaluation:
             gains = [evaluation[arm][key] - evaluation["student"][key] for key in ("kl", "nll")]
-            kl, nll = (f"{abs(gain):.4f} nats {'better' if gain > 0 else 'worse'}" for gain in gains)
-            both = "distilling wins both" if min(gains) > 0 else "distilling does not win both"
-            lines.append(f"at {arm.replace('_', ' ')}: KL to the teacher {kl}, nats per token {nll}: {both}")
+            kl, nll = (f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'}" for gain in gains)
+            both = "better on both" if min(gains) > 0 else "not better on both"
+            lines.append(f"distilled, at {arm.replace('_', ' ')}: KL to the teacher {kl}, nats per token {nll}: {both}")
     return lines
 
 

@@ -1,18 +1,24 @@
 """A distillation on text, whole, with a teacher drawn at random and a tokenizer trained here."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from builders import random_params
 
 import distill
 from distill import text_experiment
+from distill.checkpoint import Checkpoints
 from distill.config import LogConfig, TrainingConfig
 from distill.data.text import TextDataConfig
+from distill.kinds import experiment_in
+from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
+from distill.report_text import write_report
 from distill.text_config import StudentConfig, TextConfig
 from distill.tokenizer import TextTokenizer
 
@@ -80,5 +86,120 @@ def test_every_arm_is_measured_on_the_same_text(finished, config):
     text_experiment.print_summary(summary, run)
 
 
-if __name__ == "__main__":
-    raise SystemExit(pytest.main([__file__]))
+def test_a_finished_run_is_evaluated_and_answers(finished, config, monkeypatch, capsys):
+    run, summary = finished
+    monkeypatch.setattr(text_experiment, "fit", None)
+    assert experiment_in(run) is text_experiment
+    again = text_experiment.evaluate_folder(run)
+    for name in ("student", "equal_tokens", "start"):
+        assert again[name]["kl"] == summary[name]["kl"]
+    row = text_experiment.answer(run, ["the cat"])[0]
+    assert row["prompt"] == "the cat" and set(row) == {"prompt", "teacher", "student"}
+    text_experiment.print_summary(again, run)
+    assert "distilled, at equal tokens: KL" in capsys.readouterr().out
+
+
+def test_the_exported_student_is_the_student(finished):
+    run, _ = finished
+    model, params = distill.load(run / "student_hf")
+    with Checkpoints(run) as checkpoints:
+        saved = checkpoints.params(jax.eval_shape(model.init, jax.random.key(0)))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, saved))
+    tokenizer = TextTokenizer.from_folder(run / "student_hf")
+    assert tokenizer.decode(tokenizer.encode("the cat sat")) == "the cat sat"
+
+
+def test_held_out_measures_are_those_of_whole_logits(finished, config):
+    summary = finished[1]
+    world = text_experiment.make_world(config)
+    rows = text_experiment.prepared.prepare(config.data, world.tokenizer, config.data_dir)["heldout"].batch()
+    params = world.student.init(jax.random.key(0))
+    sides = ((world.teacher.model, world.teacher.params), (world.student, params))
+    teacher, student = (
+        np.asarray(m.logits(p, rows.inputs, positions=rows.positions, segments=rows.segments), np.float64)[rows.mask]
+        for m, p in sides
+    )
+    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (teacher, student))
+    labels = rows.labels[rows.mask][:, None]
+    want = {
+        "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1).mean(),
+        "nll": -np.take_along_axis(log_q, labels, -1).mean(),
+        "agreement": (log_p.argmax(-1) == log_q.argmax(-1)).mean(),
+    }
+    assert {key: summary["start"][key] for key in want} == pytest.approx(want, rel=1e-4)
+    assert summary["teacher"]["nll"] == pytest.approx(-np.take_along_axis(log_p, labels, -1).mean(), rel=1e-4)
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(finished, config, tmp_path, monkeypatch):
+    saves = Checkpoints.save
+
+    def save_then_die(self, step, state, meta):
+        saves(self, step, state, meta)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        text_experiment.run_experiment(config, tmp_path)
+    monkeypatch.setattr(Checkpoints, "save", saves)
+    alone = dataclasses.replace(config, arms=())
+    text_experiment.run_experiment(alone, tmp_path)
+    like = text_experiment.make_world(config).student
+    left, right = (text_experiment.restore(like, run).params for run in (finished[0], tmp_path))
+    assert jax.tree.all(jax.tree.map(np.array_equal, left, right))
+    losses = [[r["loss"] for r in read_metrics(run) if "loss" in r] for run in (finished[0], tmp_path)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_changed_run_is_refused(finished, config):
+    hotter = dataclasses.replace(config, objective=dataclasses.replace(config.objective, temperature=2.0))
+    with pytest.raises(ValueError, match=r"objective\.temperature: 1\.0 → 2\.0"):
+        text_experiment.run_experiment(hotter, finished[0])
+    text_experiment.write_config(finished[0], config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": "nowhere/model.gguf"}, "no such folder or file"),
+        ({"student": StudentConfig(layers=4)}, "4 layers of 3"),
+        ({"student": StudentConfig(width=32)}, r"width=32; expected 1 … 16"),
+        ({"prompt_tokens": 24, "data": {"source": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(config, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(text_experiment, "fit", None)
+    if "data" in change:
+        change = change | {"data": dataclasses.replace(config.data, **change["data"])}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        text_experiment.run_experiment(dataclasses.replace(config, **change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StudentConfig(), "as large as the teacher"),
+        (lambda: StudentConfig("a/b", layers=2), "has its own sizes; leave out layers"),
+        (lambda: StudentConfig(layers=0), "layers=0; expected at least 1"),
+        (lambda: TextConfig(arms=("equal_time", "equal_tokens")), "must come first"),
+        (lambda: TextConfig(arms=("equal_tokens", "equal_tokens")), "each at most once"),
+        (lambda: TextConfig(heldout_rows=0), "heldout_rows=0"),
+        (lambda: TextConfig(prompts=0), "prompts=0"),
+        (lambda: TextConfig(prompt_tokens=999), "a row has 256 tokens"),
+    ],
+)
+def test_bad_configurations_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_report_shows_arms_texts_and_verdict(finished):
+    run, _ = finished
+    page = write_report([run]).read_text()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert all(line in page for line in evaluation["verdict"])
+    assert "cross-entropy, equal time" in page and "data:image/png;base64," in page
+    (run / "broken").mkdir()
+    (run / "broken" / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError, match="no 'teacher'; run scripts/evaluate.py"):
+        write_report([run / "broken"])

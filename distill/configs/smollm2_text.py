@@ -1,0 +1,33 @@
+"""SmolLM2-135M → 6 of its 30 layers, distilled on the pages of Python's language reference.
+
+    make smollm2
+
+which is ``python scripts/distill.py --config smollm2_text`` and ``scripts/report.py`` with what they need installed.
+Hardware: 2 CPU cores, at most 30 minutes for all arms of one seed, 3 GB of memory, 3 GB of disk. Score: held-out KL and
+nats per token in RUN/report.html; over three seeds in REPRODUCE.md (``python scripts/reproduce.py smollm2``).
+"""
+
+from distill.config import TrainingConfig
+from distill.data.text import TextDataConfig
+from distill.objective import ObjectiveConfig
+from distill.optim import OptimizerConfig
+from distill.text_config import StudentConfig, TextConfig
+
+
+def get_config() -> TextConfig:
+    """Forward KL to the live teacher; cross-entropy beside it for as many tokens and as many seconds."""
+    return TextConfig(
+        name="smollm2_text",
+        teacher="smollm2",
+        data=TextDataConfig(source="pydoc", length=256),
+        student=StudentConfig(layers=6),
+        training=TrainingConfig(
+            steps=150,
+            batch_size=4,
+            steps_per_dispatch=5,
+            evaluate_every=50,
+            save_every=50,
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+        ),
+        objective=ObjectiveConfig(divergence="forward_kl"),
+    )
