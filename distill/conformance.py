@@ -8,6 +8,7 @@ is a number, and the tests hold both against the values the libraries returned (
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,21 @@ CALLS = _calls()
 
 
 # ---- the page
+
+
+def run(peers: str) -> None:
+    """Measures with the program in the folder ``peers`` and writes what is stored and shown.
+
+    Raises:
+      ValueError: a library is missing.
+    """
+    sys.path.append(peers)
+    try:
+        import torch_conformance
+    except ImportError as error:
+        raise ValueError(f"{error}: a library is missing; pip install -e '.[conformance]'.") from error
+    collect(*torch_conformance.measure())
+    print(f"written: {STORED}, {PAGE}")
 
 
 def collect(peer_values: dict[str, dict[str, Value]], call_values: dict[str, Value], versions: dict[str, str]) -> None:

@@ -1,7 +1,10 @@
 """The numbers of REPRODUCE.md: runs, tables, and how they were made."""
 
+import dataclasses
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill import experiment
+from distill import experiment, text_experiment
 from distill.config import ProtocolConfig
 from distill.protocol import run_protocol
+from distill.text_config import TextConfig
 
 COLUMNS = (
     "student",
@@ -32,18 +36,72 @@ COLUMNS = (
 def addition(config: ProtocolConfig, run: Path, page: Path) -> dict[str, Any]:
     """Runs what is missing of the addition protocol and writes the page; returns arms.json's contents."""
     results = run_protocol(config, run)
-    page.write_text(addition_page(results))
+    write_section(page, addition_page(results))
     return results
 
 
+def text(config: TextConfig, run: Path, page: Path, seeds: int = 3) -> list[dict[str, Any]]:
+    """Runs what is missing of an experiment on text with other held-out documents and batches; writes its section."""
+    summaries = []
+    for seed in range(seeds):
+        training = dataclasses.replace(config.training, seed=seed)
+        data = dataclasses.replace(config.data, split_seed=seed)
+        one, folder = dataclasses.replace(config, training=training, data=data), run / f"seed{seed}"
+        done = folder / "summary.json"
+        summaries.append(json.loads(done.read_text()) if done.exists() else text_experiment.run_experiment(one, folder))
+    write_section(page, text_page(config, summaries))
+    return summaries
+
+
+def text_page(config: TextConfig, summaries: list[dict[str, Any]]) -> str:
+    """The section of a finished experiment on text, means over seeds."""
+    columns = text_experiment.COLUMNS
+    seconds = np.mean([summary["seconds"] for summary in summaries])
+    lines = [
+        f"## {config.teacher} on text: `python scripts/reproduce.py smollm2`",
+        "",
+        f"{len(summaries)} seeds, each with its own held-out documents and order of batches; means, in brackets the",
+        "smallest and the largest. The arms are described in `distill/text_experiment.py`, the settings stand in",
+        "`distill/configs/smollm2_text.py`. KL(teacher‖student) and cross-entropy in nats per held-out token.",
+        "",
+        f"Made on {_machine()}; jax {jax.__version__}; commit {_commit()}; {seconds / 60:.0f} minutes a seed.",
+        "",
+        "| model | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for name, title in text_experiment.NAMES.items():
+        rows = [summary[name] for summary in summaries if name in summary]
+        cells = [_spread([row[key] for row in rows if key in row], how) for key, how in columns.values()]
+        lines += ["| " + " | ".join([title, *cells]) + " |"] if rows else []
+    verdicts = [f"- seed {i}: {line}" for i, summary in enumerate(summaries) for line in summary["verdict"]]
+    return "\n".join([*lines, "", *verdicts]) + "\n"
+
+
+def _spread(values: list[float], how: str) -> str:
+    if not values:
+        return "–"
+    low, high = format(min(values), how), format(max(values), how)
+    mean = format(float(np.mean(values)), how)
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def write_section(page: Path, section: str) -> None:
+    """Puts a section, from its ``## heading`` on, into a page, in place of the one with this heading."""
+    old = page.read_text() if page.exists() else "# Reproduced numbers\n"
+    first, *parts = re.split(r"^(?=## )", old, flags=re.M)
+    heading = section.partition("\n")[0]
+    same = [part.partition("\n")[0] == heading for part in parts]
+    parts = [section if here else part for here, part in zip(same, parts, strict=True)]
+    parts += [] if any(same) else [section]
+    page.write_text("\n\n".join(part.strip() for part in (first, *parts)) + "\n")
+
+
 def addition_page(results: dict[str, Any]) -> str:
-    """The Markdown page of a finished protocol."""
+    """The section of a finished protocol."""
     teacher, rows = results["teacher"], results["rows"]
     cpu = teacher["cpu_seconds"] + sum(row["cpu_seconds"] for row in rows)
     scores = teacher["seeds"]
     lines = [
-        "# Reproduced numbers",
-        "",
         "## Two-digit addition: `python scripts/reproduce.py addition`",
         "",
         f"{len(scores)} seeds, each with its own split by unordered pair, teachers and initial weights. Exact match",

@@ -19,7 +19,8 @@ def get_config() -> TextConfig:
     return TextConfig(
         name="smollm2_text",
         teacher="smollm2",
-        data=TextDataConfig(source="pydoc", length=256),
+        data=TextDataConfig(source="pydoc", length=256, heldout_fraction=0.2),
+        heldout_rows=32,
         student=StudentConfig(layers=6),
         training=TrainingConfig(
             steps=150,
