@@ -16,8 +16,6 @@ from distill import cli
 
 def main(argv: Sequence[str]) -> None:
     """Parses, fetches, prints the path."""
-    from distill.weights import carried
-
     options = cli.parser(__doc__)
     options.add_argument("model", choices=("smollm2", "minilm"))
     options.add_argument("--to", type=Path, help="folder (default: distill/weights in the cache folder of the user)")
