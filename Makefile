@@ -29,7 +29,7 @@ lint: $(VENV)/.dev
 parity: $(VENV)/.parity
 	$(BIN)/python tests/parity/families.py
 	$(BIN)/python tests/parity/encoders.py
-	$(BIN)/python -m pytest -n 0 tests/parity/families.py tests/parity/encoders.py -W default
+	$(BIN)/python -m pytest -n 0 tests/parity/families.py tests/parity/encoders.py tests/parity/students.py -W default
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'distill needs Python 3.11 or newer; set PYTHON=')"
