@@ -208,6 +208,13 @@ def rivals(mixture: Mixture, peers: Peers, arrays: list[jax.Array]) -> dict[str,
     return {name: rival for name, rival in made.items() if rival is not None}
 
 
+def liger(load: Callable[[], Peers]) -> list[str]:
+    """Lines of ``agreement`` and ``beside``; the peers are loaded once a GPU is there."""
+    need_gpu()
+    peers = load()
+    return [*agreement(peers), *beside(peers)]
+
+
 def agreement(peers: Peers, sizes: tuple[int, ...] = (96, 16, 24, 160)) -> list[str]:
     """How far loss and gradients of the peers are from ours, in float32 on a small shape; relative."""
     lines, shapes = [], head_shapes(*sizes, jnp.float32)

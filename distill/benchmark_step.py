@@ -2,88 +2,93 @@
 
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from distill.benchmark import spread
 
-SHAPE = {"batch": 8, "length": 256, "student": (4, 256), "teacher": (8, 512)}
+BATCH, LENGTH = 8, 256
+SHAPE = {"student": (4, 256), "teacher": (8, 512)}
 """Layers and widths; heads of 64, feed-forward of three widths, untied heads, float32."""
+
+PRODUCTS = 100 * 2 * 2048 * 512 * 1536
+"""FLOPs of a turn of matmul_step.py."""
+
+SCRIPTS = {
+    "distill": ("distill_step", ()),
+    "PyTorch": ("torch_step", ("torch", "transformers")),
+    "TRL": ("trl_step", ("torch", "trl")),
+    "Tunix": ("tunix_step", ("tunix",)),
+    "EasyDeL": ("easydel_step", ("easydel", "torch", "PIL")),
+    "matmul": ("matmul_step", ()),
+}
+"""Contestant → its script in scripts/peers and the modules it cannot do without."""
+
+FILE = Path("runs/benchmark_step.json")
+
+_FIND = "import importlib.util as u, sys; sys.exit(' '.join(n for n in sys.argv[1:] if u.find_spec(n) is None))"
 
 
 def flops(vocab: int) -> float:
-    """Multiplications and additions of one step: the teacher's forward pass, three of the student's."""
+    """FLOPs of one step's matrix products: the teacher's forward pass, three of the student's; causal scores halved."""
     from distill.models import DecoderConfig
 
     def one(layers: int, width: int) -> float:
         sizes = {"layers": layers, "width": width, "heads": width // 64, "feed_forward": 3 * width}
-        return DecoderConfig(vocab_size=vocab, **sizes).flops_per_token(SHAPE["length"])
+        return DecoderConfig(vocab_size=vocab, **sizes).flops_per_token(LENGTH)
 
-    return SHAPE["batch"] * SHAPE["length"] * (one(*SHAPE["teacher"]) + 3 * one(*SHAPE["student"]))
-
-
-def work(vocab: int) -> None:
-    """The library's contestant: serves ``go`` lines of stdin."""
-    import jax
-    import jax.numpy as jnp
-
-    from distill.data.loader import Batch
-    from distill.models import DecoderConfig, decoder
-    from distill.objective import ObjectiveConfig, terms_of
-    from distill.optim import OptimizerConfig, optimizer
-    from distill.step import init_state, make_train_step
-
-    def model(layers: int, width: int):
-        return decoder(DecoderConfig(vocab, layers, width, heads=width // 64, feed_forward=3 * width))
-
-    student, teacher = model(*SHAPE["student"]), model(*SHAPE["teacher"])
-    update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
-    step = make_train_step(student, terms_of(ObjectiveConfig(temperature=2.0)), update, teacher=teacher)
-    shape = SHAPE["batch"], SHAPE["length"]
-    ids = np.random.default_rng(0).integers(0, vocab, (shape[0], shape[1] + 1)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    batch = Batch(
-        inputs=ids[:, :-1],
-        labels=ids[:, 1:],
-        mask=np.ones(shape, bool),
-        positions=positions,
-        segments=np.ones(shape, np.int32),
-    )
-    batch = jax.tree.map(jnp.asarray, batch)
-    state = init_state(student.init(jax.random.key(0)), update)
-    teacher_params, program = teacher.init(jax.random.key(1)), jax.jit(step, donate_argnums=0)
-
-    def once() -> None:
-        nonlocal state
-        state, _ = program(state, teacher_params, batch)
-        jax.block_until_ready(state)
-
-    serve(once)
+    return BATCH * LENGTH * (one(*SHAPE["teacher"]) + 3 * one(*SHAPE["student"]))
 
 
-def serve(once: Callable[[], None]) -> None:
-    """For every line of stdin: one step; answers seconds and the peak of resident memory in MB."""
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        once()
-        seconds = time.perf_counter() - start
-        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]), flush=True)
+def missing(python: str, modules: tuple[str, ...]) -> str:
+    """Which of these modules the interpreter lacks, in words; empty if none."""
+    try:
+        found = subprocess.run([python, "-c", _FIND, *modules], capture_output=True, text=True)
+    except OSError as error:
+        return f"{python}: {error.strerror}"
+    return found.stderr.strip()
 
 
-def race(commands: dict[str, list[str]], rounds: int) -> dict[str, list[list[float]]]:
+def commands(folder: Path, pythons: Sequence[str], task: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Contestant → command, and contestant → what its interpreter lacks.
+
+    Args:
+      folder: scripts/peers.
+      pythons: ``NAME=PATH``, a contestant and its interpreter where it is not the running one.
+      task: JSON for the scripts.
+
+    Raises:
+      ValueError: another form, or no such contestant.
+    """
+    for one in pythons:
+        name, _, path = one.partition("=")
+        if name not in SCRIPTS or not path:
+            raise ValueError(f"--python {one}: write NAME=PATH with a NAME of {', '.join(SCRIPTS)}.")
+    chosen = dict(one.split("=", 1) for one in pythons)
+    found, lacks = {}, {}
+    for name, (script, modules) in SCRIPTS.items():
+        python = chosen.get(name, sys.executable)
+        if lack := missing(python, modules):
+            lacks[name] = lack
+        else:
+            found[name] = [python, str(folder / f"{script}.py"), task]
+    return found, lacks
+
+
+def race(commands: Mapping[str, list[str]], rounds: int) -> dict[str, list[list[float]]]:
     """Seconds and memory of every contestant in every round, in turn; two rounds of warm-up.
 
     Raises:
       RuntimeError: a contestant ended before it answered.
     """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = {name: subprocess.Popen(command, **pipes) for name, command in commands.items()}
     answers: dict[str, list[list[float]]] = {name: [] for name in commands}
     try:
@@ -107,19 +112,46 @@ def race(commands: dict[str, list[str]], rounds: int) -> dict[str, list[list[flo
     return answers
 
 
-def step(vocab: int, peers: dict[str, list[str]], file: Path, rounds: int = 7) -> list[str]:
-    """Lines of the table for one vocabulary; ``peers``: name → command. Adds the numbers to ``file``."""
-    ours = [sys.executable, "-c", f"from distill import benchmark_step; benchmark_step.work({vocab})"]
-    answers = race({"distill": ours} | peers, rounds)
-    seconds = {name: [one[0] for one in rows] for name, rows in answers.items()}
-    lines = ["| V | who | seconds | distill / it | peak resident MB |", "|---|---|---|---|---|"]
+def table(vocab: int, answers: Mapping[str, list[list[float]]]) -> list[str]:
+    """Lines: seconds, ours over theirs round by round, share of the measured peak, memory."""
+    answers = dict(answers)
+    peak = max(PRODUCTS / one[0] for one in answers.pop("matmul"))
+    ours = [one[0] for one in answers["distill"]]
+    lines = ["| V | who | seconds | distill / it | MFU | peak resident MB |", "|---:|---|---:|---:|---:|---:|"]
     for name, rows in answers.items():
-        times = [a / b for a, b in zip(seconds["distill"], seconds[name], strict=True)]
-        lines.append(
-            f"| {vocab} | {name} | {spread(seconds[name])} | {spread(times)} | {max(r[1] for r in rows):.0f} |"
-        )
-    rate = flops(vocab) / statistics.median(seconds["distill"]) / 1e9
+        seconds = [one[0] for one in rows]
+        ratios = spread([a / b for a, b in zip(ours, seconds, strict=True)])
+        share = flops(vocab) / statistics.median(seconds) / peak
+        memory = max(one[1] for one in rows)
+        lines.append(f"| {vocab} | {name} | {spread(seconds)} | {ratios} | {share:.0%} | {memory:.0f} |")
+    return [
+        *lines,
+        f"V={vocab}: {flops(vocab) / 1e9:.0f} GFLOP a step; peak of float32 products {peak / 1e9:.0f} GFLOP/s",
+    ]
+
+
+def step(vocab: int, rounds: int, peers: Path, pythons: Sequence[str], file: Path = FILE) -> list[str]:
+    """Lines of the table for one vocabulary; adds the numbers to ``file``.
+
+    Args:
+      vocab: words.
+      rounds: measured, after two of warm-up.
+      peers: scripts/peers.
+      pythons: see ``commands``.
+      file: JSON, vocabulary → contestant → [seconds, MB] of every round.
+
+    Raises:
+      ValueError: fewer than 2 words or no round; an interpreter as in ``commands``.
+      RuntimeError: a contestant ended before it answered.
+    """
+    if vocab < 2 or rounds < 1:
+        raise ValueError(f"--vocab {vocab} --rounds {rounds}: at least 2 words and 1 round are needed.")
+    with tempfile.TemporaryDirectory() as folder:
+        ids = Path(folder) / "ids.npy"
+        np.save(ids, np.random.default_rng(0).integers(0, vocab, (BATCH, LENGTH + 1)).astype(np.int32))
+        found, lacks = commands(peers, pythons, json.dumps(SHAPE | {"vocab": vocab, "ids": str(ids)}))
+        answers = race(found, rounds)
     file.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(known | {str(vocab): answers}, indent=1))
-    return [*lines, f"V={vocab}: distill computes {rate:.0f} GFLOP/s"]
+    return [*table(vocab, answers), *(f"missing: {name}: {lack}" for name, lack in lacks.items())]

@@ -3,6 +3,8 @@
 pip install -e ".[bench]"              # PyTorch, the peer
 python scripts/benchmark.py tiny       # steps per second against eager PyTorch; start-up; about 3 minutes
 python scripts/benchmark.py head       # memory and time of the loss head, chunked against plain; about 4 minutes
+python scripts/benchmark.py step       # a whole step against PyTorch, TRL, Tunix and EasyDeL; about 2 minutes
+                                       # --vocab 8192 --python TRL=PATH Tunix=PATH: interpreters that have them
 pip install -e ".[tpu]"                # the compiler for TPUs; no TPU is needed
 python scripts/benchmark.py tpu        # the head compiled for v5e slices: memory, collectives; about 2 minutes
 pip install -e ".[cuda,conformance]"   # on a machine with a GPU
@@ -15,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-peers = str(Path(__file__).parent / "peers")
+PEERS = Path(__file__).parent / "peers"
 sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
 
 from distill import cli
@@ -24,36 +26,33 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, measures, prints."""
     options = cli.parser(__doc__)
-    options.add_argument("what", choices=("tiny", "head", "tpu", "liger"))
-    what = options.parse_args(argv).what
+    options.add_argument("what", choices=("tiny", "head", "step", "tpu", "liger"))
+    options.add_argument("--vocab", type=int, default=512, help="step: words")
+    options.add_argument("--rounds", type=int, default=7, help="step: measured, after two of warm-up")
+    options.add_argument(
+        "--python", nargs="*", default=[], metavar="NAME=PATH", help="step: a contestant's interpreter"
+    )
+    chosen = options.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
-    from distill import benchmark, benchmark_head, benchmark_tpu
+    from distill import benchmark, benchmark_head, benchmark_step, benchmark_tpu
 
-    if what == "head":
-        show(benchmark_head.head(Path("runs/benchmark_head.png")))
-    elif what == "tpu":
-        show(benchmark_tpu.tpu())
-    elif what == "liger":
-        benchmark_head.need_gpu()
-        liger = peers_of("torch_liger", "conformance")
-        show([*benchmark_head.agreement(liger), *benchmark_head.beside(liger)])
-    else:
-        show(benchmark.tiny(peers_of("torch_tiny", "bench")))
-        show([f"indices of one batch of 256: {benchmark.time_data():.2f} ms of Python, while the device computes"])
+    lines = {
+        "tiny": lambda: [*benchmark.tiny(peers_of("torch_tiny", "bench")), benchmark.data_line()],
+        "head": lambda: benchmark_head.head(Path("runs/benchmark_head.png")),
+        "step": lambda: benchmark_step.step(chosen.vocab, chosen.rounds, PEERS, chosen.python),
+        "tpu": benchmark_tpu.tpu,
+        "liger": lambda: benchmark_head.liger(lambda: peers_of("torch_liger", "conformance")),
+    }
+    print("\n".join(lines[chosen.what]()))
 
 
 def peers_of(module: str, extra: str) -> dict:
     """``PEERS`` of a module of scripts/peers."""
-    sys.path.append(peers)
+    sys.path.append(str(PEERS))
     try:
         return importlib.import_module(module).PEERS
     except ImportError as error:
         raise ValueError(f"{error}: the peer is missing; pip install -e '.[{extra}]'.") from error
-
-
-def show(lines: Sequence[str]) -> None:
-    """Prints them."""
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

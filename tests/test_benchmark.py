@@ -183,3 +183,33 @@ def test_contestants_of_a_step_take_turns(tmp_path):
     assert answers == {name: [[3.0, 7.0], [4.0, 7.0]] for name in "ab"}  # two rounds of warm-up
     with pytest.raises(RuntimeError, match="step: c ended without an answer"):
         benchmark_step.race({"c": [sys.executable, "-c", ""]}, rounds=1)
+
+
+def test_a_step_reports_what_is_missing_and_refuses_unknown_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_step, "SCRIPTS", {"here": ("here_step", ("json",)), "gone": ("b", ("no_such",))})
+    found, lacks = benchmark_step.commands(tmp_path, ["here=" + sys.executable], "{}")
+    assert found == {"here": [sys.executable, str(tmp_path / "here_step.py"), "{}"]}
+    assert lacks == {"gone": "no_such"}
+    assert benchmark_step.commands(tmp_path, ["gone=/no/python"], "")[1] == {
+        "gone": "/no/python: No such file or directory"
+    }
+    for wrong in ("other=python", "here", "here="):
+        with pytest.raises(ValueError, match=f"--python {wrong}: write NAME=PATH with a NAME of here, gone"):
+            benchmark_step.commands(tmp_path, [wrong], "")
+    for vocab, rounds in ((1, 1), (9, 0)):
+        with pytest.raises(ValueError, match="at least 2 words and 1 round"):
+            benchmark_step.step(vocab, rounds, tmp_path, [])
+
+
+def test_the_table_of_a_step():
+    work = benchmark_step.flops(512)
+    inner = 4 * (4 * 256**2 + 3 * 256 * 768), 8 * (4 * 512**2 + 3 * 512 * 1536)  # multiply-adds a token, by hand
+    heads, scores = (256 * 512, 512 * 512), (4 * 256 * 257, 8 * 512 * 257)  # queries by keys and keys by values
+    student, teacher = (2 * (a + b + c) for a, b, c in zip(inner, heads, scores, strict=True))
+    assert work == 2048 * (3 * student + teacher)
+    second = benchmark_step.PRODUCTS / work  # at this the peak is one step a second
+    answers = {"distill": [[2.0, 5.0], [2.0, 6.0]], "it": [[4.0, 9.0], [8.0, 7.0]], "matmul": [[second, 1], [9e9, 1]]}
+    assert benchmark_step.table(512, answers)[2:4] == [
+        "| 512 | distill | 2.00 [2.00, 2.00] | 1.00 [1.00, 1.00] | 50% | 6 |",
+        "| 512 | it | 6.00 [4.00, 8.00] | 0.38 [0.25, 0.50] | 17% | 9 |",
+    ]

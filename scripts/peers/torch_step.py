@@ -1,39 +1,35 @@
 """The distillation step of distill/benchmark_step.py as a plain PyTorch loop: Llama of transformers, ``F.kl_div``."""
 
-import json
-import resource
-import sys
-import time
-
+import numpy as np
 import torch
 import torch.nn.functional as F
+from step_worker import TASK, turns
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def llama(vocab, layers, width):
+def llama(layers, width):
     """A Llama of this shape, with random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocab,
+            vocab_size=TASK["vocab"],
             hidden_size=width,
             intermediate_size=3 * width,
             num_hidden_layers=layers,
             num_attention_heads=width // 64,
-            max_position_embeddings=256,
+            max_position_embeddings=512,
             use_cache=False,
             tie_word_embeddings=False,
         )
     )
 
 
-def main(vocab):
-    """One step for every line of stdin; answers seconds and the peak of resident memory in MB."""
-    student, teacher = llama(vocab, 4, 256), llama(vocab, 8, 512).eval()
+def main():
+    """A step in every turn."""
+    student, teacher = llama(*TASK["student"]), llama(*TASK["teacher"]).eval()
     update = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    ids = torch.randint(vocab, (8, 257))
+    ids = torch.from_numpy(np.load(TASK["ids"])).long()
     inputs, labels = ids[:, :-1], ids[:, 1:]
-    for _ in sys.stdin:
-        start = time.perf_counter()
+    for _ in turns():
         with torch.no_grad():
             target = F.log_softmax(teacher(inputs).logits.flatten(0, 1) / 2, -1)
         logits = student(inputs).logits.flatten(0, 1)
@@ -43,9 +39,7 @@ def main(vocab):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         update.step()
-        seconds = time.perf_counter() - start
-        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

@@ -1,0 +1,48 @@
+"""The distillation step of distill/benchmark_step.py by this library."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from step_worker import TASK, turns
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from distill.data.loader import Batch
+from distill.models import DecoderConfig, decoder
+from distill.objective import ObjectiveConfig, terms_of
+from distill.optim import OptimizerConfig, optimizer
+from distill.step import init_state, make_train_step
+
+
+def model(layers, width):
+    """A decoder of this shape."""
+    return decoder(DecoderConfig(TASK["vocab"], layers, width, heads=width // 64, feed_forward=3 * width))
+
+
+def main():
+    """A step in every turn."""
+    student, teacher = model(*TASK["student"]), model(*TASK["teacher"])
+    update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
+    step = make_train_step(student, terms_of(ObjectiveConfig(temperature=2.0)), update, teacher=teacher)
+    ids = np.load(TASK["ids"])
+    shape = ids.shape[0], ids.shape[1] - 1
+    batch = Batch(
+        inputs=ids[:, :-1],
+        labels=ids[:, 1:],
+        mask=np.ones(shape, bool),
+        positions=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        segments=np.ones(shape, np.int32),
+    )
+    batch = jax.tree.map(jnp.asarray, batch)
+    state = init_state(student.init(jax.random.key(0)), update)
+    teacher_params, program = teacher.init(jax.random.key(1)), jax.jit(step, donate_argnums=0)
+    for _ in turns():
+        state, _ = program(state, teacher_params, batch)
+        jax.block_until_ready(state)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""What the contestants of distill/benchmark_step.py share: the task, and turns taken over stdin and stdout."""
+
+import json
+import os
+import resource
+import sys
+import time
+
+TASK = json.loads(sys.argv[1])
+"""``vocab``, ``ids`` (a file of int32 token ids [batch, length + 1]), ``student`` and ``teacher``: layers and width."""
+
+_answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what a library prints must not mix with the answers
+
+
+def turns(wait=lambda: None):
+    """Yields for every line of stdin; when asked for the next, answers seconds and the peak of resident memory in MB.
+
+    ``wait`` returns once everything that was dispatched is computed.
+    """
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        yield
+        wait()
+        seconds = time.perf_counter() - start
+        print(
+            json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]), file=_answers, flush=True
+        )
