@@ -9,7 +9,7 @@ import pytest
 from builders import random_params
 
 import distill
-from distill import text_experiment
+from distill import reproduce, text_experiment
 from distill.checkpoint import Checkpoints
 from distill.config import LogConfig, TrainingConfig
 from distill.data.text import TextDataConfig
@@ -203,3 +203,17 @@ def test_the_report_shows_arms_texts_and_verdict(finished):
     (run / "broken" / "evaluation.json").write_text("{}")
     with pytest.raises(ValueError, match="no 'teacher'; run scripts/evaluate.py"):
         write_report([run / "broken"])
+
+
+def test_the_reproduced_section_takes_the_place_of_its_own(tmp_path):
+    page, summary = tmp_path / "REPRODUCE.md", {"student": {"kl": 1.5}, "verdict": ["even"], "seconds": 60.0}
+    page.write_text("# Reproduced numbers\n\n## One\n\nfirst\n\n## Two\n\nsecond\n")
+    worse = summary | {"student": summary["student"] | {"kl": summary["student"]["kl"] + 1.0}}
+    section = reproduce.text_page(TextConfig(), [summary, worse])
+    low = summary["student"]["kl"]
+    assert f"| distilled | {low + 0.5:.4f} [{low:.4f}, {low + 1:.4f}] |" in section
+    for text in (section, section + "\nagain\n", "## One\n\nnew\n"):
+        reproduce.write_section(page, text)
+    written = page.read_text()
+    assert written.startswith("# Reproduced numbers\n\n## One\n\nnew\n\n## Two\n\nsecond\n\n## ")
+    assert written.count(section.partition("\n")[0]) == 1 and written.endswith("\nagain\n")
