@@ -18,7 +18,8 @@ from distill.tokenizer import TextTokenizer
 from distill.weights import encoders
 from distill.weights.assemble import NetworkConfig, Place, Prefixed, assemble, disassemble, network
 from distill.weights.families import FAMILIES, from_json, table_of, to_json
-from distill.weights.safetensors import SafetensorsSource, write
+from distill.weights.replace import replacing, there
+from distill.weights.safetensors import SafetensorsSource, is_weights, write
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,6 +33,9 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """What is copied with a tokenizer."""
+
+_OF_TOKENIZER = {"chat_template.jinja", "special_tokens_map.json"}
+"""What a ``TextTokenizer`` replaces even if it writes none."""
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -62,14 +66,15 @@ def load(
 
     Raises:
       FileNotFoundError: neither a path nor on the hub, or offline and not in the cache.
-      ValueError: a family, an option or a file that is not supported, named.
+      ValueError: a family, an option or a file that is not supported, named; a tensor with NaN or infinity; a folder
+        whose ``config.json`` asks for code of its own, which is never run.
 
     Example::
 
       model, params = distill.load("path/to/folder", dtype="bfloat16", activations="bfloat16")
       logits = model.logits(params, tokens)  # [B, L, V] float32
     """
-    path = Path(path_or_name)
+    path = there(Path(path_or_name))
     dtype = None if dtype is None else jnp.dtype(dtype)
     if path.is_file() and path.suffix == ".gguf":
         from distill.weights import gguf
@@ -109,7 +114,7 @@ def read_config(
       FileNotFoundError: no ``config.json``.
       ValueError: one that cannot be read, or is not supported.
     """
-    return dataclasses.replace(_config_of(Path(folder))[0], dtype=activations)
+    return dataclasses.replace(_config_of(there(Path(folder)))[0], dtype=activations)
 
 
 def _config_of(folder: Path) -> tuple[NetworkConfig, str]:
@@ -119,11 +124,23 @@ def _config_of(folder: Path) -> tuple[NetworkConfig, str]:
         raise FileNotFoundError(f"{file}: missing; expected a Hugging Face folder.")
     try:
         values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("config.json: expected an object.")
+        _refuse_code(values)
         if values.get("model_type") in encoders.ENCODERS:
             return encoders.read_config(folder, values), values["model_type"]
         return from_json(values), values["model_type"]
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _refuse_code(values: dict[str, Any]) -> None:
+    family = (FAMILIES | encoders.ENCODERS).get(values.get("model_type"))
+    if values.get("auto_map") and (family is None or "auto_map" not in family.harmless):
+        raise ValueError(
+            f"config.json: auto_map names code for model_type {values.get('model_type')!r} that comes with "
+            "the weights; it is never run (there is no trust_remote_code)."
+        )
 
 
 def _onto(sharding: Callable[[Model], Any] | None, model: Model) -> Place | None:
@@ -174,7 +191,9 @@ def save(
     """Writes a folder that transformers opens: ``config.json``, safetensors, and the tokenizer's files.
 
     Tensors keep their types: ``load(folder, dtype=None)`` gives the same bits. What a folder held of an earlier save
-    is replaced.
+    is replaced, all at once when everything is written; other files stay. A save that fails or is killed leaves the
+    folder as it was: until then the new files are in ``.NAME.partial`` beside it. A kill between the two renames at the
+    end leaves the old files in ``.NAME.before``; ``load(folder)`` and the next ``save`` find them there.
 
     Args:
       folder: made if there is none.
@@ -186,7 +205,8 @@ def save(
       shard_bytes: most bytes of one file.
 
     Raises:
-      ValueError: a model that is neither, one that no family can express, parameters of another one.
+      ValueError: a model that is neither, one that no family can express, parameters of another one; a full disk, a
+        target that cannot be written, the current folder.
     """
     config = model.config
     if not isinstance(config, DecoderConfig | EncoderConfig):
@@ -199,11 +219,12 @@ def save(
         params = params if model.merge is None else model.merge(params)
         values = to_json(config, family, dtype) | _special_ids(tokenizer)
         tensors = disassemble(config, table_of(config, values["model_type"]), params)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder, tensors, shard_bytes)
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    _save_tokenizer(folder, tokenizer)
+    stale = {"config.json"} | (_OF_TOKENIZER if isinstance(tokenizer, TextTokenizer) else set())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 2**20
+    with replacing(Path(folder), size, lambda name: is_weights(name) or name in stale) as partial:
+        _save_tokenizer(partial, tokenizer)
+        write(partial, tensors, shard_bytes)
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:
@@ -226,8 +247,7 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
         if not files:
             raise ValueError(f"save: tokenizer={str(tokenizer)!r} holds no tokenizer file, such as tokenizer.json.")
         for file in files:
-            if file.parent.resolve() != folder.resolve():
-                shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)
     elif isinstance(tokenizer, TextTokenizer):
         tokenizer.save(folder)
     elif hasattr(tokenizer, "save_pretrained"):

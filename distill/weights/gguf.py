@@ -13,6 +13,7 @@ import numpy as np
 from distill.models import DecoderConfig, Model, decoder
 from distill.shapes import Params
 from distill.weights.assemble import Place, Row, Shape, Table, Transform, assemble, flat, linear
+from distill.weights.safetensors import refuse_nonfinite
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Those whose header and tensors are read here."""
@@ -91,7 +92,7 @@ class GGUFSource:
         """One tensor, dequantised now, float32.
 
         Raises:
-          ValueError: a quantisation that cannot be undone.
+          ValueError: a quantisation that cannot be undone; NaN or infinity.
         """
         from gguf import quants
 
@@ -104,7 +105,9 @@ class GGUFSource:
                 f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be dequantised; "
                 f"supported: {known}."
             ) from error
-        return np.asarray(array, np.float32).reshape(self.shape(name))
+        array = np.asarray(array, np.float32).reshape(self.shape(name))
+        refuse_nonfinite(array, self.path, name)
+        return array
 
 
 def architecture_of(source: GGUFSource) -> str:

@@ -12,7 +12,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _UNPICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
-_TYPES = {"float64", "float32", "float16", "bfloat16"}
+_EXPONENTS = {
+    "float64": np.uint64(0x7FF0_0000_0000_0000),
+    "float32": np.uint32(0x7F80_0000),
+    "float16": np.uint16(0x7C00),
+    "bfloat16": np.uint16(0x7F80),
+}
+"""Type → its exponent bits: all set in infinity and NaN only (NumPy's ``isfinite`` is slow for bfloat16)."""
 
 
 class SafetensorsSource:
@@ -52,7 +58,7 @@ class SafetensorsSource:
         """One tensor, read now, in its own type.
 
         Raises:
-          ValueError: a type that is no float of 16 bits or more, such as a quantised one.
+          ValueError: a type that is no float of 16 bits or more, such as a quantised one; NaN or infinity.
         """
         file = self._where[name]
         kind = self._files[file].get_slice(name).get_dtype()
@@ -60,8 +66,9 @@ class SafetensorsSource:
             array = self._files[file].get_tensor(name)
         except (TypeError, KeyError, AttributeError) as error:  # a type NumPy has no name for
             raise _no_float(self.folder / file, name, kind) from error
-        if array.dtype.name not in _TYPES:
+        if array.dtype.name not in _EXPONENTS:
             raise _no_float(self.folder / file, name, kind)
+        refuse_nonfinite(array, self.folder / file, name)
         return array
 
     def _open(self, file: str):
@@ -80,6 +87,20 @@ class SafetensorsSource:
 
 def _no_float(path: Path, name: str, kind: str) -> ValueError:
     return ValueError(f"{path}: tensor {name} has type {kind}; expected floats of 16 bits or more, not quantised.")
+
+
+def refuse_nonfinite(array: np.ndarray, path: Path, name: str, piece: int = 2**18) -> None:
+    """Raises ValueError with the name of a tensor of ``path`` that holds NaN or infinity; a piece at a time."""
+    exponent = _EXPONENTS[array.dtype.name]
+    bits = array.reshape(-1).view(exponent.dtype)
+    for start in range(0, bits.size, piece):
+        wrong = bits[start : start + piece] & exponent == exponent
+        if wrong.any():
+            at = tuple(map(int, np.unravel_index(start + int(wrong.argmax()), array.shape)))
+            raise ValueError(
+                f"{path}: tensor {name} holds {float(array[at])} at {list(at)}; expected finite numbers: the training "
+                "that wrote it diverged, or the file is damaged."
+            )
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -109,15 +130,23 @@ def _only_file(folder: Path) -> str:
     raise ValueError(f"{folder}: no safetensors file.")
 
 
+def is_weights(name: str) -> bool:
+    """Is it the name of a file that ``write`` writes?"""
+    return name in (INDEX, SINGLE) or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) is not None
+
+
 def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 5_000_000_000) -> None:
     """Writes tensors as ``model.safetensors``, or as shards with an index if they are larger than ``shard_bytes``.
 
-    One shard is held in memory. Files get their names when all are written; those of an earlier save are replaced.
+    One shard is held in memory. Files get their names when all are written.
 
     Args:
-      folder: exists.
+      folder: exists, without weights.
       tensors: names and C-contiguous arrays, each name once.
       shard_bytes: most bytes of one file, unless a single tensor has more.
+
+    Raises:
+      OSError: not written, such as for a full disk.
     """
     partial, where, total = [], [], 0
     for shard in _shards(tensors, shard_bytes):
@@ -126,8 +155,6 @@ def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: 
         total += sum(array.nbytes for array in shard.values())
     count = len(partial)
     names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    for old in [folder / INDEX, folder / SINGLE, *folder.glob("model-*-of-*.safetensors")]:
-        old.unlink(missing_ok=True)
     for path, name in zip(partial, names, strict=True):
         os.replace(path, folder / name)
     if count > 1:
@@ -148,7 +175,11 @@ def _shards(tensors: Iterable[tuple[str, np.ndarray]], most: int):
 
 
 def _write_one(path: Path, shard: dict[str, np.ndarray]) -> Path:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file(shard, path, metadata={"format": "pt"})
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
     return path

@@ -1,0 +1,95 @@
+"""A folder replaced as a whole: what it held stays, to the bit, until all that is new has been written."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def there(folder: Path) -> Path:
+    """The folder; if a kill fell between the two renames of ``replacing``, what it held before.
+
+    Example:
+      >>> there(Path("nowhere"))
+      PosixPath('nowhere')
+    """
+    before = _beside(folder, "before")
+    return before if not folder.exists() and before.is_dir() else folder
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, size: int, stale: Callable[[str], bool]) -> Iterator[Path]:
+    """Gives an empty folder to write into, which takes the place of ``folder`` when the block ends without an error.
+
+    It is ``.NAME.partial`` beside ``folder``. At the end it gets the old files that the block has not written and that
+    are not stale (as hard links), ``folder`` becomes ``.NAME.before``, the new one ``folder``, and the old one goes.
+
+    Args:
+      folder: made if there is none.
+      size: bytes that will be written, roughly.
+      stale: of the name of an old file: is it left out?
+
+    Raises:
+      ValueError: too little room, or a target that cannot be written or renamed; ``folder`` is as it was.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file; expected a folder, or the name of a new one.")
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{folder}: is or holds the current folder and cannot be replaced; expected another one.")
+    partial, before = _beside(folder, "partial"), _beside(folder, "before")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if there(folder) == before:
+            os.replace(before, folder)
+        _empty(partial, size)
+        yield partial
+        if folder.exists():
+            _keep(folder, partial, stale)
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(folder, before)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if before.exists():
+                os.replace(before, folder)
+            raise
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: not written ({error}); what it held is as it was. Free some space, or choose a folder that can "
+            "be written, as can the one around it; then save again."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    folder = folder.resolve()
+    return folder.parent / f".{folder.name}.{what}"
+
+
+def _empty(partial: Path, size: int) -> None:
+    """Makes the folder, on a disk with room for so many bytes."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    free = shutil.disk_usage(partial).free
+    if free < size:
+        raise OSError(f"the disk is full: {free} bytes free, {size} needed")
+
+
+def _keep(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
+    def left_out(place: str, names: list[str]) -> list[str]:
+        here = Path(place).relative_to(old)
+        written = [name for name in names if (new / here / name).exists() and not (new / here / name).is_dir()]
+        return written + [name for name in names if Path(place) == old and stale(name)]
+
+    shutil.copytree(old, new, symlinks=True, ignore=left_out, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
