@@ -1,4 +1,4 @@
-"""The step of distill/benchmark_step.py by EasyDeL's distillation step on its Llama, as its trainer compiles it."""
+"""The step of distill/benchmark_step.py by the step function of EasyDeL's trainer, on its Llama: KL and labels."""
 
 import easydel
 import jax
