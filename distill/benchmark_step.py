@@ -67,10 +67,11 @@ def commands(folder: Path, pythons: Sequence[str], task: str) -> tuple[dict[str,
     Raises:
       ValueError: another form, or no such contestant.
     """
+    others = [name for name, (_, modules) in SCRIPTS.items() if modules]
     for one in pythons:
         name, _, path = one.partition("=")
-        if name not in SCRIPTS or not path:
-            raise ValueError(f"--python {one}: write NAME=PATH with a NAME of {', '.join(SCRIPTS)}.")
+        if name not in others or not path:
+            raise ValueError(f"--python {one}: write NAME=PATH with a NAME of {', '.join(others)}.")
     chosen = dict(one.split("=", 1) for one in pythons)
     found, lacks = {}, {}
     for name, (script, modules) in SCRIPTS.items():

@@ -186,14 +186,17 @@ def test_contestants_of_a_step_take_turns(tmp_path):
 
 
 def test_a_step_reports_what_is_missing_and_refuses_unknown_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark_step, "SCRIPTS", {"here": ("here_step", ("json",)), "gone": ("b", ("no_such",))})
+    monkeypatch.setattr(
+        benchmark_step, "SCRIPTS", {"us": ("us", ()), "here": ("here_step", ("json",)), "gone": ("b", ("no_such",))}
+    )
     found, lacks = benchmark_step.commands(tmp_path, ["here=" + sys.executable], "{}")
+    assert found.pop("us")[0] == sys.executable
     assert found == {"here": [sys.executable, str(tmp_path / "here_step.py"), "{}"]}
     assert lacks == {"gone": "no_such"}
     assert benchmark_step.commands(tmp_path, ["gone=/no/python"], "")[1] == {
         "gone": "/no/python: No such file or directory"
     }
-    for wrong in ("other=python", "here", "here="):
+    for wrong in ("other=python", "here", "here=", "us=python"):
         with pytest.raises(ValueError, match=f"--python {wrong}: write NAME=PATH with a NAME of here, gone"):
             benchmark_step.commands(tmp_path, [wrong], "")
     for vocab, rounds in ((1, 1), (9, 0)):
