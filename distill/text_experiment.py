@@ -36,16 +36,20 @@ from distill.models import Model, decoder
 from distill.models.init import importance, student_from
 from distill.objective import Terms, task_term, terms_of
 from distill.parallel import make_mesh, param_shardings
+from distill.preflight import Side, memory_plan, preflight, print_checks
 from distill.shapes import Params
 from distill.stages import Trained, cost, ledger, restore
 from distill.table import print_rows
 from distill.text_config import TextConfig
 from distill.text_heldout import Heldout
 from distill.tokenizer import TextTokenizer
-from distill.train import Task, fit
+from distill.train import Task, fit, lower
 from distill.vocab import align
 from distill.weights import save
 from distill.weights.published import Published, read
+
+PREFLIGHT_TOKENS = 256
+"""Of a held-out row, for the checks before the first step: there logits of all words are alive at once."""
 
 
 class World(NamedTuple):
@@ -67,6 +71,7 @@ def run_experiment(config: TextConfig, run: Path) -> dict[str, Any]:
     with lock(run / ".experiment"):
         write_config(run, config)
         world = make_world(config)
+        look_before(config, run, world)
         distil(config, run, world)
         for arm in config.arms:
             train_alone(config, run, world, arm)
@@ -153,10 +158,10 @@ def identity(config: TextConfig, world: World, training: TrainingConfig, *parts:
     return named | {"training": to_dict(training)} | world.fingerprints
 
 
-def distil(config: TextConfig, run: Path, world: World) -> Trained:
-    """The student, from the soft targets of the live teacher; also written as RUN/student_hf."""
+def distillation(config: TextConfig, world: World) -> Task:
+    """What the distilled student learns."""
     model, terms = learner(config, world.student, world.teacher.model)
-    task = Task(
+    return Task(
         student=model,
         terms=terms,
         reduction=config.objective.reduction,
@@ -166,6 +171,26 @@ def distil(config: TextConfig, run: Path, world: World) -> Trained:
         evaluate=lambda params: world.heldout.measure(world.student, without_projectors(params), config.curve_rows),
         identity=identity(config, world, config.training, "objective", "teacher_dtype"),
     )
+
+
+def look_before(config: TextConfig, run: Path, world: World) -> None:
+    """Preflight of a run that has not begun, on the start of a held-out row; prints it, writes RUN/preflight.json."""
+    if (run / "checkpoints").exists():
+        return
+    task, plan = distillation(config, world), None
+    if config.parallel.backend != "pmap":
+        plan = memory_plan(*lower(task, config.training, config.parallel))
+    begin = jax.tree.map(lambda field: jnp.asarray(field[:1, :PREFLIGHT_TOKENS]), world.heldout.batch)
+    student = Side(world.student, world.student.init(jax.random.key(0)), world.tokenizer)
+    teacher = Side(*world.teacher, world.tokenizer)
+    checks = preflight(student, teacher, begin, task.terms, plan=plan, run=run)
+    if config.log.progress:
+        print_checks(checks)
+
+
+def distil(config: TextConfig, run: Path, world: World) -> Trained:
+    """The student, from the soft targets of the live teacher; also written as RUN/student_hf."""
+    task = distillation(config, world)
     length = config.data.length
     per_token = 3 * world.student.config.flops_per_token(length) + world.teacher.model.config.flops_per_token(length)
     with cost(run, _tokens(config.training, config) * per_token):

@@ -34,6 +34,7 @@ class Heldout:
         self.tokens = int(batch.mask.sum())
         if not self.tokens:
             raise ValueError("held-out text without a token to predict; give more of it.")
+        self.batch = batch
         self._head = teacher.head(params)
         self._batches = [_padded(batch, first) for first in range(0, len(batch.inputs), ROWS)]
         self._hidden: list[Any] = [None] * len(self._batches)

@@ -102,6 +102,22 @@ def fit(
         return wrapping.fetch_state(state).params
 
 
+def lower(task: Task, training: TrainingConfig, parallel_config: ParallelConfig) -> tuple[Any, TrainState, Any]:
+    """What ``fit`` would run, lowered on shapes alone, and the shapes of its state and of what is frozen in it.
+
+    Raises:
+      ValueError: pmap, whose arrays have one more axis.
+    """
+    if parallel_config.backend == "pmap":
+        raise ValueError("lower: backend pmap; expected auto, mesh or one_device.")
+    update = optimizer(training.optimizer, training.steps)
+    state = jax.eval_shape(lambda: init_state(task.student.init(jax.random.key(0)), update))
+    frozen, examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (task.frozen, task.examples))
+    rows = jax.ShapeDtypeStruct((training.steps_per_dispatch, training.batch_size), np.dtype("int32"))
+    lowered = _wrap(task, training, update, parallel_config).steps.lower(state, frozen, examples, rows)
+    return lowered, state, frozen
+
+
 def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig) -> Wrapping:
     def make_step(axis_name: str | None, mesh=None):
         return make_train_step(

@@ -86,6 +86,16 @@ def test_every_arm_is_measured_on_the_same_text(finished, config):
     text_experiment.print_summary(summary, run)
 
 
+def test_what_was_looked_at_before_stands_in_the_folder(finished, config):
+    found = json.loads((finished[0] / "preflight.json").read_text())
+    verdicts = {check["name"]: check["verdict"] for check in found["checks"]}
+    assert verdicts["forward_kl at student = teacher"] == verdicts["memory"] == verdicts["tokenizer"] == "ok"
+    _, params = distill.load(config.teacher)
+    assert found["memory"]["teacher"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert found["memory"]["optimizer"] >= 2 * found["memory"]["student"] > 0
+    assert found["nats_per_token"]["teacher"] > 0
+
+
 def test_a_finished_run_is_evaluated_and_answers(finished, config, monkeypatch, capsys):
     run, summary = finished
     monkeypatch.setattr(text_experiment, "fit", None)
