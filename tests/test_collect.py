@@ -225,8 +225,8 @@ def test_only_the_chosen_layers_are_kept():
 def test_memory_grows_with_what_is_chosen():
     config = tiny(layers=16, width=32, heads=2, kv_heads=1, head_dim=4, feed_forward=16)
     model = decoder(config)
-    params, tokens = random_params(model), jnp.zeros((4, 128), jnp.int32)
-    state, attention = 4 * 128 * 32 * 4, 4 * 2 * 128 * 128 * 4  # bytes of one
+    params, tokens = random_params(model), jnp.zeros((4, 96), jnp.int32)
+    state, attention = 4 * 96 * 32 * 4, 4 * 2 * 96 * 96 * 4  # bytes of one
 
     def bytes_for(transform, **layers):
         def loss(params):

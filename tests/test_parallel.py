@@ -8,6 +8,7 @@ from builders import VOCAB, nnx_model, on_device, random_params, tiny_decoder, u
 
 from distill import parallel
 from distill.models import Model, Output
+from distill.models.factors import factored
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import MESH_AXES, ParallelConfig, make_mesh, param_shardings, state_shardings
@@ -134,12 +135,19 @@ def test_moments_lie_where_their_parameters_lie():
 
 
 def test_every_axis_of_the_decoder_stands_in_the_table():
-    model = tiny_decoder(qkv_bias=True, output_bias=True, mlp_bias=True)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    axes = jax.tree.leaves(jax.tree.map(lambda leaf, names: (leaf.ndim, names), shapes, model.axes), is_leaf=is_pair)
+    biases = tiny_decoder(qkv_bias=True, output_bias=True, mlp_bias=True)
+    axes = ranks_and_axes(biases)
     assert len(axes) == 19
+    axes += ranks_and_axes(factored(biases, 1))
+    axes += ranks_and_axes(tiny_decoder(experts=2, experts_per_token=1))
+    axes += ranks_and_axes(tiny_decoder(positions="learned", max_length=16))
     assert all(len(names) == ndim and set(names) <= MESH_AXES.keys() for ndim, names in axes)
     assert {axis for _, names in axes for axis in names} == MESH_AXES.keys()  # and no axis is left over
+
+
+def ranks_and_axes(model):
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.leaves(jax.tree.map(lambda leaf, names: (leaf.ndim, names), shapes, model.axes), is_leaf=is_pair)
 
 
 def is_pair(node):
