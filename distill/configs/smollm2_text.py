@@ -3,8 +3,9 @@
     make smollm2
 
 which is ``python scripts/distill.py --config smollm2_text`` and ``scripts/report.py`` with what they need installed.
-Hardware: 2 CPU cores, at most 30 minutes for all arms of one seed, 3 GB of memory, 3 GB of disk. Score: held-out KL and
-nats per token in RUN/report.html; over three seeds in REPRODUCE.md (``python scripts/reproduce.py smollm2``).
+Hardware: 2 CPU cores; meant to take 30 minutes for all arms of one seed, which nobody has timed to the end yet. Score:
+unknown until then; held-out KL and nats per token go to RUN/report.html, over three seeds to REPRODUCE.md
+(``python scripts/reproduce.py smollm2``).
 """
 
 from distill.config import TrainingConfig
