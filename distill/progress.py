@@ -1,5 +1,7 @@
 """What a person sees while a model trains: one live line in a terminal, one line per evaluation elsewhere."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich import progress as rich_progress
@@ -50,6 +52,27 @@ class Progress:
                 f"{self._label} {step}/{self._steps}  loss {loss:.4f}  {measured}  {speed:,.0f} tokens/s",
                 highlight=False,
             )
+
+
+@contextlib.contextmanager
+def loading(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error while something is read, gone when it is done; nothing where that is no terminal.
+
+    Example:
+      >>> with loading("weights", 10) as advance:
+      ...     advance(4)
+    """
+    console = Console(stderr=True)
+    columns = (
+        rich_progress.TextColumn("loading {task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.TaskProgressColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    bar = rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def written(values: dict[str, float]) -> str:

@@ -27,7 +27,7 @@ ARROWS = {
     "prune": {"shapes", "models", "tokenizer"},
     "losses": {"shapes", "head"},
     "models": {"shapes", "head"},
-    "weights": {"shapes", "models", "tokenizer"},
+    "weights": {"shapes", "models", "tokenizer", "progress"},
     "optim": {"shapes"},
     "data": {"shapes", "tokenizer", "weights"},
     "report": {"metrics"},

@@ -9,7 +9,9 @@ import pytest
 from builders import random_params, tiny
 
 from distill.models import decoder
+from distill.parallel import ParallelConfig, make_mesh, param_shardings
 from distill.weights.assemble import Row, assemble, disassemble, flat, linear, same, shapes_of
+from distill.weights.place import Place
 
 SIZES = {"head_dim": 6, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
 
@@ -42,7 +44,7 @@ def table_of(config):
 @pytest.fixture
 def case():
     """``(config, table, params, tensors)`` of a decoder with every bias."""
-    config = tiny(**SIZES)
+    config = tiny(**SIZES, vocab_size=12)
     params, table = random_params(decoder(config)), table_of(config)
     return config, table, params, Tensors(disassemble(config, table, params))
 
@@ -81,17 +83,15 @@ def test_types_are_kept_or_cast(case, kept):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), as_stored, cast)
 
 
-def test_place_gets_each_parameter_whole(case):
+def test_pieces_of_layers_are_the_same_bits_and_every_number_is_told(case):
     config, table, params, tensors = case
-    seen = []
-
-    def place(path, array):
-        seen.append((path, array.shape, array.dtype))
-        return jnp.asarray(array) * 2
-
-    doubled = assemble(config, table, tensors, place)
-    assert seen == [(path, shape, np.float32) for path, shape in shapes_of(config).items()]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, params)
+    mesh = make_mesh(ParallelConfig(fsdp=2, tensor=2))
+    wanted, told = param_shardings(decoder(config), mesh), []
+    pieces = assemble(config, table, tensors, Place(wanted, told.append, piece=1))  # each layer by itself
+    jax.tree.map(np.testing.assert_array_equal, pieces, params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, pieces) == wanted
+    assert sum(told) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert len(told) > len(table)
 
 
 @pytest.mark.parametrize("change", ["missing", "left over", "shape", "both"])

@@ -12,17 +12,15 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from distill.models import DecoderConfig, EncoderConfig, Model, decoder, encoder
-from distill.shapes import Array, Params
+from distill.shapes import Params
+from distill.weights.place import Place
 
 NetworkConfig = DecoderConfig | EncoderConfig
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
-Place = Callable[[Path, np.ndarray], Array]
-"""``place(path, array) -> array on its devices``; the array of a layer's parameter is stacked: ``[N, ...]``."""
 
 
 class Source(Protocol):
@@ -175,20 +173,21 @@ def assemble(
 ) -> Params:
     """The parameters of a decoder from named tensors: nested dicts, layers stacked.
 
-    Tensors are read one at a time; beside what is placed already, the host holds one parameter of all layers.
+    Tensors are read one at a time; beside what is placed already, the host holds a few layers of one parameter
+    (``place.PIECE``).
 
     Args:
       config: the decoder.
       table: a row for every parameter of this decoder.
       source: the tensors.
-      place: puts one finished parameter onto its devices; None: ``jnp.asarray``.
+      place: puts parameters onto their devices; None: onto the default one.
       dtype: of the parameters; None: as in the source (the first layer's, for a stacked one).
       ignored: regular expressions of names (matched whole) that a source may have and nobody needs.
 
     Raises:
       ValueError: names that are missing or left over, a tensor of another shape, a table that does not fit.
     """
-    place = place or (lambda path, array: jnp.asarray(array))
+    place = place or Place()
     shapes = shapes_of(config)
     wanted = _wanted(config, table, shapes)
     _check_names(set(wanted), source.names(), ignored)
@@ -196,11 +195,8 @@ def assemble(
     beside = _beside(table, shapes)
     for path, shape in shapes.items():
         one = functools.partial(_one, table[path], source, path, beside[path])
-        _put(
-            params,
-            path,
-            place(path, _read(config, table[path], one, shape, None if dtype is None else jnp.dtype(dtype))),
-        )
+        read = functools.partial(_read, _names(config, table[path].name), one, shape, dtype)
+        _put(params, path, place(path, shape, read))
     return params
 
 
@@ -283,15 +279,16 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _read(config: NetworkConfig, row: Row, one: Callable[[str, Shape], np.ndarray], shape: Shape, dtype: Any):
-    stacked = None
-    for name, index in _names(config, row.name):
-        array = one(name, shape[len(index) :])
-        if not index:
-            return np.ascontiguousarray(array, array.dtype if dtype is None else dtype)
+def _read(names: list, one: Callable[[str, Shape], np.ndarray], shape: Shape, dtype: Any, first: int, last: int):
+    """Layers first … last − 1, stacked; without layers, the one tensor."""
+    if not names[0][1]:
+        return np.ascontiguousarray(one(names[0][0], shape), dtype)
+    each, stacked = len(names) // shape[0], None
+    for name, (layer, *expert) in names[first * each : last * each]:
+        array = one(name, shape[1 + len(expert) :])
         if stacked is None:
-            stacked = np.empty(shape, array.dtype if dtype is None else dtype)
-        stacked[index] = array
+            stacked = np.empty((last - first, *shape[1:]), array.dtype if dtype is None else dtype)
+        stacked[(layer - first, *expert)] = array
     return stacked
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from distill.models.encoder import EncoderConfig
 from distill.shapes import Params
 from distill.weights.assemble import Path as Parameter
-from distill.weights.assemble import Place, Row, Table, assemble, disassemble, flat, linear, same, shapes_of
+from distill.weights.assemble import Row, Table, assemble, disassemble, flat, linear, same, shapes_of
 from distill.weights.family import HARMLESS, Json, Keys
+from distill.weights.place import Place
 from distill.weights.safetensors import SafetensorsSource
 
 
@@ -473,7 +474,7 @@ def read_config(folder: Path, values: Json) -> EncoderConfig:
     return from_json(values, SafetensorsSource(folder).names())
 
 
-def read(folder: Path, config: EncoderConfig, kind: str, place: Place | None, dtype: Any) -> Params:
+def read(folder: Path, config: EncoderConfig, kind: str, place: Place, dtype: Any) -> Params:
     """The parameters of an encoder from a folder of ``model_type`` kind."""
     family = ENCODERS[kind]
     ignored = (*family.ignored, r"pooler\.dense\.(weight|bias)") if config.mlm_head else family.ignored

@@ -1,10 +1,12 @@
 """``load`` and ``save``: a Hugging Face folder, by its path or its name on the hub, as a model and its parameters."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.models import DecoderConfig, EncoderConfig, Model, decoder
+from distill.progress import loading
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
 from distill.weights import encoders
-from distill.weights.assemble import NetworkConfig, Place, Prefixed, assemble, disassemble, network
+from distill.weights.assemble import NetworkConfig, Prefixed, assemble, disassemble, network, shapes_of
 from distill.weights.families import FAMILIES, from_json, table_of, to_json
+from distill.weights.place import Place
 from distill.weights.replace import replacing, there
 from distill.weights.safetensors import SafetensorsSource, is_weights, write
 
@@ -80,29 +84,36 @@ def load(
         from distill.weights import gguf
 
         source = gguf.GGUFSource(path)
-        place = _onto(sharding, decoder(gguf.config_of(source, activations)))
-        return gguf.load(source, place=place, dtype=np.float32 if dtype is None else dtype, activations=activations)
+        with _placing(path_or_name, decoder(gguf.config_of(source, activations)), sharding) as place:
+            kept = np.float32 if dtype is None else dtype
+            return gguf.load(source, place=place, dtype=kept, activations=activations)
     folder = path if path.is_dir() else download(path_or_name, revision)
     config, family = _config_of(folder)
     config = dataclasses.replace(config, dtype=activations)
     model = network(config)
-    if isinstance(config, EncoderConfig):
-        try:
-            return model, encoders.read(folder, config, family, _onto(sharding, model), dtype)
-        except ValueError as error:
-            raise ValueError(f"{path_or_name}: {error}") from error
-    table, ignored = table_of(config, family), FAMILIES[family].ignored
-    if config.tied:
-        ignored += (r"lm_head\.weight",)
     try:
-        source = SafetensorsSource(folder)
-        prefix = FAMILIES[family].prefix
-        if prefix and not any(name.startswith(prefix) for name in source.names()):
-            source = Prefixed(source, prefix)
-        params = assemble(config, table, source, _onto(sharding, model), dtype=dtype, ignored=ignored)
+        with _placing(path_or_name, model, sharding) as place:
+            read = encoders.read if isinstance(config, EncoderConfig) else _read_decoder
+            return model, read(folder, config, family, place, dtype)
     except ValueError as error:
         raise ValueError(f"{path_or_name}: {error}") from error
-    return model, params
+
+
+def _read_decoder(folder: Path, config: DecoderConfig, family: str, place: Place, dtype: Any) -> Params:
+    table, ignored, prefix = table_of(config, family), FAMILIES[family].ignored, FAMILIES[family].prefix
+    if config.tied:
+        ignored += (r"lm_head\.weight",)
+    source = SafetensorsSource(folder)
+    if prefix and not any(name.startswith(prefix) for name in source.names()):
+        source = Prefixed(source, prefix)
+    return assemble(config, table, source, place, dtype=dtype, ignored=ignored)
+
+
+@contextlib.contextmanager
+def _placing(name: str | Path, model: Model, sharding: Callable[[Model], Any] | None) -> Iterator[Place]:
+    """A ``Place`` that moves a bar on a terminal."""
+    with loading(Path(name).name, sum(map(math.prod, shapes_of(model.config).values()))) as advance:
+        yield Place(None if sharding is None else sharding(model), advance)
 
 
 def read_config(
@@ -141,20 +152,6 @@ def _refuse_code(values: dict[str, Any]) -> None:
             f"config.json: auto_map names code for model_type {values.get('model_type')!r} that comes with "
             "the weights; it is never run (there is no trust_remote_code)."
         )
-
-
-def _onto(sharding: Callable[[Model], Any] | None, model: Model) -> Place | None:
-    if sharding is None:
-        return None
-    shardings = sharding(model)
-
-    def place(path: tuple[str, ...], array: np.ndarray):
-        leaf = shardings
-        for name in path:
-            leaf = leaf[name]
-        return jax.device_put(array, leaf)
-
-    return place
 
 
 def download(name: str | Path, revision: str | None = None) -> Path:

@@ -12,7 +12,8 @@ import numpy as np
 
 from distill.models import DecoderConfig, Model, decoder
 from distill.shapes import Params
-from distill.weights.assemble import Place, Row, Shape, Table, Transform, assemble, flat, linear
+from distill.weights.assemble import Row, Shape, Table, Transform, assemble, flat, linear
+from distill.weights.place import Place
 from distill.weights.safetensors import refuse_nonfinite
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -246,7 +247,7 @@ def load(
 
     Args:
       source: the file.
-      place: puts one finished parameter onto its devices; None: ``jnp.asarray``.
+      place: puts parameters onto their devices; None: onto the default one.
       dtype: of the parameters.
       activations: type of activations and matmul operands.
 

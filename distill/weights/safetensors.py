@@ -1,17 +1,22 @@
 """Safetensors files: read one tensor at a time, written in shards. Nothing that unpickles is ever opened."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _UNPICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
+_KINDS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
+_KINDS["BF16"] = jnp.dtype(jnp.bfloat16)
+"""Types that are read, by their names in the file."""
 _EXPONENTS = {
     "float64": np.uint64(0x7FF0_0000_0000_0000),
     "float32": np.uint32(0x7F80_0000),
@@ -38,55 +43,55 @@ class SafetensorsSource:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder.")
         index = self.folder / INDEX
-        self._files = {}
         if index.is_file():
-            self._where = _read_index(index)
-            for file in sorted(set(self._where.values())):
-                there = set(self._open(file).keys())
-                claimed = {name for name, shard in self._where.items() if shard == file}
-                if claimed - there:
-                    raise ValueError(f"{self.folder / file}: lacks {min(claimed - there)}, which {INDEX} places there.")
+            where = _read_index(index)
+            self._headers = {file: _header(self.folder / file) for file in sorted(set(where.values()))}
+            for name, file in sorted(where.items()):
+                if name not in self._headers[file]:
+                    raise ValueError(f"{self.folder / file}: lacks {name}, which {INDEX} places there.")
         else:
             file = _only_file(self.folder)
-            self._where = dict.fromkeys(self._open(file).keys(), file)
+            self._headers = {file: _header(self.folder / file)}
+            where = dict.fromkeys(self._headers[file], file)
+        self._where = where
 
     def names(self) -> set[str]:
         """Every tensor's name."""
         return set(self._where)
 
     def get(self, name: str) -> np.ndarray:
-        """One tensor, read now, in its own type.
+        """One tensor, read now, in its own type; the file is not mapped, so nothing else of it is in memory.
 
         Raises:
           ValueError: a type that is no float of 16 bits or more, such as a quantised one; NaN or infinity.
         """
-        file = self._where[name]
-        kind = self._files[file].get_slice(name).get_dtype()
-        try:
-            array = self._files[file].get_tensor(name)
-        except (TypeError, KeyError, AttributeError) as error:  # a type NumPy has no name for
-            raise _no_float(self.folder / file, name, kind) from error
-        if array.dtype.name not in _EXPONENTS:
-            raise _no_float(self.folder / file, name, kind)
-        refuse_nonfinite(array, self.folder / file, name)
+        path = self.folder / self._where[name]
+        kind, shape, start = self._headers[path.name][name]
+        if kind not in _KINDS:
+            raise ValueError(
+                f"{path}: tensor {name} has type {kind}; expected floats of 16 bits or more, not quantised."
+            )
+        array = np.fromfile(path, _KINDS[kind], math.prod(shape), offset=start).reshape(shape)
+        refuse_nonfinite(array, path, name)
         return array
 
-    def _open(self, file: str):
-        from safetensors import SafetensorError, safe_open
 
-        path = self.folder / file
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing; {INDEX} names it. Was the download cut off?")
-        if file not in self._files:
-            try:
-                self._files[file] = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: not readable as safetensors: cut off or damaged ({error}).") from error
-        return self._files[file]
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Tensor → type, shape, and where its bytes begin; ``safe_open`` checks that the file is whole."""
+    from safetensors import SafetensorError, safe_open
 
-
-def _no_float(path: Path, name: str, kind: str) -> ValueError:
-    return ValueError(f"{path}: tensor {name} has type {kind}; expected floats of 16 bits or more, not quantised.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; {INDEX} names it. Was the download cut off?")
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            names = set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not readable as safetensors: cut off or damaged ({error}).") from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    tensors = {name: header[name] for name in names}
+    return {n: (t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0]) for n, t in tensors.items()}
 
 
 def refuse_nonfinite(array: np.ndarray, path: Path, name: str, piece: int = 2**18) -> None:
