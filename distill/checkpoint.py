@@ -4,25 +4,37 @@ A checkpoint holds the train state (step, parameters, optimizer) and ``meta``: p
 fingerprints of teacher, tokenizer and data. The order of a resume:
 
 1. take the lock of the run folder (a second process in it is refused);
-2. find the newest complete checkpoint (what a kill left half-written is ignored);
+2. find the newest complete checkpoint (what a kill left half-written is ignored) whose files have the hashes noted
+   when it was written; damaged ones are said on stderr and renamed ``N.damaged``, the one before is used;
 3. compare its ``meta`` with what is asked for now: any difference is refused, with the list of differences;
 4. read the state onto the devices; cut ``metrics.jsonl`` back to the checkpoint's step;
 5. go on with batch ``meta.next_batch``, which equals the step: batch k is a pure function of k.
+
+Orbax alone reads most flipped bits of large arrays as other numbers, without a word, and notices damage elsewhere only
+in what it happens to read. Hence the hashes, ``N/sha256.json``.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import json
+import math
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from distill.config import differences
+from distill.config import MAY_CHANGE, KeepConfig, differences, write_json
 from distill.shapes import Params
+
+HASHES = "sha256.json"
+"""In the folder of a checkpoint: file → hash of all others in it."""
 
 
 def fingerprint(tree: Any) -> str:
@@ -51,32 +63,63 @@ def lock(run: Path) -> Iterator[None]:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written."""
+    """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written.
 
-    def __init__(self, run: Path, keep: int = 2):
+    Args:
+      run: the run folder.
+      keep: which checkpoints stay.
+
+    Example::
+
+      with Checkpoints(run) as checkpoints:
+          best = checkpoints.params(like, checkpoints.best("exact_match"))
+    """
+
+    def __init__(self, run: Path, keep: KeepConfig = KeepConfig()):
         from orbax.checkpoint import v1 as ocp
 
         self.path = Path(run).absolute() / "checkpoints"
-        policy = ocp.training.preservation_policies.LatestN(keep)
         self._orbax = ocp
-        self._checkpointer = ocp.training.Checkpointer(self.path, preservation_policy=policy)
+        try:
+            self._checkpointer = ocp.training.Checkpointer(self.path, preservation_policy=_policy(keep))
+        except ValueError as error:  # metrics that are no JSON
+            raise ValueError(f"{self.path}: unreadable checkpoint ({error}); {_AGAIN}") from error
+        self._worker = ThreadPoolExecutor(1)
+        self._sealing: Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
+        try:
+            self._settle()
+        finally:
+            self._worker.shutdown()
+            self._checkpointer.close()
 
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return None if self._checkpointer.latest is None else self._checkpointer.latest.step
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def best(self, metric: str) -> int:
+        """Step of the checkpoint that is best by a metric (``KeepConfig.best``) among those there are.
+
+        Raises ValueError where none was measured by it.
+        """
+        keep = KeepConfig(best=metric)
+        scores = {one.step: keep.score(one.metrics) for one in self._checkpointer.checkpoints}
+        measured = {step: score for step, score in scores.items() if score > -math.inf}
+        if not measured:
+            raise ValueError(f"{self.path}: no checkpoint measured by {metric!r}; train with keep.best={metric!r}.")
+        return max(measured, key=lambda step: (measured[step], step))
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Starts to write; returns when the state has been copied, before it is on the disk.
 
         Raises ValueError, before anything is written, when the disk has no room for it.
         """
+        self._settle()
         if self.latest == step:
             return
         need = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
@@ -86,44 +129,171 @@ class Checkpoints:
                 f"{self.path}: {free} bytes free, a checkpoint needs {need}; nothing was lost: free some space and run "
                 "the same command again."
             )
-        self._checkpointer.save_checkpointables_async(step, {"state": state, "meta": meta}, force=True)
+        written = self._checkpointer.save_checkpointables_async(
+            step, {"state": state, "meta": meta}, force=True, metrics=metrics or None
+        )
+        self._sealing = self._worker.submit(self._seal, step, written)
+
+    def _seal(self, step: int, written: Any) -> None:
+        """Waits for a checkpoint, then notes the hashes of its files."""
+        written.result()
+        if jax.process_index() == 0:
+            folder = self.path / str(step)
+            write_json(folder / HASHES, {name: _hash(folder / name) for name in _files(folder)})
+
+    def _settle(self) -> None:
+        if self._sealing is not None:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
 
     def meta(self) -> dict[str, Any]:
         """``meta`` of the newest checkpoint."""
-        return self._load({"meta": None})["meta"]
+        return self._load({"meta": None}, None)["meta"]
 
     def restore(self, like: Any) -> Any:
         """The newest state, with the shapes, types and shardings of ``like``."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self._load({"state": abstract})["state"]
+        return self._load({"state": abstract}, None)["state"]
 
-    def params(self, like: Params) -> Params:
-        """The newest parameters alone, with the shapes of ``like``, whatever was saved beside them."""
+    def params(self, like: Params, step: int | None = None) -> Params:
+        """The parameters alone, newest or of a step, with the shapes of ``like``, whatever was saved beside them."""
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
         context = self._orbax.Context()
         context.pytree.loading.partial_load = True
         with context:
-            return self._load({"state": {"params": abstract}})["state"]["params"]
+            return self._load({"state": {"params": abstract}}, step)["state"]["params"]
 
-    def _load(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        if self.latest is None:
+    def _load(self, wanted: dict[str, Any], step: int | None) -> dict[str, Any]:
+        step = self.latest if step is None else step
+        if step is None:
             raise FileNotFoundError(f"{self.path}: no complete checkpoint; train first (scripts/distill.py --run …).")
+        damage = _damage(self.path / str(step))
         try:
-            return self._checkpointer.load_checkpointables(None, wanted)
+            if not damage:
+                return self._checkpointer.load_checkpointables(step, wanted)
         except (ValueError, KeyError, OSError) as error:
-            raise ValueError(
-                f"{self.path}/{self.latest}: unreadable checkpoint ({str(error).splitlines()[0]}); remove that folder "
-                "to continue from the one before."
-            ) from error
+            damage = str(error).splitlines()[0]
+            raise ValueError(f"{self.path}/{step}: unreadable checkpoint ({damage}).") from error
+        raise ValueError(f"{self.path}/{step}: unreadable checkpoint ({damage}); {_AGAIN}")
+
+
+_AGAIN = "give the command that made it again: it goes on from the one before."
+
+
+def resumed(run: Path, keep: KeepConfig = KeepConfig()) -> Checkpoints:
+    """The checkpoints of a run that goes on, the newest of them sound (``drop_damaged``)."""
+    drop_damaged(run)
+    return Checkpoints(run, keep)
+
+
+def drop_damaged(run: Path) -> None:
+    """Renames damaged checkpoints newer than the newest sound one to ``N.damaged`` and says so on stderr.
+
+    Raises ValueError, nothing renamed, when there are checkpoints and none is sound.
+    """
+    path = Path(run).absolute() / "checkpoints"
+    if jax.process_count() == 1:
+        usable = _drop_damaged(path)
+    else:  # one process looks and renames, all go on from there
+        from jax.experimental import multihost_utils
+
+        mine = jax.process_index() != 0 or _drop_damaged(path)
+        usable = bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+    if not usable:
+        raise ValueError(
+            f"{path}: every checkpoint is damaged (said above why). Restore one from a copy, or remove {path.parent} "
+            "to start anew."
+        )
+
+
+def _drop_damaged(path: Path) -> bool:
+    """Whether there is a sound checkpoint, or none at all."""
+    found = (folder for folder in path.glob("[0-9]*") if folder.name.isdigit() and folder.is_dir())
+    folders = sorted(found, key=lambda folder: int(folder.name), reverse=True)
+    sound: Path | None = None
+    damaged = []
+    for folder in folders:  # of older ones only what is read to choose among them
+        if reason := _damage(folder, "" if sound is None else "metrics/"):
+            print(f"{folder}: damaged checkpoint: {reason}.", file=sys.stderr)
+            damaged.append(folder)
+        else:
+            sound = sound or folder
+    if sound is not None and damaged:
+        for folder in damaged:
+            folder.rename(_unused(folder.with_name(f"{folder.name}.damaged")))
+        print(f"{sound}: used; what is damaged was renamed *.damaged.", file=sys.stderr)
+    return sound is not None or not folders
+
+
+def _damage(folder: Path, part: str = "") -> str:
+    """What is wrong with a checkpoint, in the files whose names begin with ``part``; empty where nothing is."""
+    try:
+        want = json.loads((folder / HASHES).read_text())
+        wrong = [name for name in sorted(want) if name.startswith(part) and _hash(folder / name) != want[name]]
+        return f"{wrong[0]} is not as it was written" if wrong else ""
+    except FileNotFoundError as error:
+        if error.filename != str(folder / HASHES):
+            return f"{error.filename} is missing"
+        # Without hashes: of an earlier version, or killed between the last file and them. That it can be read must do.
+        return "" if part else _unreadable(folder)
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        return f"{HASHES} cannot be read ({error})"
+
+
+def _unreadable(folder: Path) -> str:
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that shardings are those of the file
+            ocp.load_checkpointables(folder)
+        for file in (folder / "metrics").glob("metrics"):
+            json.loads(file.read_text())
+    except Exception as error:  # whatever Orbax and TensorStore raise on garbage
+        return f"cannot be read ({str(error).splitlines()[0][:200]})"
+    return ""
+
+
+def _policy(keep: KeepConfig) -> Any:
+    from orbax.checkpoint import v1 as ocp
+
+    policies = ocp.training.preservation_policies
+    any_of = [policies.LatestN(keep.last)]
+    if keep.every:
+        any_of.append(policies.EveryNSteps(keep.every))
+    if keep.best:
+        any_of.append(policies.BestN(get_metric_fn=keep.score, n=1, keep_checkpoints_without_metrics=False))
+    return policies.AnyPreservationPolicy(any_of)
+
+
+def _files(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != HASHES)
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or the first of ``path2``, ``path3`` … that is not there."""
+    others = (path.with_name(f"{path.name}{number or ''}") for number in (0, *range(2, 10**6)))
+    return next(other for other in others if not other.exists())
 
 
 def refuse_changes(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises ValueError with the list of differences when a run would go on as something else."""
-    lines = differences(old, new)
+    """Raises ValueError with the differences, ``MAY_CHANGE`` aside, when a run would go on as something else."""
+    lines = differences(_without(old, MAY_CHANGE), _without(new, MAY_CHANGE))
     if lines:
         changed = "\n  ".join(lines)
         raise ValueError(
             f"{run}: this run was started with other settings; it cannot go on with these. Changed:\n  {changed}\n"
             "Give the old settings, or another folder with --run."
         )
+
+
+def _without(values: Any, keys: frozenset[str]) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: _without(value, keys) for key, value in values.items() if key not in keys}

@@ -5,6 +5,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import pkgutil
 import typing
@@ -18,6 +19,47 @@ from distill.models.start import StartConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
+
+MAY_CHANGE = frozenset({"keep", "on_nan", "data_timeout"})
+"""Fields of ``TrainingConfig`` a run may go on with changed: no weight of a run that ends well depends on them."""
+
+BETTER = {"exact_match": "max", "agreement": "max", "kl": "min", "nll": "min", "perplexity": "min"}
+"""Metric of an evaluation → which of its values is the best."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepConfig:
+    """Which checkpoints stay: those that any of these names.
+
+    Example:
+      >>> KeepConfig(best="kl").score({"kl": 0.5}), KeepConfig(best="max:bleu").score({"bleu": 0.5})
+      (-0.5, 0.5)
+    """
+
+    last: int = 2
+    """The newest; with one alone, a damaged checkpoint has none before it."""
+    every: int = 0
+    """Those of steps that are multiples of it; 0: none."""
+    best: str | None = None
+    """The best by a metric of the evaluation at its step: one of ``BETTER``, or any as ``max:NAME``, ``min:NAME``."""
+
+    def __post_init__(self):
+        if self.last < 1 or self.every < 0:
+            raise ValueError(f"keep: last={self.last}, every={self.every}; expected last ≥ 1 and every ≥ 0.")
+        if self.best is not None and self.best not in BETTER and self.best.partition(":")[0] not in ("max", "min"):
+            near = ", ".join(difflib.get_close_matches(self.best, BETTER) or BETTER)
+            raise ValueError(f"keep: best={self.best!r}; expected {near}, or max:NAME or min:NAME for another metric.")
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric."""
+        return self.best.partition(":")[2] or self.best
+
+    def score(self, measured: dict[str, float] | None) -> float:
+        """The metric, turned so that more is better; −∞ where it was not measured or is no number."""
+        value = (measured or {}).get(self.metric, math.nan)
+        sign = 1.0 if BETTER.get(self.best, self.best[:3]) == "max" else -1.0
+        return sign * value if math.isfinite(value) else -math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +82,8 @@ class TrainingConfig:
     """Steps between checkpoints."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
+    keep: KeepConfig = KeepConfig()
+    """Checkpoints that are not deleted."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self):
@@ -52,6 +96,11 @@ class TrainingConfig:
                     f"training: {name}={getattr(self, name)} is no multiple of "
                     f"steps_per_dispatch={self.steps_per_dispatch}; change one of them."
                 )
+        if self.keep.best and self.save_every % self.evaluate_every:
+            raise ValueError(
+                f"training: keep.best={self.keep.best!r} needs an evaluation at every checkpoint, but "
+                f"save_every={self.save_every} is no multiple of evaluate_every={self.evaluate_every}."
+            )
         if self.chunk_size is not None and self.chunk_size < 0:
             raise ValueError(f"training: chunk_size={self.chunk_size}; expected at least 0, or None.")
         if self.batch_size % self.micro_batches:

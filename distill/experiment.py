@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from distill import arms, evaluate, losses
-from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes
+from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes, resumed
 from distill.config import Config, Recipe, read_config, to_dict, write_config, write_json
 from distill.data import addition
 from distill.data.addition import TOKENIZER, Examples
@@ -163,7 +163,7 @@ def train_baseline(config: Config, run: Path, sides: dict[str, Examples]) -> tup
     folder = run / "baseline"
     model, sweep, seed = network(config.student), config.baseline, config.student.training.seed
     asked = identity(config, "data", "baseline") | {"model": to_dict(config)["student"]["model"], "seed": seed}
-    with lock(folder), Checkpoints(folder) as checkpoints:
+    with lock(folder), resumed(folder) as checkpoints:
         if checkpoints.latest is not None:
             meta = checkpoints.meta()
             refuse_changes(folder, meta["identity"], asked)

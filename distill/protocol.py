@@ -26,7 +26,7 @@ import numpy as np
 
 from distill import arms, evaluate
 from distill.arms import Replicas, Schedule, pick, stack
-from distill.checkpoint import Checkpoints, lock, refuse_changes
+from distill.checkpoint import lock, refuse_changes, resumed
 from distill.config import ProtocolConfig, Recipe, to_dict, write_json
 from distill.data import addition
 from distill.data.addition import AdditionConfig, Examples
@@ -86,7 +86,7 @@ def make_worlds(config: ProtocolConfig, run: Path, results: dict[str, Any]) -> l
         addition.assert_disjoint(split, world["train"], world["test"])
     shape = jax.eval_shape(model.init, jax.random.key(0))
     twice = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2 * config.seeds, *leaf.shape), leaf.dtype), shape)
-    with Checkpoints(run / "teachers") as checkpoints:
+    with resumed(run / "teachers") as checkpoints:
         if checkpoints.latest is None:
             wall, cpu = time.perf_counter(), time.process_time()
             replicas = _replicas([world["train"].batch(config.data) for world in sides] * 2, config.teacher, start=1000)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from distill import parallel
-from distill.checkpoint import Checkpoints, lock, refuse_changes
+from distill.checkpoint import Checkpoints, lock, refuse_changes, resumed
 from distill.config import LogConfig, TrainingConfig
 from distill.data.loader import Batch, Loader
 from distill.metrics import Writer, averages
@@ -92,7 +92,7 @@ def fit(
     update = optimizer(training.optimizer, training.steps)
     wrapping = _wrap(task, training, update, parallel_config)
     loader = Loader(task.examples, training.batch_size, training.seed)
-    with lock(run), Checkpoints(run) as checkpoints, _stop_signal() as stop:
+    with lock(run), resumed(run, training.keep) as checkpoints, _stop_signal() as stop:
         state, step = _start(run, checkpoints, task, training, update, wrapping)
         if step == training.steps:
             return wrapping.fetch_state(state).params
@@ -175,7 +175,7 @@ def _loop(
         if step % training.save_every == 0 or step == training.steps or stop["now"]:
             recorder.record()  # a state whose loss is not finite is never saved
             meta = {"identity": task.identity, "next_batch": step}
-            checkpoints.save(step, wrapping.fetch_state(state), meta)
+            checkpoints.save(step, wrapping.fetch_state(state), meta, recorder.measured.get(step))
         if stop["now"] and step < training.steps:
             raise Stopped(f"stopped at step {step} of {training.steps}; saved. Run the same command to continue.")
     return state
@@ -187,6 +187,8 @@ class _Recorder:
     def __init__(self, writer: Writer, progress: Progress, training: TrainingConfig, examples: Batch):
         self.writer, self.progress, self.training = writer, progress, training
         self.pending: tuple[int, Any] | None = None
+        self.measured: dict[int, dict[str, float]] = {}
+        """Step of the last evaluation → its metrics."""
         self.started = self.last = time.perf_counter()
         self.tokens_per_step = training.batch_size * examples.inputs.shape[1]
 
@@ -205,6 +207,10 @@ class _Recorder:
         self.progress.update(first + count, loss=values["loss"], tokens_per_second=speed["tokens_per_second"])
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
+        keep = self.training.keep
+        if keep.best and keep.metric not in values:
+            raise ValueError(f"keep: best={keep.best!r}, but the evaluation measures {', '.join(values) or 'nothing'}.")
+        self.measured = {step: values}
         if values:
             self.last = time.perf_counter()
             self.writer.write("eval", step, values | {"seconds": self.last - self.started})

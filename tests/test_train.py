@@ -14,7 +14,7 @@ import pytest
 
 from distill import reproduce, train
 from distill.checkpoint import Checkpoints, lock
-from distill.config import LogConfig, TrainingConfig
+from distill.config import KeepConfig, LogConfig, TrainingConfig
 from distill.data import addition
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
@@ -46,8 +46,8 @@ def test_resumed_equals_uninterrupted_to_the_bit(task, tmp_path, monkeypatch):  
     straight = fit(tmp_path / "straight", task, TRAINING, **ALONE)
     saves = Checkpoints.save
 
-    def save_then_die(self, step, state, meta):
-        saves(self, step, state, meta)
+    def save_then_die(self, step, *rest):
+        saves(self, step, *rest)
         if step == 10:
             raise KeyboardInterrupt
 
@@ -78,13 +78,21 @@ def test_changed_identity_is_refused_with_the_difference(task, tmp_path):
         fit(tmp_path, changed, TRAINING, **ALONE)
 
 
-def test_corrupt_checkpoint_is_loud(task, tmp_path):  # row 57
-    fit(tmp_path, task, TRAINING, **ALONE)
-    for file in (tmp_path / "checkpoints").rglob("*"):
-        if (file.is_file() and "ocdbt" in str(file)) or file.name == "_METADATA":
-            file.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="unreadable checkpoint"):
-        fit(tmp_path, task, TRAINING, **ALONE)
+def test_a_damaged_checkpoint_goes_back_to_the_one_before(task, tmp_path, capsys):  # row 57
+    straight = fit(tmp_path, task, TRAINING, **ALONE)
+    want = [(r["kind"], r["step"], r["loss"]) for r in read_metrics(tmp_path) if "loss" in r]
+    file = next((tmp_path / "checkpoints" / "20" / "state").glob("ocdbt*/d/*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert equal_bits(straight, fit(tmp_path, task, TRAINING, **ALONE))
+    assert "20: damaged checkpoint" in capsys.readouterr().err
+    assert want == [(r["kind"], r["step"], r["loss"]) for r in read_metrics(tmp_path) if "loss" in r]
+
+
+def test_keeping_the_best_of_what_is_not_measured_is_refused_before_the_first_step(task, tmp_path):
+    keep = dataclasses.replace(TRAINING, evaluate_every=5, keep=KeepConfig(best="exact_match"))
+    with pytest.raises(ValueError, match="the evaluation measures kl"):
+        fit(tmp_path, dataclasses.replace(task, evaluate=lambda params: {"kl": 0.5}), keep, **ALONE)
+    assert len(read_metrics(tmp_path)) == 0
 
 
 def test_two_runs_in_one_folder_are_refused(task, tmp_path):
