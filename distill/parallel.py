@@ -11,7 +11,7 @@ compiled for them. The state is donated, the teacher never.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -75,9 +75,11 @@ class Wrapping:
     fetch_state: Callable[[TrainState], TrainState]
     """The state as one global tree, for checkpoints and evaluation."""
     fetch_metrics: Callable[[Any], Any] = lambda metrics: metrics
+    places: tuple[Any, Any] | None = None
+    """Shardings of the state and of what is frozen; None: they are whole on every device."""
 
 
-def make_mesh(config: ParallelConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of axes (data, fsdp, tensor) over the devices; data takes what the others leave.
 
     Raises ValueError where fsdp × tensor does not divide the number of devices.
@@ -151,8 +153,13 @@ def on_mesh(
         frozen = Frozen(frozen, param_shardings(student.base, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec(None, *BATCH))
+
+    def step(state: TrainState, teacher_params: Params | None, batch: Batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention asks for it
+            return train_step(state, teacher_params, batch)
+
     steps = jax.jit(
-        scan_steps(train_step),
+        scan_steps(step),
         donate_argnums=0,
         in_shardings=(state, frozen, everywhere, rows),
         out_shardings=(state, everywhere),
@@ -164,6 +171,7 @@ def on_mesh(
         lambda tree: jax.device_put(tree, everywhere),
         lambda array: jax.device_put(_divisible(array, mesh.shape["data"] * mesh.shape["fsdp"]), rows),
         lambda tree: tree,
+        places=(state, frozen),
     )
 
 
@@ -205,14 +213,18 @@ def wrap(
     student: Model,
     optimizer: optax.GradientTransformation,
     teacher: Model | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Wrapping:
-    """The wrapping a configuration asks for; ``make_step(axis_name, mesh=None)`` builds the pure step."""
+    """The wrapping a configuration asks for; ``make_step(axis_name, mesh=None)`` builds the pure step.
+
+    ``devices``: None: all there are.
+    """
     backend = config.backend
     if backend == "auto":
-        backend = "mesh" if jax.device_count() > 1 else "one_device"
+        backend = "mesh" if len(devices or jax.devices()) > 1 else "one_device"
     if backend == "pmap":
         return pmapped(make_step)
     if backend == "one_device":
         return one_device(make_step(None))
-    mesh = make_mesh(config)
+    mesh = make_mesh(config, devices)
     return on_mesh(make_step(None, mesh=mesh), student, optimizer, mesh, teacher)

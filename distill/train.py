@@ -102,8 +102,22 @@ def fit(
         return wrapping.fetch_state(state).params
 
 
-def lower(task: Task, training: TrainingConfig, parallel_config: ParallelConfig) -> tuple[Any, TrainState, Any]:
+def lower(
+    task: Task,
+    training: TrainingConfig,
+    parallel_config: ParallelConfig,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[Any, TrainState, Any]:
     """What ``fit`` would run, lowered on shapes alone, and the shapes of its state and of what is frozen in it.
+
+    Args:
+      task: of arrays, or of ``jax.ShapeDtypeStruct``.
+      training: as for ``fit``.
+      parallel_config: as for ``fit``.
+      devices: that it will run on, which may be of a machine that is not here (``plan.py``); None: those there are.
+
+    Returns:
+      ``(lowered, state, frozen)``; on a mesh the shapes say how they lie on it.
 
     Raises:
       ValueError: pmap, whose arrays have one more axis.
@@ -114,11 +128,16 @@ def lower(task: Task, training: TrainingConfig, parallel_config: ParallelConfig)
     state = jax.eval_shape(lambda: init_state(task.student.init(jax.random.key(0)), update))
     frozen, examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (task.frozen, task.examples))
     rows = jax.ShapeDtypeStruct((training.steps_per_dispatch, training.batch_size), np.dtype("int32"))
-    lowered = _wrap(task, training, update, parallel_config).steps.lower(state, frozen, examples, rows)
+    wrapping = _wrap(task, training, update, parallel_config, devices)
+    lowered = wrapping.steps.lower(state, frozen, examples, rows)
+    if wrapping.places is not None:
+        state, frozen = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, frozen), wrapping.places
+        )
     return lowered, state, frozen
 
 
-def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig) -> Wrapping:
+def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig, devices=None) -> Wrapping:
     def make_step(axis_name: str | None, mesh=None):
         return make_train_step(
             task.student,
@@ -132,7 +151,7 @@ def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig) 
             reduction=task.reduction,
         )
 
-    return parallel.wrap(config, make_step, task.student, update, task.teacher)
+    return parallel.wrap(config, make_step, task.student, update, task.teacher, devices)
 
 
 def _start(run: Path, checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):

@@ -69,7 +69,13 @@ def attend(
 
 def long_on_cpu(length: int) -> bool:
     """A rule known when tracing. Accelerators keep the plain form: blocks are untried there."""
-    return length >= BLOCKED_FROM and jax.default_backend() == "cpu"
+    return length >= BLOCKED_FROM and platform() == "cpu"
+
+
+def platform() -> str:
+    """``cpu``, ``gpu`` or ``tpu``, where what is being traced will run: maybe on a machine that is not here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def in_blocks(
