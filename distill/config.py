@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from distill.data.addition import TOKENIZER, AdditionConfig
 from distill.features import FeatureConfig
+from distill.metrics import to_json
 from distill.models.config import DecoderConfig
 from distill.models.start import StartConfig
 from distill.objective import ObjectiveConfig
@@ -270,10 +271,10 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all; NaN and infinity as null."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(to_json(value, indent=2) + "\n")
     os.replace(partial, file)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distill import arms, evaluate, losses
@@ -27,11 +28,15 @@ from distill.metrics import Writer
 from distill.models import Model, decoder
 from distill.models.start import Calibration, Start, outline, start
 from distill.objective import Terms, router_terms, task_term, terms_of
+from distill.preflight import Side, preflight, print_checks
 from distill.shapes import Params
 from distill.stages import Trained, cost, ledger, restore
 from distill.table import print_summary as print_summary  # part of what every kind of experiment has (kinds.py)
 from distill.train import Task, fit
 from distill.vocab import align
+
+PREFLIGHT_ROWS = 64
+"""Additions on which teacher and student are looked at before the first step."""
 
 
 def run_experiment(config: Config, run: Path) -> dict[str, Any]:
@@ -114,9 +119,21 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
         evaluate=_curve(model, config, sides["test"]),
         identity=asked | {"student_start": config.student_start.identity()},
     )
+    look_before(config, run, begin, teacher, sides, terms)
     with cost(run, flops):
         params = fit(run, task, training, parallel_config=config.parallel, log=config.log, label="student")
     return Trained(network(config.student), begin.plain(without_projectors(params)))
+
+
+def look_before(config: Config, run: Path, begin: Start, teacher: Trained, sides: dict[str, Examples], terms: Terms):
+    """Preflight of a student that has not begun, on a few test-side additions; prints it, writes RUN/preflight.json."""
+    if (run / "checkpoints").exists():
+        return
+    few = jax.tree.map(jnp.asarray, sides["test"].take(slice(PREFLIGHT_ROWS)).batch(config.data))
+    params = begin.whole(begin.model.init(jax.random.key(config.student.training.seed)))
+    checks = preflight(Side(begin.model, params, TOKENIZER), Side(*teacher, TOKENIZER), few, terms, run=run)
+    if config.log.progress:
+        print_checks(checks)
 
 
 def learner(config: Config, student: Model | None = None) -> tuple[Model, Terms]:

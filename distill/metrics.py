@@ -1,6 +1,7 @@
 """Metrics: (sum, weight) pairs to numbers, and where the numbers are written."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,24 @@ def averages(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
         weight_sum = float(np.sum(weight))
         means[name] = float(np.sum(total)) / weight_sum if weight_sum else 0.0
     return means
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON that every reader takes: NaN and infinity, which JSON has no word for, are null.
+
+    Example:
+      >>> to_json({"loss": float("nan"), "steps": (1, float("inf"))})
+      '{"loss": null, "steps": [1, null]}'
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -42,13 +61,13 @@ class Writer:
         kept = [record for record in read_metrics(run) if record["step"] <= step and step]
         self._file: TextIO = open(run / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
         for record in kept:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(to_json(record) + "\n")
         self._file.flush()
         self._board = _tensorboard(run, step) if tensorboard else None
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line ``{"kind": …, "step": …, …}``, on the disk (or in the kernel's hands) when this returns."""
-        self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        self._file.write(to_json({"kind": kind, "step": step} | values) + "\n")
         self._file.flush()
         for name, value in values.items() if self._board else ():
             self._board.add_scalar(f"{kind}/{name}", value, step)

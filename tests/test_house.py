@@ -37,7 +37,7 @@ ARROWS = {
     "step": {"shapes", "losses", "models", "data", "features", "objective", "optim"},
     "parallel": {"shapes", "models", "data", "step"},
     "evaluate": {"shapes", "models", "data", "step", "sampling", "metrics"},
-    "config": {"models", "data", "features", "objective", "optim", "parallel", "configs"},
+    "config": {"metrics", "models", "data", "features", "objective", "optim", "parallel", "configs"},
     "text_config": {"models", "data", "objective", "optim", "parallel", "config"},
     "report_text": {"report"},
     "configs": {"models", "data", "objective", "optim", "parallel", "config", "text_config"},

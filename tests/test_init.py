@@ -1,6 +1,7 @@
 """Students cut out of their teachers: what is kept is the teacher's, and what is left out did not matter."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +251,11 @@ def test_an_experiment_starts_from_its_teacher(tmp_path):
     distil(dataclasses.replace(config, student_start=StartConfig()), tmp_path / "random", sides, teacher)
     first = [next(r["loss"] for r in read_metrics(tmp_path / run) if "loss" in r) for run in ("cut", "random")]
     assert first[0] != first[1]
+    looked = [json.loads((tmp_path / run / "preflight.json").read_text()) for run in ("cut", "random")]
+    names = {check["name"]: check["verdict"] for check in looked[0]["checks"]}
+    assert names["tokenizer"] == names["forward_kl at student = teacher"] == names["weights of the student"] == "ok"
+    nats = [one["nats_per_token"] for one in looked]
+    assert nats[0]["teacher"] == nats[1]["teacher"] and nats[0]["student"] != nats[1]["student"]
     again = distil(config, tmp_path / "again", sides, teacher)
     jax.tree.map(np.testing.assert_array_equal, again.params, distil(config, tmp_path / "cut", sides, teacher).params)
 

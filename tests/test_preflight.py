@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from builders import handmade, on_device, random_params, tiny_decoder, uneven_batch
+from text_builders import CHATML, MARKED, tiny_tokenizer
 
 from distill.objective import ObjectiveConfig, terms_of
 from distill.preflight import Side, memory_plan, preflight, print_checks
@@ -15,6 +16,7 @@ from distill.step import init_state, make_train_step
 MODEL = tiny_decoder(layers=1)
 BATCH = on_device(uneven_batch())
 TERMS = terms_of(ObjectiveConfig(temperature=2.0))
+WIDE = handmade(lambda tokens: jax.nn.one_hot(tokens, 320), 320)
 IDS = {str(i): i for i in range(11)}
 
 
@@ -53,7 +55,28 @@ def test_all_that_is_wrong_is_named_and_written(tmp_path):
     bad = Side(knowing(1.0), {"unused": jnp.float32(jnp.nan)}, other)
     with pytest.raises(ValueError, match=r"(?s)2 ids different.*weights of the student: 1 are not.*logits of the"):
         preflight(bad, side(knowing(1.0)), BATCH, TERMS, run=tmp_path)
-    assert (tmp_path / "preflight.json").is_file()
+
+    def strict(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    written = json.loads((tmp_path / "preflight.json").read_text(), parse_constant=strict)
+    assert written["nats_per_token"] == {
+        "student": None,
+        "teacher": pytest.approx(float(jnp.log(jnp.e + 10.0)) - 1.0, rel=1e-4),
+    }
+
+
+def test_special_tokens_and_templates_that_differ_are_reported():
+    first, second = tiny_tokenizer(chat_template=CHATML), tiny_tokenizer(chat_template=MARKED, eos="<s>")
+    checks = preflight(side(WIDE, first), side(WIDE, second), BATCH, TERMS)
+    found = {check.name: check.found for check in checks if check.verdict == "warning"}
+    assert found == {
+        "eos_id": "2 and 1 (student's and teacher's)",
+        "pad_id": "2 and 1 (student's and teacher's)",
+        "chat_template": "differs (student's and teacher's)",
+    }
+    again = preflight(side(WIDE, first), side(WIDE, first), BATCH, TERMS)
+    assert {check.verdict for check in again} == {"ok"}
 
 
 def test_the_memory_of_the_step_is_held_against_the_device():
