@@ -5,12 +5,10 @@ Tokens lie over the axes data and fsdp, heads as the train step places them: wid
 
 import functools
 import importlib.util
-import math
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distill import parallel
 from distill.benchmark_head import chunked_head, head_shapes, plain_head
+from distill.hlo import Collective, collectives
 from distill.losses.chunked import default_chunk_size
 
 SLICES = (("4x4", (2, 2, 4)), ("2x2", (1, 2, 2)), ("2x2", (4, 1, 1)))
@@ -27,25 +26,6 @@ HEADS = ((2048, 4096, 128_256), (1024, 4096, 151_936))
 """Widths of student and teacher, words."""
 TOKENS = 8192
 """On every device of data and fsdp."""
-
-_TYPES = {"pred": 1, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
-_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-_COLLECTIVE = re.compile(rf"%?\S+ = (.*?) ({_KINDS})(-start)?\(")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.-]+))"
-)
-
-
-class Collective(NamedTuple):
-    """One collective operation of a compiled program."""
-
-    kind: str
-    size: int
-    """Bytes of its result on one device."""
-    inside: bool
-    """Whether it is in the body of a loop."""
-    devices: int | None
-    """How many exchange with each other; None where the text does not say it plainly."""
 
 
 def tpu() -> list[str]:
@@ -118,59 +98,13 @@ def _too_large(error: Exception) -> str:
     return message.splitlines()[0]
 
 
-def collectives(text: str) -> list[Collective]:
-    """Of a compiled program: every operation in which devices exchange something."""
-    bodies = {name: lines for name, lines in _computations(text)}
-    called = {name: {n for line in lines for n in _names(line)} for name, lines in bodies.items()}
-    looped = {name for lines in bodies.values() for line in lines if " while(" in line for name in _names(line)}
-    while more := {n for name in looped for n in called.get(name, ())} - looped:
-        looped |= more
-    found = []
-    for name, lines in bodies.items():
-        for line in lines:
-            if match := _COLLECTIVE.search(line):
-                arrays = [_size(*array) for array in re.findall(r"(\w+)\[([\d,]*)\]", match[1])]
-                one = match[3] and match[2] in ("all-gather", "collective-permute")  # operand and result in a tuple
-                size = max(arrays) if one else sum(arrays)
-                found.append(Collective(match[2], size, name in looped, _devices(line)))
-    return found
-
-
-def _devices(line: str) -> int | None:
-    """``replica_groups=[4,2]<=[8]`` and ``replica_groups={{0,1},{2,3}}``: groups of two."""
-    if short := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(short[1])
-    long = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    return long and len(long[1].split(","))
-
-
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Name and lines of every computation in the text of a program."""
-    name, lines = "", []
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            name, lines = line.removeprefix("ENTRY ").split()[0].lstrip("%"), []
-        elif line.startswith("}"):
-            yield name, lines
-        else:
-            lines.append(line)
-
-
-def _names(line: str) -> list[str]:
-    return [name.strip(" %") for several, one in _CALLED.findall(line) for name in (several or one).split(",")]
-
-
-def _size(kind: str, dimensions: str) -> int:
-    return _TYPES.get(kind, 4) * math.prod(int(n) for n in dimensions.split(",") if n)
-
-
 def summary(found: list[Collective]) -> list[str]:
     """What is exchanged for each chunk, and what once."""
     lines = []
     for inside, place in ((True, "for each chunk"), (False, "once")):
         kinds: dict[str, list[int]] = {}
         for one in found:
-            if one.inside == inside:
+            if bool(one.loops) == inside:
                 kinds.setdefault(one.kind, []).append(one.size)
         parts = [f"{len(sizes)} {kind} ({sum(sizes) / 2**20:.2f} MiB)" for kind, sizes in sorted(kinds.items())]
         if parts:

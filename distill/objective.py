@@ -118,7 +118,8 @@ class ObjectiveConfig:
         if self.divergence != "alpha_beta" and not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"objective: beta={self.beta}; expected a number in [0, 1].")
         try:  # the hyperparameters, by the divergence itself; nothing is computed
-            jax.eval_shape(distillation_term(self).per_position, jnp.zeros(2), jnp.zeros(2), jnp.int32(0))
+            logits, label = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+            jax.eval_shape(distillation_term(self).per_position, logits, logits, label)
         except ValueError as error:
             raise ValueError(f"objective: {error}") from error
         if self.router_weight is not None and self.router_weight < 0.0:

@@ -116,7 +116,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %d = f32[8] all-gather-done(%h)
 }
 """
-    assert benchmark_tpu.collectives(text) == [("all-reduce", 28, True, 2), ("all-gather", 32, False, 4)]
+    assert benchmark_tpu.collectives(text) == [("all-reduce", 28, (None,), 2), ("all-gather", 32, (), 4)]
     assert benchmark_tpu.summary(benchmark_tpu.collectives(text)) == [
         "exchanged for each chunk: 1 all-reduce (0.00 MiB)",
         "exchanged once: 1 all-gather (0.00 MiB)",

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distill import losses
 from distill.benchmark_head import chunked_head, head_shapes
-from distill.benchmark_tpu import collectives, compiled_on
+from distill.benchmark_tpu import compiled_on
+from distill.hlo import collectives
 from distill.losses import Head, chunked
 from distill.parallel import ParallelConfig, make_mesh
 
@@ -325,7 +326,7 @@ def test_what_is_exchanged_for_each_chunk(shape):
     for dtype in (jnp.float32, jnp.bfloat16):
         text = compiled_on(mesh, function, head_shapes(tokens, width, teacher_width, vocab, dtype)).as_text()
         found = collectives(text)
-        inside, outside = ([one for one in found if one.inside == where] for where in (True, False))
+        inside, outside = ([one for one in found if bool(one.loops) == where] for where in (True, False))
         assert bool(inside) == (shape["tensor"] > 1)
         assert {one.kind for one in inside} <= {"all-reduce"}
         assert all(one.devices == shape["tensor"] for one in inside)  # else devices would wait for each other's loops
