@@ -83,7 +83,8 @@ def head_on(mesh: Mesh, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[str]:
 def compiled_on(mesh: Mesh, function: Callable, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     """Value and gradients of ``function`` with respect to the student's hidden states and head, compiled for a mesh."""
     kernel = PartitionSpec(parallel.MESH_AXES["embed"], parallel.MESH_AXES["vocab"])
-    value, rows, heads = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), parallel.BATCH, kernel))
+    rows = PartitionSpec(parallel.batch_axes(mesh))
+    value, rows, heads = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), rows, kernel))
     places = (rows, heads, rows, heads, rows, rows)
     arguments = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p) for s, p in zip(shapes, places, strict=True)]
     both = jax.value_and_grad(function, argnums=(0, 1))

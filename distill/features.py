@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from distill import losses
 from distill.data.loader import Batch
 from distill.models.encoder import EncoderConfig
-from distill.models.model import Collect, Model
+from distill.models.model import Collect, Model, normal
 from distill.shapes import Array, Nats, Params
 
 Features = dict[str, dict[int, Any]]
@@ -198,8 +198,7 @@ def with_projectors(model: Model, shapes: dict[str, tuple[int, int]]) -> Model:
     def init(key: Array) -> Params:
         keys = jax.random.split(jax.random.fold_in(key, 1), len(shapes))
         drawn = {
-            name: jax.random.normal(one, shape) * shape[0] ** -0.5
-            for one, (name, shape) in zip(keys, shapes.items(), strict=True)
+            name: normal(one, shape) * shape[0] ** -0.5 for one, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
         return model.init(key) | {"projectors": drawn}
 

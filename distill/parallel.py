@@ -2,30 +2,36 @@
 
 ====================  ====================================================================================
 ``one_device``        jit
-``on_mesh``           jit with shardings: data, fsdp and tensor axes (the default on several devices)
+``on_mesh``           jit with shardings: dcn, data, fsdp, sequence and tensor axes (the default on several devices)
 ``pmapped``           pmap: pure data parallelism, the form papers print
 ====================  ====================================================================================
 
 All give the same weights (tested). Each is a ``Wrapping``: how state, teacher and batches are placed, and the steps
-compiled for them. The state is donated, the teacher never.
+compiled for them. The state is donated, the teacher never. On a mesh a state is drawn, or restored, in parts where it
+will live (``draw_state``, ``abstract_state``): no device ever holds all of it.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
 from flax import jax_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from distill.data.loader import Batch
 from distill.models.model import Model
-from distill.shapes import Params
-from distill.step import Frozen, TrainState, TrainStep, scan_steps
+from distill.shapes import Array, Params
+from distill.step import Frozen, TrainState, TrainStep, init_state, scan_steps
 
-MESH_AXES = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+"""Logical axis → the mesh axis, or axes, it is cut over; None: not cut."""
+
+MESH_AXES: Rules = {
     "vocab": "tensor",
     "heads": "tensor",
     "kv": "tensor",
@@ -38,9 +44,25 @@ MESH_AXES = {
     "norm": None,
     "position": None,
 }
-"""Logical axis → mesh axis. Every axis a model declares stands here."""
+"""Every logical axis a model declares stands here."""
 
-BATCH = PartitionSpec(("data", "fsdp"))
+RULES: dict[str, Rules] = {
+    "split": MESH_AXES,
+    "gathered": dict.fromkeys(MESH_AXES) | {"embed": ("fsdp", "tensor")},
+    "replicated": dict.fromkeys(MESH_AXES),
+}
+"""Ways for a model to lie on a mesh. ``split``: heads, feed-forward and vocabulary are worked on in parts, widths are
+gathered when used. ``gathered``: widths lie over all of fsdp × tensor and are gathered when used; nothing else is cut,
+so that 7 heads may meet 2 devices. ``replicated``: whole on every device, for a student that is small beside its
+teacher."""
+
+AXES = ("dcn", "data", "fsdp", "sequence", "tensor")
+"""Of a mesh, the slowest network first."""
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes over which the examples of a batch lie."""
+    return tuple(axis for axis in ("dcn", "data", "fsdp") if axis in mesh.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +75,30 @@ class ParallelConfig:
     """Devices over which parameters and optimizer state are sharded; the batch is too."""
     tensor: int = 1
     """Devices over which heads, feed-forward and vocabulary are split."""
+    sequence: int = 1
+    """Devices over which the positions of every text lie (long texts); must divide their length."""
+    dcn: int = 1
+    """Slices, or groups of devices, joined by a slow network: pure data parallelism between them."""
+    student: Literal["split", "gathered", "replicated"] = "split"
+    """How the student and its optimizer lie over fsdp and tensor (``RULES``)."""
+    teacher: Literal["split", "gathered", "replicated"] = "split"
+    """Likewise the teacher."""
 
     def __post_init__(self):
-        if min(self.fsdp, self.tensor) < 1:
-            raise ValueError(f"parallel: fsdp={self.fsdp}, tensor={self.tensor}; expected at least 1.")
-        if self.backend in ("one_device", "pmap") and self.fsdp * self.tensor > 1:
-            raise ValueError(f"parallel: {self.backend} cannot shard parameters; use backend=mesh, or fsdp=tensor=1.")
+        sizes = {axis: getattr(self, axis) for axis in AXES if axis != "data"}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"parallel: {_listed(sizes)}; expected at least 1.")
+        if self.backend in ("one_device", "pmap") and math.prod(sizes.values()) > 1:
+            raise ValueError(
+                f"parallel: {self.backend} cannot shard: {_listed(sizes)}; use backend=mesh, or 1 for each of them."
+            )
+        for name in ("student", "teacher"):
+            if getattr(self, name) not in RULES:
+                raise ValueError(f"parallel: {name}={getattr(self, name)!r}; expected one of {', '.join(RULES)}.")
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,56 +120,105 @@ class Wrapping:
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of axes (data, fsdp, tensor) over the devices; data takes what the others leave.
+    """A mesh of ``AXES`` over the devices; data takes what the others leave.
 
-    Raises ValueError where fsdp × tensor does not divide the number of devices.
+    Where the devices are of several slices, dcn goes from slice to slice and every other axis stays inside one.
+
+    Raises ValueError where the axes do not divide the number of devices, or dcn is not the number of TPU slices.
     """
-    devices = jax.devices() if devices is None else devices
-    inner = config.fsdp * config.tensor
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES if axis != "data"}
+    inner = math.prod(sizes.values())
     if len(devices) % inner:
-        raise ValueError(f"parallel: fsdp × tensor = {inner} does not divide the {len(devices)} devices there are.")
-    shape = (len(devices) // inner, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), devices=devices, axis_types=(AxisType.Auto,) * 3)
+        raise ValueError(
+            f"parallel: {_listed(sizes)}: their product {inner} does not divide the {len(devices)} devices there are."
+        )
+    sizes["data"] = len(devices) // inner
+    shape = tuple(sizes[axis] for axis in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and slices != config.dcn and devices[0].platform == "tpu":
+        raise ValueError(f"parallel: dcn={config.dcn}, and the devices are of {slices} slices; set dcn={slices}.")
+    if slices == 1 or slices != config.dcn:
+        return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    across = (config.dcn, *[1] * (len(AXES) - 1))
+    placed = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), across, devices)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def param_shardings(model: Model, mesh: Mesh) -> Params:
+def param_shardings(model: Model, mesh: Mesh | AbstractMesh, rules: Rules = MESH_AXES) -> Params:
     """One ``NamedSharding`` per parameter.
 
-    Raises ValueError where a dimension cannot be divided over its mesh axis, or two dimensions of one parameter ask
+    Raises ValueError where a dimension cannot be divided over its mesh axes, or two dimensions of one parameter ask
     for the same axis.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     if model.axes is None:
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, shape, names: _sharding(jax.tree_util.keystr(path), shape.shape, names, mesh), shapes, model.axes
+
+    def one(path, shape, names: tuple[str, ...]) -> NamedSharding:
+        return _sharding(jax.tree_util.keystr(path), shape.shape, names, mesh, rules)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, model.axes)
+
+
+def _sharding(
+    path: str, shape: tuple[int, ...], names: tuple[str, ...], mesh: Mesh | AbstractMesh, rules: Rules
+) -> NamedSharding:
+    asked = [rules[name] or () for name in names]
+    asked = [(axes,) if isinstance(axes, str) else axes for axes in asked]
+    axes = [tuple(axis for axis in several if mesh.shape[axis] > 1) for several in asked]
+    used = [axis for several in axes for axis in several]
+    if len(used) != len(set(used)):
+        raise ValueError(f"parameter {path}: logical axes {names} put two dimensions on one mesh axis: {axes}.")
+    for size, name, several in zip(shape, names, axes, strict=True):
+        parts = math.prod(mesh.shape[axis] for axis in several)
+        if size % parts:
+            over = " × ".join(several)
+            raise ValueError(
+                f"parameter {path}: {name}={size} cannot be divided over {over}={parts} devices; "
+                f"choose {over} so that it divides {size}."
+            )
+    return NamedSharding(
+        mesh, PartitionSpec(*[several[0] if len(several) == 1 else several or None for several in axes])
     )
 
 
-def _sharding(path: str, shape: tuple[int, ...], names: tuple[str, ...], mesh: Mesh) -> NamedSharding:
-    axes = [MESH_AXES[name] for name in names]
-    axes = [axis if axis and mesh.shape[axis] > 1 else None for axis in axes]
-    used = [axis for axis in axes if axis]
-    if len(used) != len(set(used)):
-        raise ValueError(f"parameter {path}: logical axes {names} put two dimensions on one mesh axis: {axes}.")
-    for size, name, axis in zip(shape, names, axes, strict=True):
-        if axis and size % mesh.shape[axis]:
-            raise ValueError(
-                f"parameter {path}: {name}={size} cannot be divided over {axis}={mesh.shape[axis]} devices; "
-                f"choose {axis} so that it divides {size}."
-            )
-    return NamedSharding(mesh, PartitionSpec(*axes))
-
-
-def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh, rules: Rules = MESH_AXES
+) -> TrainState:
     """Shardings of a ``TrainState``: moments lie where their parameters lie, counters everywhere."""
-    params = param_shardings(model, mesh)
+    params = param_shardings(model, mesh, rules)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_state = jax.eval_shape(lambda: optimizer.init(model.init(jax.random.key(0))))
     opt_state = optax.tree.map_params(
         optimizer, lambda _, sharding: sharding, opt_state, params, transform_non_params=lambda _: everywhere
     )
     return TrainState(everywhere, params, opt_state)
+
+
+def draw_state(student: Model, optimizer: optax.GradientTransformation, key: Array, wrapping: Wrapping) -> TrainState:
+    """The state before the first step, where ``wrapping`` wants it: on a mesh every device draws its own parts.
+
+    The bits do not depend on the mesh. An ``init`` that hands out arrays it already has (a student that starts from
+    published weights) is not compiled: those are placed, part by part, and copied once, since steps delete their state.
+    """
+    if wrapping.places is None:
+        return wrapping.place_state(init_state(student.init(key), optimizer))
+    if not jax.make_jaxpr(student.init)(key).consts:
+        draw = jax.jit(lambda key: init_state(student.init(key), optimizer), out_shardings=wrapping.places[0])
+        return draw(key)
+    params = jax.device_put(_owned(student.init(key)), wrapping.places[0].params)
+    return jax.jit(lambda params: init_state(params, optimizer), out_shardings=wrapping.places[0], donate_argnums=0)(
+        params
+    )
+
+
+def abstract_state(student: Model, optimizer: optax.GradientTransformation, wrapping: Wrapping) -> TrainState:
+    """Shapes, types and places of a state: what ``Checkpoints.restore`` reads it straight into."""
+    shapes = jax.eval_shape(lambda: init_state(student.init(jax.random.key(0)), optimizer))
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: here, shapes) if wrapping.places is None else wrapping.places[0]
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
 def one_device(train_step: TrainStep) -> Wrapping:
@@ -145,16 +234,23 @@ def on_mesh(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     teacher: Model | None = None,
+    *,
+    rules: Rules = MESH_AXES,
+    teacher_rules: Rules = MESH_AXES,
 ) -> Wrapping:
-    """jit on a mesh: parameters sharded by ``MESH_AXES``, the batch over (data, fsdp)."""
-    state = state_shardings(student, optimizer, mesh)
-    frozen = None if teacher is None else param_shardings(teacher, mesh)
+    """jit on a mesh: parameters sharded by rules, examples over dcn, data and fsdp, their positions over sequence."""
+    state = state_shardings(student, optimizer, mesh, rules)
+    frozen = None if teacher is None else param_shardings(teacher, mesh, teacher_rules)
     if student.base is not None:
-        frozen = Frozen(frozen, param_shardings(student.base, mesh))
+        frozen = Frozen(frozen, param_shardings(student.base, mesh, rules))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    rows = NamedSharding(mesh, PartitionSpec(None, *BATCH))
+    over = batch_axes(mesh)
+    rows = NamedSharding(mesh, PartitionSpec(None, over))
+    texts = NamedSharding(mesh, PartitionSpec(over, "sequence"))
 
     def step(state: TrainState, teacher_params: Params | None, batch: Batch):
+        if mesh.shape.get("sequence", 1) > 1:
+            batch = jax.tree.map(lambda field: jax.lax.with_sharding_constraint(field, texts), batch)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention asks for it
             return train_step(state, teacher_params, batch)
 
@@ -168,8 +264,8 @@ def on_mesh(
         steps,
         lambda tree: jax.device_put(_owned(tree), state),
         lambda tree: jax.device_put(tree, frozen),
-        lambda tree: jax.device_put(tree, everywhere),
-        lambda array: jax.device_put(_divisible(array, mesh.shape["data"] * mesh.shape["fsdp"]), rows),
+        lambda tree: jax.device_put(_cuttable(tree, mesh.shape.get("sequence", 1)), everywhere),
+        lambda array: jax.device_put(_divisible(array, math.prod(mesh.shape[axis] for axis in over)), rows),
         lambda tree: tree,
         places=(state, frozen),
     )
@@ -202,6 +298,15 @@ def _divisible(rows: np.ndarray, devices: int) -> np.ndarray:
     return rows
 
 
+def _cuttable(examples: Batch, devices: int) -> Batch:
+    length = examples.inputs.shape[1]
+    if length % devices:
+        raise ValueError(
+            f"texts of {length} tokens cannot be divided over sequence={devices} devices; choose a length that can."
+        )
+    return examples
+
+
 def _owned(tree):
     """A copy of its own: the steps donate (delete) the state, which must not share arrays with anything else."""
     return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), tree)
@@ -227,4 +332,5 @@ def wrap(
     if backend == "one_device":
         return one_device(make_step(None))
     mesh = make_mesh(config, devices)
-    return on_mesh(make_step(None, mesh=mesh), student, optimizer, mesh, teacher)
+    rules = {"rules": RULES[config.student], "teacher_rules": RULES[config.teacher]}
+    return on_mesh(make_step(None, mesh=mesh), student, optimizer, mesh, teacher, **rules)

@@ -35,7 +35,7 @@ from distill.metrics import read_metrics
 from distill.models import Model, decoder
 from distill.models.init import importance, student_from
 from distill.objective import Terms, task_term, terms_of
-from distill.parallel import make_mesh, param_shardings
+from distill.parallel import RULES, make_mesh, param_shardings
 from distill.preflight import Side, memory_plan, preflight, print_checks
 from distill.shapes import Params
 from distill.stages import Trained, cost, ledger, restore
@@ -80,11 +80,12 @@ def run_experiment(config: TextConfig, run: Path) -> dict[str, Any]:
 
 def make_world(config: TextConfig) -> World:
     """Teacher, tokenizer, student, text: everything that can be wrong is found here, before any training."""
-    teacher = _read(config, config.teacher, config.teacher_dtype)
+    teacher = _read(config, config.teacher, config.teacher_dtype, config.parallel.teacher)
     tokenizer, network = teacher.tokenizer, Trained(teacher.model, teacher.params)
     rows = prepared.prepare(config.data, tokenizer, config.data_dir)
     train = rows["train"].batch()
-    own = None if config.student.source is None else _read(config, config.student.source, "float32")
+    source, rules = config.student.source, config.parallel.student
+    own = None if source is None else _read(config, source, "float32", rules)
     if own is not None:
         align(own.tokenizer.ids(), tokenizer.ids(), own.model.vocab_size, teacher.model.vocab_size)
     student = _cut_out(config, network, train) if own is None else _started_at(own)
@@ -96,10 +97,10 @@ def make_world(config: TextConfig) -> World:
     return World(network, tokenizer, student, train, Heldout(*network, heldout.batch()), prompts, prints)
 
 
-def _read(config: TextConfig, name: str, dtype: str) -> Published:
-    """A published model, its parameters where the mesh wants them."""
+def _read(config: TextConfig, name: str, dtype: str, rules: str) -> Published:
+    """A published model, each parameter read straight to where the mesh wants it."""
     several = config.parallel.backend == "mesh" or (config.parallel.backend == "auto" and jax.device_count() > 1)
-    sharding = (lambda model: param_shardings(model, make_mesh(config.parallel))) if several else None
+    sharding = (lambda model: param_shardings(model, make_mesh(config.parallel), RULES[rules])) if several else None
     return read(name, dtype=dtype, activations=config.activations, sharding=sharding)
 
 

@@ -156,12 +156,11 @@ def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig, 
 
 def _start(run: Path, checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):
     """The state to go on from: the newest checkpoint if there is one, else freshly drawn."""
-    params = task.student.init(jax.random.key(training.seed))
-    fresh = init_state(params, update)
     if checkpoints.latest is None:
-        return wrapping.place_state(fresh), 0
+        return parallel.draw_state(task.student, update, jax.random.key(training.seed), wrapping), 0
     refuse_changes(run, checkpoints.meta()["identity"], task.identity)
-    return wrapping.place_state(checkpoints.restore(fresh)), checkpoints.latest
+    state = checkpoints.restore(parallel.abstract_state(task.student, update, wrapping))
+    return (state if wrapping.places is not None else wrapping.place_state(state)), checkpoints.latest
 
 
 def _loop(

@@ -1,17 +1,22 @@
 """Devices: one, a mesh of eight and pmap give the same students, and none of them touches the teacher."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import VOCAB, nnx_model, on_device, random_params, tiny_decoder, uneven_batch
+from jax.sharding import PartitionSpec
 
 from distill import parallel
+from distill.checkpoint import Checkpoints
+from distill.features import with_projectors
 from distill.models import Model, Output
 from distill.models.factors import factored
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
-from distill.parallel import MESH_AXES, ParallelConfig, make_mesh, param_shardings, state_shardings
+from distill.parallel import MESH_AXES, RULES, ParallelConfig, make_mesh, param_shardings, state_shardings
 from distill.step import init_state, make_train_step
 
 STEPS, BATCH = 20, 16
@@ -21,6 +26,7 @@ TEACHER = tiny_decoder(layers=1, vocab_size=12, width=12, head_dim=4, feed_forwa
 UPDATE = optimizer(OptimizerConfig(learning_rate=0.02, warmup_steps=5, weight_decay=0.1), STEPS)
 EIGHT = ParallelConfig(backend="mesh")
 CUBE = ParallelConfig(backend="mesh", fsdp=2, tensor=2)
+MESHES = {"eight": EIGHT, "cube": CUBE, "four_by_two": ParallelConfig(backend="mesh", fsdp=4, tensor=2)}
 
 
 def make_step(axis_name, micro_batches=1, mesh=None, chunk_size=0):
@@ -34,11 +40,20 @@ def chunked_on(config):
     return parallel.on_mesh(make_step(None, mesh=mesh, chunk_size=4), STUDENT, UPDATE, mesh, TEACHER)
 
 
+def wrapped(micro_batches, chunk_size=0, **axes):
+    def step(axis_name, mesh):
+        return make_step(axis_name, micro_batches, mesh, chunk_size)
+
+    return parallel.wrap(ParallelConfig(backend="mesh", **axes), step, STUDENT, UPDATE, TEACHER)
+
+
 WRAPPINGS = {
     "one_device": lambda: parallel.one_device(make_step(None)),
     "mesh": lambda: parallel.on_mesh(make_step(None), STUDENT, UPDATE, make_mesh(EIGHT), TEACHER),
     "mesh_2x2x2": lambda: parallel.on_mesh(make_step(None), STUDENT, UPDATE, make_mesh(CUBE), TEACHER),
-    "mesh_micro_batches": lambda: parallel.on_mesh(make_step(None, 2), STUDENT, UPDATE, make_mesh(EIGHT), TEACHER),
+    "fsdp_4_tensor_2": lambda: wrapped(4, fsdp=4, tensor=2),
+    "sequence_2": lambda: wrapped(2, chunk_size=4, sequence=2),
+    "dcn_2_rules": lambda: wrapped(4, dcn=2, fsdp=2, tensor=2, student="replicated", teacher="gathered"),
     "pmap": lambda: parallel.pmapped(make_step),
     "chunked": lambda: parallel.one_device(make_step(None, chunk_size=4)),
     "chunked_mesh_2x2x2": lambda: chunked_on(CUBE),
@@ -85,6 +100,8 @@ def test_same_weights_as_on_one_device(runs, name):
     assert jax.tree.structure(one) == jax.tree.structure(several)
     assert int(several.step) == STEPS
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), several.params, one.params)
+    apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), several.params, one.params)
+    assert max(jax.tree.leaves(apart)) < 1e-6
     moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), one.params, STUDENT.init(jax.random.key(0)))
     assert min(jax.tree.leaves(moved)) > 0.01
 
@@ -122,6 +139,50 @@ def test_state_is_sharded_where_it_should_be(runs):
     assert runs("mesh")["where"].params["head"].sharding.is_fully_replicated
 
 
+def test_teacher_lies_in_parts_and_its_student_whole(runs):
+    where, teacher = runs("dcn_2_rules")["where"], runs("dcn_2_rules")["teacher"]
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(where))
+    up = teacher["layers"]["mlp"]["up"]["kernel"]
+    assert up.shape == (1, 12, 20) and up.addressable_shards[0].data.shape == (1, 3, 20)
+
+
+# ---- a state that begins, or goes on, in parts
+
+
+def with_inner_parts(model):
+    """The model, its projectors and its low-rank factors: every kind of ``init`` that draws."""
+    return with_projectors(factored(model, 2, ("up",)), {"hidden": (8, 6)})
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_state_is_drawn_in_parts_and_does_not_depend_on_the_mesh(given):
+    student = with_inner_parts(STUDENT)
+    if given:
+        params = student.init(jax.random.key(5))
+        student = dataclasses.replace(student, init=lambda key: params)
+    wrapping = parallel.on_mesh(lambda *_: None, student, UPDATE, make_mesh(CUBE))
+    state = parallel.draw_state(student, UPDATE, jax.random.key(5), wrapping)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == wrapping.places[0]
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (8, 6)]
+    assert len(moments) == 2 and not any(leaf.sharding.is_fully_replicated for leaf in moments)
+    want = init_state(student.init(jax.random.key(5)), UPDATE)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(want))
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(want))  # what a model hands out is copied
+
+
+def test_state_is_restored_in_parts_onto_another_mesh(tmp_path):
+    on = {name: parallel.on_mesh(lambda *_: None, STUDENT, UPDATE, make_mesh(c)) for name, c in MESHES.items()}
+    state = parallel.draw_state(STUDENT, UPDATE, jax.random.key(5), on["cube"])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {"next_batch": 1})
+    with Checkpoints(tmp_path) as checkpoints:
+        for name in ("eight", "four_by_two"):
+            restored = checkpoints.restore(parallel.abstract_state(STUDENT, UPDATE, on[name]))
+            assert jax.tree.map(lambda leaf: leaf.sharding, restored) == on[name].places[0]
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+
+
 def test_moments_lie_where_their_parameters_lie():
     mesh = make_mesh(CUBE)
     shardings = state_shardings(STUDENT, UPDATE, mesh)
@@ -143,6 +204,7 @@ def test_every_axis_of_the_decoder_stands_in_the_table():
     axes += ranks_and_axes(tiny_decoder(positions="learned", max_length=16))
     assert all(len(names) == ndim and set(names) <= MESH_AXES.keys() for ndim, names in axes)
     assert {axis for _, names in axes for axis in names} == MESH_AXES.keys()  # and no axis is left over
+    assert all(rules.keys() == MESH_AXES.keys() for rules in RULES.values())
 
 
 def ranks_and_axes(model):
@@ -172,6 +234,16 @@ def test_dimension_that_cannot_be_divided_is_refused():
         param_shardings(model_of((3, 12), ("norm", "embed")), make_mesh(ParallelConfig(fsdp=8)))
 
 
+def test_rules_of_its_own_place_a_model():
+    mesh = make_mesh(CUBE)
+    gathered = param_shardings(tiny_decoder(), mesh, RULES["gathered"])  # 11 words need not be divided
+    assert gathered["head"].spec == PartitionSpec(("fsdp", "tensor"), None)
+    with pytest.raises(ValueError, match=r"embed=6 cannot be divided over fsdp × tensor=4"):
+        param_shardings(model_of((6,), ("embed",)), mesh, RULES["gathered"])
+    with pytest.raises(ValueError, match=r"\['w'\].*one mesh axis"):
+        param_shardings(model_of((4, 4), ("embed", "mlp")), mesh, MESH_AXES | {"embed": ("fsdp", "tensor")})
+
+
 def test_model_without_axes_is_replicated():
     shardings = param_shardings(nnx_model(), make_mesh(CUBE))
     assert len(jax.tree.leaves(shardings)) == 5
@@ -181,10 +253,37 @@ def test_model_without_axes_is_replicated():
 # ---- the configuration
 
 
+def sizes(config, devices=None):
+    """Of a mesh, without its axes of one device."""
+    return {axis: size for axis, size in make_mesh(config, devices).shape.items() if size > 1}
+
+
 def test_mesh_has_the_shape_asked_for():
-    assert dict(make_mesh(ParallelConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert dict(make_mesh(CUBE).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(EIGHT, jax.devices()[:3]).shape) == {"data": 3, "fsdp": 1, "tensor": 1}
+    assert sizes(ParallelConfig(fsdp=2)) == {"data": 4, "fsdp": 2}
+    assert sizes(CUBE) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert sizes(EIGHT, jax.devices()[:3]) == {"data": 3}
+    assert sizes(ParallelConfig(dcn=2, sequence=2)) == {"dcn": 2, "data": 2, "sequence": 2}
+    assert make_mesh(CUBE).axis_names == parallel.AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "chip"
+
+
+def test_dcn_goes_from_slice_to_slice():
+    chips = [Chip(n, slice_index=n % 2) for n in range(8)]
+    mesh = make_mesh(ParallelConfig(dcn=2, fsdp=2), chips)
+    assert mesh.devices.shape == (2, 2, 2, 1, 1)
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match="dcn=1, and the devices are of 2 slices"):
+        make_mesh(ParallelConfig(fsdp=2), [dataclasses.replace(chip, platform="tpu") for chip in chips])
 
 
 def test_mesh_larger_than_the_devices_is_refused():
@@ -198,6 +297,8 @@ def test_mesh_larger_than_the_devices_is_refused():
 def test_backend_that_cannot_shard_is_refused(backend):
     with pytest.raises(ValueError, match=f"{backend} cannot shard"):
         ParallelConfig(backend=backend, fsdp=2)
+    with pytest.raises(ValueError, match="sequence=2"):
+        ParallelConfig(backend=backend, sequence=2)
     with pytest.raises(ValueError, match="fsdp=0"):
         ParallelConfig(backend=backend, fsdp=0)
 
@@ -206,6 +307,13 @@ def test_backend_that_cannot_shard_is_refused(backend):
 def test_batch_that_cannot_be_divided_is_refused(name):
     with pytest.raises(ValueError, match="batch_size=12 cannot be divided over 8 devices"):
         WRAPPINGS[name]().place_rows(np.zeros((2, 12), np.int32))
+
+
+def test_text_that_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match="texts of 6 tokens cannot be divided over sequence=4"):
+        wrapped(1, sequence=4).place_examples(uneven_batch())
+    with pytest.raises(ValueError, match="teacher='whole'; expected one of split, gathered, replicated"):
+        ParallelConfig(teacher="whole")
 
 
 @pytest.mark.parametrize(("backend", "devices"), [("auto", 8), ("mesh", 8), ("one_device", 1), ("pmap", 8)])

@@ -20,7 +20,7 @@ prompt costs half.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ def chunked(
     *,
     has_aux: bool = False,
     mesh: Mesh | None = None,
-    token_axes: tuple[str, ...] = ("data", "fsdp"),
+    token_axes: tuple[str, ...] = ("dcn", "data", "fsdp"),
 ) -> Pair | tuple[Pair, Any]:
     """``(Σ per_position(student_logits, teacher_logits, labels) where mask, number of counted positions)``.
 
@@ -72,7 +72,7 @@ def chunked(
       mesh: under ``jit`` on this mesh every device works on its own part of the first axis of ``mask``, sums and
         gradients of the head are added at the end. Other axes stay with the compiler: a kernel sharded over words (the
         axis ``tensor``) gives logits sharded over words, and a loss's sums over words become all-reduces.
-      token_axes: of the mesh, over which the first axis of ``mask`` lies.
+      token_axes: of the mesh, over which the first axis of ``mask`` lies; its second axis lies over ``sequence``.
 
     Returns:
       ``(sum, weight)``, float32 scalars; with ``has_aux`` also the tree of sums of aux.
@@ -94,7 +94,8 @@ def chunked(
     teacher_head = None if teacher_head is None else teacher_head.words()
     _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, chunk_size)
     platform = _platform(mesh)
-    over_words = 1 if mesh is None else math.prod(n for axis, n in mesh.shape.items() if axis not in token_axes)
+    of_tokens = (*token_axes, "sequence")
+    over_words = 1 if mesh is None else math.prod(n for axis, n in mesh.shape.items() if axis not in of_tokens)
     chunk_size = chunk_size or default_chunk_size(student_head.kernel.shape[1] // over_words, platform)
 
     def loss(student_logits, teacher_logits, labels):
@@ -116,15 +117,19 @@ def chunked(
     if mesh is not None:
         if platform == "cpu":  # where XLA aborts on a sum of bfloat16 over a mesh, here the head's gradient
             student_head = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), student_head)
-        sums = _on_mesh(sums, mesh, tuple(axis for axis in token_axes if axis in mesh.shape))
+        places = [tuple(axis for axis in token_axes if axis in mesh.shape)]
+        if mesh.shape.get("sequence", 1) > 1 and mask.ndim > 1:
+            places.append(("sequence",))
+        sums = _on_mesh(sums, mesh, places)
     total, aux = sums(student_hidden, student_head, ((teacher_hidden, teacher_head), labels, mask))
     pair = total, jnp.sum(mask, dtype=jnp.float32)
     return (pair, aux) if has_aux else pair
 
 
-def _on_mesh(sums: Callable, mesh: Mesh, axes: tuple[str, ...]) -> Callable:
-    """``sums`` on every device's own tokens, added over ``axes``."""
-    tokens, everywhere = PartitionSpec(axes), PartitionSpec()
+def _on_mesh(sums: Callable, mesh: Mesh, places: Sequence[tuple[str, ...]]) -> Callable:
+    """``sums`` on every device's own tokens, added up; ``places``: the mesh axes of the first axes of the mask."""
+    tokens, everywhere = PartitionSpec(*places), PartitionSpec()
+    axes = tuple(axis for several in places for axis in several)
 
     def local(student_hidden, student_head, rest):
         return jax.lax.psum(sums(student_hidden, student_head, rest), axes)

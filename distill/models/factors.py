@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.models.model import Model
+from distill.models.model import Model, normal
 from distill.shapes import Array, Params
 
 KERNELS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
@@ -116,7 +116,7 @@ def factored(model: Model, rank: int, kernels: Sequence[str] = ()) -> Model:
             deviations = kernel.matrix[1] ** -0.5, rank**-0.5
             parts = zip(("left", "right"), keys, kernel.factor_shapes(rank), deviations, strict=True)
             for name, one, shape, deviation in parts:
-                leaves[(*kernel.path, name)] = deviation * jax.random.normal(one, shape, jnp.float32)
+                leaves[(*kernel.path, name)] = deviation * normal(one, shape)
         return _nested(leaves)
 
     def merge(params: Params) -> Params:
@@ -271,7 +271,7 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
         leaves = {}
         for number, kernel in enumerate(chosen):
             left, right = kernel.factor_shapes(rank)
-            draw = jax.random.normal(jax.random.fold_in(key, number), left, jnp.float32)
+            draw = normal(jax.random.fold_in(key, number), left)
             leaves[(*kernel.path, "lora_left")] = draw * kernel.matrix[1] ** -0.5
             leaves[(*kernel.path, "lora_right")] = jnp.zeros(right, jnp.float32)
         return _nested(leaves)

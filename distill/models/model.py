@@ -102,6 +102,14 @@ def parameter(axes: tuple[str, ...], *, std: float = 0.0, mean: float = 0.0) -> 
     return lambda _, shape: Parameter(jnp.zeros(shape, jnp.float32), names=axes, std=std, mean=mean)
 
 
+def normal(key: Array, shape: tuple[int, ...]) -> Array:
+    """Normals of the same bits however they are sharded, under jit or not.
+
+    The barrier: fused with what they are multiplied by, the last bit of a normal depends on how the array is cut.
+    """
+    return jax.lax.optimization_barrier(jax.random.normal(key, shape, jnp.float32))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A network as pure functions over plain nested dicts of arrays.
@@ -172,8 +180,7 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
     ``apply`` takes ``collect`` if the module's ``__call__`` does.
 
     Parameters declared with ``parameter`` are drawn from ONE stream of normals cut into leaves: one small program
-    whatever the depth (a draw per leaf costs seconds of compilation), and the same bits however they are sharded (the
-    barrier: fused with its scaling, the last bit of a normal depends on how the leaf is cut).
+    whatever the depth (a draw per leaf costs seconds of compilation).
     """
     specification = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     boxes, structure = jax.tree.flatten(specification, is_leaf=lambda leaf: isinstance(leaf, Parameter))
@@ -182,11 +189,10 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
     @jax.jit
     def init(key: Array) -> Params:
         sizes = [math.prod(box.value.shape) for box in boxes]
-        stream = jax.lax.optimization_barrier(jax.random.normal(key, (sum(sizes),), jnp.float32))
+        stream = normal(key, (sum(sizes),))
         leaves, start = [], 0
         for box, size in zip(boxes, sizes, strict=True):
-            normal = stream[start : start + size].reshape(box.value.shape)
-            leaves.append(box.mean + box.std * normal)
+            leaves.append(box.mean + box.std * stream[start : start + size].reshape(box.value.shape))
             start += size
         return jax.tree.unflatten(structure, leaves)
 
