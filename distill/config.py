@@ -75,6 +75,9 @@ class TrainingConfig:
     """Parts in which a batch is worked through; the update is that of the whole batch."""
     chunk_size: int | None = None
     """Positions whose logits are alive at a time; 0: all; None: chosen by the vocabulary (``step.CHUNKED_FROM``)."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What a layer of the student keeps for the backward pass: ``none``: all it computed; ``dots``: products with
+    weights; ``full``: only its input, and the layer is computed twice. Values do not depend on it."""
     steps_per_dispatch: int = 50
     """Small steps in one program; evaluation and saving fall on its multiples."""
     evaluate_every: int = 250

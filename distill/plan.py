@@ -230,7 +230,7 @@ def plan(
 def _work(config: TextConfig, task: Task) -> roofline.Work:
     tokens = config.training.batch_size * config.data.length
     shapes = task.student.config, task.teacher.config
-    return roofline.Work(*shapes, tokens, config.data.length, remat=bool(getattr(config, "remat", False)))
+    return roofline.Work(*shapes, tokens, config.data.length, remat=config.training.remat == "full")
 
 
 def _split(config: TextConfig, task: Task, mesh: dict[str, int], topology: Topology) -> roofline.Split:

@@ -7,7 +7,7 @@ wraps this function for one device, a mesh or ``pmap``; ``vmap`` over it trains 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,7 @@ def make_train_step(
     mesh: Mesh | None = None,
     chunk_size: int | None = None,
     reduction: str = "token_mean",
+    remat: str = "none",
 ) -> TrainStep:
     """The train step of a student.
 
@@ -93,6 +94,7 @@ def make_train_step(
       chunk_size: positions whose logits are alive at a time (``losses.chunked``); 0: all logits at once; None: chunks
         from a vocabulary of ``CHUNKED_FROM`` words on, where both models know their head.
       reduction: of every mean: ``token_mean``, or ``sequence_mean`` (``losses.sequence_weights``).
+      remat: what the student's layers keep for the backward pass (``TrainingConfig.remat``).
 
     Returns:
       ``train_step(state, teacher_params, batch) -> (state, metrics)``; metrics are (sum, weight) pairs, global:
@@ -140,7 +142,8 @@ def make_train_step(
         if student.base is not None:
             teacher_params, params = teacher_params.teacher, joined(teacher_params.student, params)
         inside = [term for term in now if isinstance(term, FeatureTerm)]
-        sides = _forward(student, params, teacher, jax.lax.stop_gradient(teacher_params), batch, inside)
+        teacher_params = jax.lax.stop_gradient(teacher_params)
+        sides = _forward(student, params, teacher, teacher_params, batch, inside, remat)
         evaluate = in_chunks if chunks and batch.teacher_logits is None else whole
         outside = [term for term in now if isinstance(term, Term)]
         headless = isinstance(student.config, EncoderConfig) and not outside  # and so without logits
@@ -199,14 +202,16 @@ def _forward(
     teacher_params: Params | None,
     batch: Batch,
     inside: list[FeatureTerm],
+    remat: str,
 ) -> _Sides:
     """What both networks make of a batch, with the features that terms ask for."""
 
-    def run(model: Model, params: Params, collect: Collect | None) -> Output:
-        options = {} if collect is None else {"collect": collect}
+    def run(model: Model, params: Params, collect: Collect | None, remat: str = "none") -> Output:
+        options: dict[str, Any] = {} if collect is None else {"collect": collect}
+        options |= {} if remat == "none" else {"remat": remat}
         return model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments, **options)
 
-    of_student = run(student, params, collect_of(inside, "student"))
+    of_student = run(student, params, collect_of(inside, "student"), remat)
     of_teacher = None if teacher is None else run(teacher, teacher_params, collect_of(inside, "teacher"))
     return _Sides(params, of_student, teacher_params, of_teacher)
 

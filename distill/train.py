@@ -149,6 +149,7 @@ def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig, 
             mesh=mesh,
             chunk_size=training.chunk_size,
             reduction=task.reduction,
+            remat=training.remat,
         )
 
     return parallel.wrap(config, make_step, task.student, update, task.teacher, devices)

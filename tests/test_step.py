@@ -10,7 +10,7 @@ from builders import VOCAB, handmade, nnx_model, on_device, random_params, rows_
 from jax.extend.core import jaxprs_in_params
 
 from distill.data.loader import shift
-from distill.models import decoder
+from distill.models import EncoderConfig, decoder, encoder
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.step import CHUNKED_FROM, init_state, make_train_step, scan_steps
@@ -275,6 +275,38 @@ def test_chunks_change_nothing(state, teacher_params, batch, micro_batches):
     for chunk_size in (3, 64):
         step = jax.jit(make_train_step(STUDENT, TERMS, SGD, chunk_size=chunk_size, **options))
         assert_close(step(state, teacher_params, batch), whole)
+
+
+# ---- rematerialisation
+
+
+def kept(model, params, batch, remat):
+    """Bytes that wait for the backward pass."""
+
+    def residuals(params):
+        return jax.vjp(lambda p: model.apply(p, batch.inputs, remat=remat).hidden, params)[1]
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(residuals, params)))
+
+
+def test_remat_keeps_less(state, batch):
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    none, dots, full = (kept(STUDENT, state.params, batch, name) - weights for name in ("none", "dots", "full"))
+    assert none > 1.5 * dots and dots > 1.5 * full
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(step, state, teacher_params, batch, remat):
+    again = jax.jit(make_train_step(STUDENT, TERMS, SGD, teacher=TEACHER, remat=remat))
+    assert_close(again(state, teacher_params, batch), step(state, teacher_params, batch))
+
+
+def test_remat_that_cannot_be_is_refused(batch):
+    with pytest.raises(ValueError, match="remat='most'; expected one of none, dots, full"):
+        STUDENT.apply(random_params(STUDENT), batch.inputs, remat="most")
+    small = encoder(EncoderConfig(vocab_size=VOCAB, layers=1, width=8, heads=2, feed_forward=8))
+    with pytest.raises(ValueError, match="remat='full'; expected one of none"):
+        small.apply(None, batch.inputs, remat="full")
 
 
 def test_chunks_are_the_default_of_large_vocabularies():

@@ -14,6 +14,13 @@ from flax import nnx, struct
 from distill.head import Head
 from distill.shapes import Array, Float, Int, Params
 
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a layer keeps from the forward to the backward pass: all of it, its products with weights, its input alone."""
+
 
 class Cache(NamedTuple):
     """Keys and values of every layer for the tokens seen so far, and which slots they fill."""
@@ -126,7 +133,7 @@ class Model:
     init: Callable[[Array], Params]
     """``init(key) -> params``."""
     apply: Callable[..., Output]
-    """``apply(params, tokens, positions=None, segments=None, cache=None, collect=None) -> Output``."""
+    """``apply(params, tokens, positions=None, segments=None, cache=None, collect=None, remat="none") -> Output``."""
     unembed: Callable[[Params, Array], Array]
     """``unembed(params, hidden) -> logits``, float32."""
     vocab_size: int
@@ -177,7 +184,7 @@ class Model:
 def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
     """A ``Model`` from a Linen module with ``__call__(tokens, …) -> Output`` and ``unembed(hidden)``.
 
-    ``apply`` takes ``collect`` if the module's ``__call__`` does.
+    ``apply`` takes ``collect`` if the module's ``__call__`` does, ``remat`` if the module has such a field.
 
     Parameters declared with ``parameter`` are drawn from ONE stream of normals cut into leaves: one small program
     whatever the depth (a draw per leaf costs seconds of compilation).
@@ -196,12 +203,18 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
             start += size
         return jax.tree.unflatten(structure, leaves)
 
-    def apply(params: Params, tokens: Array, *, collect: Collect | None = None, **inputs: Any) -> Output:
+    def apply(
+        params: Params, tokens: Array, *, collect: Collect | None = None, remat: str = "none", **inputs: Any
+    ) -> Output:
+        if remat not in REMAT or (remat != "none" and not hasattr(module, "remat")):
+            known = ", ".join(REMAT) if hasattr(module, "remat") else "none"
+            raise ValueError(f"remat={remat!r}; expected one of {known} for {type(module).__name__}.")
+        network = module if remat == "none" else module.clone(remat=remat)
         if collect is not None:
             if "collect" not in inspect.signature(type(module).__call__).parameters:
                 raise _cannot_collect(type(module).__name__)
             inputs["collect"] = collect
-        return module.apply({"params": params}, tokens, **inputs)
+        return network.apply({"params": params}, tokens, **inputs)
 
     def unembed(params: Params, hidden: Array) -> Array:
         return jnp.asarray(module.apply({"params": params}, hidden, method="unembed"))
