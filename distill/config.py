@@ -21,8 +21,9 @@ from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 
-MAY_CHANGE = frozenset({"keep", "on_nan", "data_timeout"})
-"""Fields of ``TrainingConfig`` a run may go on with changed: no weight of a run that ends well depends on them."""
+MAY_CHANGE = frozenset({"keep", "on_nan", "skips_in_a_row", "data_timeout", "remat"})
+"""Fields of ``TrainingConfig`` with which a run may go on changed, as it may on other devices: what it learns is the
+same. One that stopped at a NaN may go on skipping."""
 
 BETTER = {"exact_match": "max", "agreement": "max", "kl": "min", "nll": "min", "perplexity": "min"}
 """Metric of an evaluation → which of its values is the best."""
@@ -88,10 +89,18 @@ class TrainingConfig:
     """Of the initial weights and the order of the data."""
     keep: KeepConfig = KeepConfig()
     """Checkpoints that are not deleted."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Where loss or gradients are not finite: stop; or skip: the batch is spent, parameters and optimizer stay as they
+    are, to the bit, and the metrics count it."""
+    skips_in_a_row: int = 10
+    """So many batches skipped one after another stop the run."""
+    data_timeout: float = 600.0
+    """Seconds after which data that is read while the model trains, and does not come, ends the run, state saved."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batches", "steps_per_dispatch", "evaluate_every", "save_every"):
+        counts = ("steps", "batch_size", "micro_batches", "steps_per_dispatch", "evaluate_every", "save_every")
+        for name in (*counts, "skips_in_a_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training: {name}={getattr(self, name)}; expected at least 1.")
         for name in ("steps", "evaluate_every", "save_every"):
@@ -111,6 +120,8 @@ class TrainingConfig:
             raise ValueError(
                 f"training: micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}."
             )
+        if not self.data_timeout > 0.0:
+            raise ValueError(f"training: data_timeout={self.data_timeout}; expected seconds above 0.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"training: seed={self.seed}; expected 0 … 2³¹ − 1.")
 

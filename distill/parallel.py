@@ -110,8 +110,8 @@ class Wrapping:
     place_params: Callable[[Params], Params]
     """For the teacher, or a ``Frozen``."""
     place_examples: Callable[[Batch], Batch]
-    place_rows: Callable[[np.ndarray], Any]
-    """``[K, B]`` indices of K batches."""
+    place_rows: Callable[[Any], Any]
+    """``[K, B]`` indices of K batches, or a ``Batch`` of ``[K, B, …]``: K batches themselves."""
     fetch_state: Callable[[TrainState], TrainState]
     """The state as one global tree, for checkpoints and evaluation."""
     fetch_metrics: Callable[[Any], Any] = lambda metrics: metrics
@@ -284,17 +284,20 @@ def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | N
     def replicate(tree):
         return jax_utils.replicate(tree, devices)
 
-    def place_rows(rows: np.ndarray):
-        rows = _divisible(rows, len(devices))
-        parts = np.swapaxes(rows.reshape(rows.shape[0], len(devices), -1), 0, 1)
-        return jax.device_put(parts, NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data")))
+    def place_rows(rows):
+        def parts(x: np.ndarray) -> np.ndarray:
+            return np.swapaxes(x.reshape(x.shape[0], len(devices), -1, *x.shape[2:]), 0, 1)
+
+        dealt = jax.tree.map(parts, _divisible(rows, len(devices)))
+        return jax.device_put(dealt, NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data")))
 
     return Wrapping(steps, replicate, replicate, replicate, place_rows, jax_utils.unreplicate, jax_utils.unreplicate)
 
 
-def _divisible(rows: np.ndarray, devices: int) -> np.ndarray:
-    if rows.shape[1] % devices:
-        raise ValueError(f"batch_size={rows.shape[1]} cannot be divided over {devices} devices.")
+def _divisible(rows: Any, devices: int) -> Any:
+    batch_size = jax.tree.leaves(rows)[0].shape[1]
+    if batch_size % devices:
+        raise ValueError(f"batch_size={batch_size} cannot be divided over {devices} devices.")
     return rows
 
 

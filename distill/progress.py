@@ -21,13 +21,13 @@ class Progress:
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
             rich_progress.TextColumn("loss {task.fields[loss]:.4f}  {task.fields[measured]}"),
-            rich_progress.TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s"),
+            rich_progress.TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s  {task.fields[notes]}"),
             rich_progress.TimeRemainingColumn(),
             console=console,
             disable=self._lines,
         )
         nan = float("nan")
-        self._fields: dict[str, Any] = {"loss": nan, "measured": "", "tokens_per_second": nan}
+        self._fields: dict[str, Any] = {"loss": nan, "measured": "", "tokens_per_second": nan, "notes": ""}
         self._task = self._bar.add_task(label, total=steps, completed=start, **self._fields)
 
     def __enter__(self) -> "Progress":
@@ -37,8 +37,8 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
 
-    def update(self, step: int, **fields: float) -> None:
-        """After a dispatch."""
+    def update(self, step: int, **fields: Any) -> None:
+        """After a dispatch: ``loss``, ``tokens_per_second``, and ``notes`` to stand behind them."""
         self._fields |= fields
         self._bar.update(self._task, completed=step, **fields)
 
@@ -47,11 +47,9 @@ class Progress:
         measured = self._fields["measured"] = written(values)
         self._bar.update(self._task, measured=measured)
         if self._lines:
-            loss, speed = self._fields["loss"], self._fields["tokens_per_second"]
-            self._console.print(
-                f"{self._label} {step}/{self._steps}  loss {loss:.4f}  {measured}  {speed:,.0f} tokens/s",
-                highlight=False,
-            )
+            loss, speed, notes = (self._fields[name] for name in ("loss", "tokens_per_second", "notes"))
+            line = f"{self._label} {step}/{self._steps}  loss {loss:.4f}  {measured}  {speed:,.0f} tokens/s  {notes}"
+            self._console.print(line.rstrip(), highlight=False)
 
 
 @contextlib.contextmanager

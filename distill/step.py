@@ -75,6 +75,7 @@ def make_train_step(
     chunk_size: int | None = None,
     reduction: str = "token_mean",
     remat: str = "none",
+    skip_not_finite: bool = False,
 ) -> TrainStep:
     """The train step of a student.
 
@@ -95,6 +96,8 @@ def make_train_step(
         from a vocabulary of ``CHUNKED_FROM`` words on, where both models know their head.
       reduction: of every mean: ``token_mean``, or ``sequence_mean`` (``losses.sequence_weights``).
       remat: what the student's layers keep for the backward pass (``TrainingConfig.remat``).
+      skip_not_finite: where loss or gradients are not finite, parameters and optimizer stay as they are, to the bit;
+        the step counts, its batch is spent, and the metric ``skipped`` is 1.
 
     Returns:
       ``train_step(state, teacher_params, batch) -> (state, metrics)``; metrics are (sum, weight) pairs, global:
@@ -174,9 +177,18 @@ def make_train_step(
         gradients, metrics = global_sum((gradients, metrics))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics["gradient_norm"] = (optax.tree.norm(gradients), jnp.float32(1.0))
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        return _or_skipped(state, new, metrics) if skip_not_finite else (new, metrics)
 
     return train_step
+
+
+def _or_skipped(old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+    """The new state where the step was finite, else the old one and metrics without weight."""
+    fine = jnp.isfinite(metrics["loss"][0]) & jnp.isfinite(metrics["gradient_norm"][0])
+    kept = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new[1:], old[1:])
+    counted = jax.tree.map(lambda x: jnp.where(fine, x, jnp.zeros_like(x)), metrics)
+    return TrainState(new.step, *kept), counted | {"skipped": (1.0 - fine.astype(jnp.float32), jnp.float32(1.0))}
 
 
 class _Sides(NamedTuple):
@@ -283,13 +295,15 @@ def _accumulate(function: Callable, parts: Batch):
 def scan_steps(train_step: TrainStep) -> Callable:
     """Several steps in one program: ``(state, teacher_params, examples, rows [K, B]) -> (state, metrics [K])``.
 
-    ``examples`` is a ``Batch`` of all examples; step k trains on ``examples[rows[k]]``. One dispatch for K small
-    steps: on tiny models Python would otherwise be the bottleneck.
+    ``examples`` is a ``Batch`` of all examples; step k trains on ``examples[rows[k]]``. Where they are None, ``rows``
+    are the batches themselves, a ``Batch`` of ``[K, B, …]``. One dispatch for K small steps: on tiny models Python
+    would otherwise be the bottleneck.
     """
 
-    def steps(state: TrainState, teacher_params: Params | None, examples: Batch, rows: Array):
-        def one(state: TrainState, row: Array):
-            return train_step(state, teacher_params, jax.tree.map(lambda field: field[row], examples))
+    def steps(state: TrainState, teacher_params: Params | None, examples: Batch | None, rows: Array | Batch):
+        def one(state: TrainState, row: Array | Batch):
+            batch = row if examples is None else jax.tree.map(lambda field: field[row], examples)
+            return train_step(state, teacher_params, batch)
 
         return jax.lax.scan(one, state, rows)
 

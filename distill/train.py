@@ -18,6 +18,7 @@ import numpy as np
 from distill import parallel
 from distill.checkpoint import Checkpoints, lock, refuse_changes, resumed
 from distill.config import LogConfig, TrainingConfig
+from distill.data.feed import Ahead, DataTimeout, InMemory
 from distill.data.loader import Batch, Loader
 from distill.metrics import Writer, averages
 from distill.models.factors import joined
@@ -27,6 +28,7 @@ from distill.optim import optimizer
 from distill.parallel import ParallelConfig, Wrapping
 from distill.progress import Progress
 from distill.shapes import Params
+from distill.speed import flops_per_token, utilisation
 from distill.step import Frozen, TrainState, init_state, make_train_step
 
 Evaluate = Callable[[Params], dict[str, float]]
@@ -42,7 +44,9 @@ class Task:
 
     student: Model
     terms: Sequence[Term]
-    examples: Batch
+    examples: Batch | Callable[[int], Batch]
+    """All examples, kept on the devices; or ``k -> batch k`` for data larger than memory, a pure function that a thread
+    calls ahead, such as ``StreamLoader(…).batch`` with the training's batch size and seed."""
     teacher: Model | None = None
     teacher_params: Params | None = None
     base_params: Params | None = None
@@ -85,20 +89,23 @@ def fit(
 
     Raises:
       ValueError: the folder holds a run with another identity, is in use, or the disk is full.
-      FloatingPointError: the loss is not finite; names the step. The last checkpoint is from before it.
+      FloatingPointError: loss or gradients are not finite (or, with ``on_nan="skip"``, are not ``skips_in_a_row``
+        times); names the step. The last checkpoint is from before it.
+      DataTimeout: no data came for ``data_timeout`` seconds; the state was saved.
       Stopped: SIGTERM or Ctrl-C; the state was saved.
     """
     run = Path(run)
     update = optimizer(training.optimizer, training.steps)
     wrapping = _wrap(task, training, update, parallel_config)
-    loader = Loader(task.examples, training.batch_size, training.seed)
     with lock(run), resumed(run, training.keep) as checkpoints, _stop_signal() as stop:
         state, step = _start(run, checkpoints, task, training, update, wrapping)
         if step == training.steps:
             return wrapping.fetch_state(state).params
         writer = Writer(run, step, log.tensorboard)
-        with contextlib.closing(writer), Progress(label, training.steps, step, show=log.progress) as progress:
-            state = _loop(state, step, task, training, wrapping, loader, checkpoints, writer, progress, stop)
+        progress = Progress(label, training.steps, step, show=log.progress)
+        feed = _feed(task, training, wrapping, step, stop)
+        with contextlib.closing(writer), contextlib.closing(feed), progress:
+            state = _loop(state, step, task, training, wrapping, feed, checkpoints, writer, progress, stop)
         return wrapping.fetch_state(state).params
 
 
@@ -126,8 +133,13 @@ def lower(
         raise ValueError("lower: backend pmap; expected auto, mesh or one_device.")
     update = optimizer(training.optimizer, training.steps)
     state = jax.eval_shape(lambda: init_state(task.student.init(jax.random.key(0)), update))
-    frozen, examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (task.frozen, task.examples))
-    rows = jax.ShapeDtypeStruct((training.steps_per_dispatch, training.batch_size), np.dtype("int32"))
+    held, count = task.examples, training.steps_per_dispatch
+    if callable(held):
+        rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), held(0))
+        held = None
+    else:
+        rows = jax.ShapeDtypeStruct((count, training.batch_size), np.dtype("int32"))
+    frozen, examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (task.frozen, held))
     wrapping = _wrap(task, training, update, parallel_config, devices)
     lowered = wrapping.steps.lower(state, frozen, examples, rows)
     if wrapping.places is not None:
@@ -150,6 +162,7 @@ def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig, 
             chunk_size=training.chunk_size,
             reduction=task.reduction,
             remat=training.remat,
+            skip_not_finite=training.on_nan == "skip",
         )
 
     return parallel.wrap(config, make_step, task.student, update, task.teacher, devices)
@@ -164,66 +177,98 @@ def _start(run: Path, checkpoints: Checkpoints, task: Task, training: TrainingCo
     return (state if wrapping.places is not None else wrapping.place_state(state)), checkpoints.latest
 
 
+def _feed(task: Task, training: TrainingConfig, wrapping: Wrapping, step: int, stop: dict[str, bool]):
+    count = training.steps_per_dispatch
+    if callable(task.examples):
+        steps, timeout = range(step, training.steps, count), training.data_timeout
+        return Ahead(task.examples, steps, wrapping.place_rows, timeout=timeout, stopped=lambda: stop["now"])
+    loader = Loader(task.examples, training.batch_size, training.seed)
+    return InMemory(loader, count, wrapping.place_examples, wrapping.place_rows)
+
+
 def _loop(
     state: TrainState,
     step: int,
     task: Task,
     training: TrainingConfig,
     wrapping: Wrapping,
-    loader: Loader,
+    feed: InMemory | Ahead,
     checkpoints: Checkpoints,
     writer: Writer,
     progress: Progress,
     stop: dict[str, bool],
 ) -> TrainState:
-    count = training.steps_per_dispatch
     frozen = None if task.frozen is None else wrapping.place_params(task.frozen)
-    examples = wrapping.place_examples(loader.examples)
-    recorder = _Recorder(writer, progress, training, task.examples)
+    recorder = _Recorder(writer, progress, training, task, feed, _devices_of(state))
+
+    def save() -> None:
+        recorder.record()  # a state whose loss is not finite is never saved
+        meta = {"identity": task.identity, "next_batch": step}
+        checkpoints.save(step, wrapping.fetch_state(state), meta, recorder.measured.get(step))
+
     if step == 0:
         recorder.evaluated(0, task.measure(wrapping.fetch_state(state).params))
     while step < training.steps:
-        rows = wrapping.place_rows(loader.rows(step, count))
-        state, metrics = wrapping.steps(state, frozen, examples, rows)
-        recorder.record()  # of the dispatch before, while this one computes
-        recorder.pending = (step, wrapping.fetch_metrics(metrics))
-        step += count
-        if step % training.evaluate_every == 0 or step == training.steps:
+        try:
+            batches = feed(step)  # while the device computes what was sent before
+        except DataTimeout as error:
+            save()
+            raise DataTimeout(f"{error}; saved at step {step}. See to it, then run the same command again.") from None
+        if batches is not None:
+            state, metrics = wrapping.steps(state, frozen, *batches)
+            recorder.record()  # of the dispatch before, while this one computes
+            recorder.pending = (step, wrapping.fetch_metrics(metrics))
+            step += training.steps_per_dispatch
+        if batches is not None and (step % training.evaluate_every == 0 or step == training.steps):
             recorder.record()
             recorder.evaluated(step, task.measure(wrapping.fetch_state(state).params))
         if step % training.save_every == 0 or step == training.steps or stop["now"]:
-            recorder.record()  # a state whose loss is not finite is never saved
-            meta = {"identity": task.identity, "next_batch": step}
-            checkpoints.save(step, wrapping.fetch_state(state), meta, recorder.measured.get(step))
+            save()
         if stop["now"] and step < training.steps:
             raise Stopped(f"stopped at step {step} of {training.steps}; saved. Run the same command to continue.")
     return state
 
 
+def _devices_of(state: TrainState) -> int:
+    return len(jax.tree.leaves(state)[0].sharding.device_set)
+
+
 class _Recorder:
     """Reads metrics one dispatch late, checks them, writes them."""
 
-    def __init__(self, writer: Writer, progress: Progress, training: TrainingConfig, examples: Batch):
-        self.writer, self.progress, self.training = writer, progress, training
+    def __init__(self, writer: Writer, progress: Progress, training: TrainingConfig, task: Task, feed, devices: int):
+        self.writer, self.progress, self.training, self.task, self.feed = writer, progress, training, task, feed
+        self.skips, self.devices = _Skips(training), devices
         self.pending: tuple[int, Any] | None = None
         self.measured: dict[int, dict[str, float]] = {}
         """Step of the last evaluation → its metrics."""
         self.started = self.last = time.perf_counter()
-        self.tokens_per_step = training.batch_size * examples.inputs.shape[1]
 
     def record(self) -> None:
         if self.pending is None:
             return
         (first, metrics), self.pending = self.pending, None
         metrics = jax.device_get(metrics)
-        _check_finite(first, metrics)
-        now = time.perf_counter()
-        count = self.training.steps_per_dispatch
-        speed = {"seconds": now - self.started, "tokens_per_second": count * self.tokens_per_step / (now - self.last)}
-        self.last = now
+        skipped = self.skips.count(first, metrics)
         values = averages(metrics)
-        self.writer.write("train", first + count, values | speed)
-        self.progress.update(first + count, loss=values["loss"], tokens_per_second=speed["tokens_per_second"])
+        if "skipped" in metrics:  # of a dispatch of which every step was skipped nothing else is known
+            values = (values if skipped < self.training.steps_per_dispatch else {}) | {"skipped": skipped}
+        step = first + self.training.steps_per_dispatch
+        speed = self._speed()
+        self.writer.write("train", step, values | speed)
+        notes = f"{speed['mfu']:.1%} MFU" if "mfu" in speed else ""
+        notes += f"  {self.skips.in_all} skipped" if self.skips.in_all else ""
+        shown = {"loss": values.get("loss", np.nan), "tokens_per_second": speed["tokens_per_second"], "notes": notes}
+        self.progress.update(step, **shown)
+
+    def _speed(self) -> dict[str, float]:
+        """Of the dispatch whose metrics are here now: from those of the one before, or from an evaluation, to these."""
+        now, length = time.perf_counter(), self.feed.length
+        tokens = self.training.steps_per_dispatch * self.training.batch_size * length / (now - self.last)
+        self.last = now
+        speed = {"seconds": now - self.started, "tokens_per_second": tokens}
+        each = flops_per_token(self.task.student, self.task.teacher, length)
+        return speed | (utilisation(each * tokens, self.devices) if each else {})
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         keep = self.training.keep
@@ -236,16 +281,38 @@ class _Recorder:
             self.progress.evaluated(step, values)
 
 
-def _check_finite(first: int, metrics: dict[str, Any]) -> None:
-    bad = ~np.isfinite(np.asarray(metrics["loss"][0]))
-    if not bad.any():
-        return
-    k = int(np.argmax(bad))
-    teacher = metrics.get("teacher_cross_entropy")
-    blame = "the loss" if teacher is None or np.isfinite(teacher[0][k]) else "the teacher's output"
-    raise FloatingPointError(
-        f"step {first + k + 1} (batch {first + k}): {blame} is not finite; nothing was saved since."
-    )
+class _Skips:
+    """What comes of steps that are not finite."""
+
+    def __init__(self, training: TrainingConfig):
+        self.skipping, self.limit, self.in_a_row = training.on_nan == "skip", training.skips_in_a_row, 0
+        self.in_all = 0
+
+    def count(self, first: int, metrics: dict[str, Any]) -> int:
+        """How many steps of a dispatch were skipped. Raises FloatingPointError where one, or too many, end the run."""
+        if self.skipping:
+            bad = np.asarray(metrics["skipped"][0]) > 0
+        else:
+            bad = ~np.isfinite(metrics["loss"][0]) | ~np.isfinite(metrics["gradient_norm"][0])
+        for k, one in enumerate(bad):
+            self.in_a_row = self.in_a_row + 1 if one else 0
+            if self.in_a_row >= (self.limit if self.skipping else 1):
+                raise FloatingPointError(self._message(first + k, metrics, k))
+        self.in_all += int(bad.sum())
+        return int(bad.sum())
+
+    def _message(self, k: int, metrics: dict[str, Any], i: int) -> str:
+        if self.skipping:
+            return (
+                f"step {k + 1} (batch {k}): {self.limit} batches in a row were skipped: loss or gradients not finite."
+            )
+        teacher = metrics.get("teacher_cross_entropy")
+        blame = "the gradient" if np.isfinite(metrics["loss"][0][i]) else "the loss"
+        blame = blame if teacher is None or np.isfinite(teacher[0][i]) else "the teacher's output"
+        return (
+            f"step {k + 1} (batch {k}): {blame} is not finite; nothing was saved since. To go on without such batches: "
+            "on_nan=skip in the training's configuration."
+        )
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ ARROWS = {
     "report_text": {"report"},
     "configs": {"models", "data", "objective", "optim", "parallel", "config", "text_config"},
     "checkpoint": {"shapes", "config"},
+    "speed": {"models", "chips"},
     "preflight": {"shapes", "losses", "models", "data", "objective", "vocab", "config"},
 }
 """Part of distill → the parts it may import, besides itself."""

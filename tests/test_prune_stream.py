@@ -1,7 +1,6 @@
 """Pruned vocabularies: every text can still be written. Rows from the disk: in the order of ``Loader``."""
 
 import json
-from itertools import islice
 
 import jax
 import numpy as np
@@ -119,9 +118,6 @@ def test_rows_from_the_disk_come_in_the_order_of_the_loader(stored):
     loader, stream = Loader(rows.batch(), 6, seed=3), StreamLoader(source, 6, seed=3)
     for k in (0, 17, 5, 2):  # any order: batch k is a function of k
         jax.tree.map(np.testing.assert_array_equal, stream.batch(k), loader.batch(k))
-    for k, batch in islice(stream.batches(4, ahead=2), 6):  # as a run that goes on at 4
-        np.testing.assert_array_equal(batch.inputs, loader.batch(k).inputs)
-    assert k == 9
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -1,12 +1,10 @@
-"""Rows that do not fit into memory: read from array_record where a batch needs them, and ahead of it.
+"""Rows that do not fit into memory: read from array_record where a batch needs them (ahead of it: ``feed.Ahead``).
 
 The order is that of ``Loader``: batch k is a pure function of k, so a run continues at any k. Which rows are in a
 batch does not depend on how many processes share it.
 """
 
-import collections
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +62,6 @@ class StreamLoader:
 
     def _read(self, k: int) -> Rows:
         return rows_of(self.source.__getitems__(self.rows(k)[self._part].tolist()))
-
-    def batches(self, first: int = 0, *, ahead: int = 4) -> Iterator[tuple[int, Batch]]:
-        """``(k, batch(k))`` from k = ``first`` on, without end, so many of them read ahead in a thread."""
-        with ThreadPoolExecutor(1) as reader:
-            waiting = collections.deque(reader.submit(self.batch, first + i) for i in range(ahead))
-            k = first
-            try:
-                while True:
-                    waiting.append(reader.submit(self.batch, k + len(waiting)))
-                    yield k, waiting.popleft().result()
-                    k += 1
-            finally:
-                for one in waiting:
-                    one.cancel()
 
 
 def open_rows(

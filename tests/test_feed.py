@@ -1,0 +1,223 @@
+"""Batches that come late, never, or not finite; and what the loop says of its speed."""
+
+import dataclasses
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from distill import speed, train
+from distill.checkpoint import Checkpoints
+from distill.config import LogConfig, TrainingConfig
+from distill.data import addition
+from distill.data.feed import Ahead, DataTimeout
+from distill.data.loader import Loader
+from distill.metrics import read_metrics
+from distill.models import DecoderConfig, decoder
+from distill.objective import ObjectiveConfig, terms_of
+from distill.optim import OptimizerConfig, optimizer
+from distill.parallel import ParallelConfig
+from distill.step import init_state, make_train_step
+from distill.train import Stopped, Task, fit
+
+DATA = addition.AdditionConfig(digits=1)
+MODEL = decoder(DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16))
+TRAINING = TrainingConfig(
+    steps=12, batch_size=8, steps_per_dispatch=2, evaluate_every=12, save_every=4, optimizer=OptimizerConfig()
+)
+SKIP = dataclasses.replace(TRAINING, on_nan="skip")
+ALONE = {"log": LogConfig(progress=False), "parallel_config": ParallelConfig(backend="one_device")}
+
+
+@pytest.fixture(scope="module")
+def loader():
+    examples = addition.encode(DATA, addition.pairs(DATA)["train"]).batch(DATA)
+    logits = np.random.default_rng(0).normal(size=(*examples.inputs.shape, 14)).astype(np.float32)
+    return Loader(examples._replace(teacher_logits=logits), TRAINING.batch_size, TRAINING.seed)
+
+
+def task(examples) -> Task:
+    return Task(MODEL, terms_of(ObjectiveConfig()), examples)
+
+
+def with_nan(loader, bad):
+    """``k -> batch k``, the teacher of the batches in ``bad`` not a number."""
+
+    def batch(k):
+        good = loader.batch(k)
+        return good._replace(teacher_logits=good.teacher_logits * np.float32(np.nan)) if k in bad else good
+
+    return batch
+
+
+def equal_bits(left, right) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
+
+
+@pytest.fixture(scope="module")
+def straight(loader, tmp_path_factory):
+    run = tmp_path_factory.mktemp("straight")
+    return fit(run, task(loader.examples), TRAINING, **ALONE), run
+
+
+@pytest.mark.parametrize("backend", ["one_device", "mesh", "pmap"])
+def test_batches_read_ahead_train_as_those_in_memory(backend, loader, straight, tmp_path):
+    got = fit(tmp_path, task(loader.batch), TRAINING, **ALONE | {"parallel_config": ParallelConfig(backend=backend)})
+    if backend == "one_device":
+        assert equal_bits(got, straight[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, straight[0])
+
+
+# ---- not finite
+
+
+def test_a_skipped_step_touches_no_bit(loader):
+    update = optimizer(TRAINING.optimizer, TRAINING.steps)
+    plain, skipping = (
+        jax.jit(make_train_step(MODEL, terms_of(ObjectiveConfig()), update, skip_not_finite=skip))
+        for skip in (False, True)
+    )
+    before, _ = skipping(init_state(MODEL.init(jax.random.key(0)), update), None, loader.batch(0))
+    after, metrics = skipping(before, None, with_nan(loader, {1})(1))
+    assert equal_bits(before[1:], after[1:]) and int(after.step) == 2
+    assert float(metrics["skipped"][0]) == 1.0 and float(metrics["loss"][1]) == 0.0
+    after, metrics = skipping(before, None, loader.batch(1))
+    want, _ = plain(before, None, loader.batch(1))
+    assert equal_bits(after, want) and float(metrics["skipped"][0]) == 0.0
+    assert "skipped" not in jax.eval_shape(plain, before, None, loader.batch(1))[1]  # off, it is not there
+
+
+def test_gradients_alone_not_finite_are_skipped_too(loader):
+    update = optimizer(TRAINING.optimizer, TRAINING.steps)
+    step = jax.jit(make_train_step(MODEL, terms_of(ObjectiveConfig()), update, skip_not_finite=True))
+    state = init_state(MODEL.init(jax.random.key(0)), update)
+    params = jax.tree.map(lambda x: x * np.float32(1e30), state.params)
+    after, metrics = step(state._replace(params=params), None, loader.batch(0))
+    assert float(metrics["skipped"][0]) == 1.0 and equal_bits(after.params, params)
+
+
+def test_a_run_skips_counts_and_says_so(loader, straight, tmp_path, capsys):
+    log = {"log": LogConfig(progress=True)}
+    got = fit(
+        tmp_path,
+        dataclasses.replace(task(with_nan(loader, {5, 8})), evaluate=lambda _: {"kl": 0.5}),
+        SKIP,
+        **ALONE | log,
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got)) and not equal_bits(got, straight[0])
+    lines = [line for line in read_metrics(tmp_path) if line["kind"] == "train"]
+    assert {line["step"]: line["skipped"] for line in lines} == {2: 0, 4: 0, 6: 1, 8: 0, 10: 1, 12: 0}
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert "2 skipped" in capsys.readouterr().out
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 12
+
+
+def test_too_many_skipped_in_a_row_stop_the_run(loader, tmp_path):
+    bad = dataclasses.replace(SKIP, skips_in_a_row=3)
+    with pytest.raises(FloatingPointError, match=r"step 10 \(batch 9\): 3 batches in a row"):
+        fit(tmp_path, task(with_nan(loader, {3, 7, 8, 9})), bad, **ALONE)
+    assert [line["step"] for line in read_metrics(tmp_path) if line.get("skipped")] == [4, 8]
+
+
+def test_a_stopped_run_goes_on_skipping(loader, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 6 \(batch 5\): the teacher's output is .*on_nan=skip"):
+        fit(tmp_path / "a", task(with_nan(loader, {5})), TRAINING, **ALONE)
+    fit(tmp_path / "b", task(with_nan(loader, {5})), SKIP, **ALONE)
+    fit(tmp_path / "a", task(with_nan(loader, {5})), SKIP, **ALONE)
+    lines = [[(line["step"], line["loss"]) for line in read_metrics(tmp_path / run)] for run in "ab"]
+    assert lines[0] == lines[1] and len(lines[0]) == 6
+
+
+# ---- a source that hangs or fails
+
+
+def test_a_hung_source_ends_the_run_with_its_state_saved(loader, straight, tmp_path):
+    awake = threading.Event()
+
+    def hangs(k):
+        if k == 6:
+            awake.wait(60)
+        return loader.batch(k)
+
+    impatient = dataclasses.replace(TRAINING, data_timeout=0.3)
+    with pytest.raises(DataTimeout, match=r"batch 6: nothing from the data for 0\.3 s; saved at step 6"):
+        fit(tmp_path, task(hangs), impatient, **ALONE)
+    awake.set()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 6  # though a checkpoint was due at 4 and 8 alone
+    assert equal_bits(fit(tmp_path, task(loader.batch), TRAINING, **ALONE), straight[0])
+
+
+def test_sigterm_is_heard_while_the_source_hangs(loader, straight, tmp_path):
+    awake = threading.Event()
+
+    def hangs(k):
+        if k == 6:
+            threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            awake.wait(60)
+        return loader.batch(k)
+
+    with pytest.raises(Stopped, match="stopped at step [26] of 12"):  # 2 where the machine is slow
+        fit(tmp_path, task(hangs), TRAINING, **ALONE)
+    awake.set()
+    assert equal_bits(fit(tmp_path, task(loader.batch), TRAINING, **ALONE), straight[0])
+
+
+def test_a_source_that_fails_names_the_batch(loader):
+    def fails(k):
+        if k == 3:
+            raise OSError("the disk is gone")
+        return loader.batch(k)
+
+    feed = Ahead(fails, range(0, 8, 2), lambda batches: batches, timeout=9.0)
+    np.testing.assert_array_equal(feed(0)[1].inputs[1], loader.batch(1).inputs)
+    with pytest.raises(ValueError, match="batch 3: the data cannot be read: the disk is gone"):
+        feed(2)
+
+
+@pytest.mark.parametrize("bad", [{"data_timeout": 0.0}, {"skips_in_a_row": 0}])
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        TrainingConfig(**bad)
+
+
+# ---- speed
+
+
+def test_flops_count_the_teacher_forward_only(loader, straight, monkeypatch):
+    length = loader.examples.inputs.shape[1]
+    each = MODEL.config.flops_per_token(length)
+    assert speed.flops_per_token(MODEL, MODEL, length) == 4 * each
+    frozen = dataclasses.replace(MODEL, base=MODEL)
+    assert speed.flops_per_token(frozen, None, length) == 2 * each
+    assert speed.flops_per_token(dataclasses.replace(MODEL, config=None), None, length) is None
+    line = [line for line in read_metrics(straight[1]) if line["kind"] == "train"][-1]
+    np.testing.assert_allclose(line["flops_per_second"], 3 * each * line["tokens_per_second"])
+    assert "mfu" not in line  # nobody states the peak of a CPU
+    monkeypatch.setattr(speed, "peak", lambda kind: 50.0)
+    assert speed.utilisation(200.0, devices=8)["mfu"] == 0.5
+
+
+@pytest.mark.parametrize(("kind", "want"), [("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("NVIDIA H100 PCIe", None)])
+def test_the_longest_name_of_a_device_counts(kind, want):
+    assert speed.peak(kind) == want
+
+
+def test_the_steps_compile_once_and_their_state_is_donated(loader, tmp_path, monkeypatch):
+    seen, placed = [], []
+    wrap = train._wrap
+
+    def watched(*args):
+        seen.append(wrap(*args))
+        place = seen[-1].place_state
+        return dataclasses.replace(seen[-1], place_state=lambda state: placed.append(place(state)) or placed[-1])
+
+    monkeypatch.setattr(train, "_wrap", watched)
+    evaluated = dataclasses.replace(TRAINING, evaluate_every=2, save_every=2)
+    fit(tmp_path, dataclasses.replace(task(loader.examples), evaluate=lambda p: {"kl": 0.5}), evaluated, **ALONE)
+    assert seen[0].steps._cache_size() == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(placed[0]))
