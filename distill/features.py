@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from distill import losses
 from distill.data.loader import Batch
 from distill.models.encoder import EncoderConfig
+from distill.models.factors import joined
 from distill.models.model import Collect, Model, normal
 from distill.shapes import Array, Nats, Params
 
@@ -151,7 +152,7 @@ def _try(terms: Sequence[FeatureTerm], student: Model, teacher: Model) -> None:
     batch = Batch(tokens, tokens, tokens == 0, tokens, tokens + 1)
 
     def values(key: Array):
-        sides = [(model, model.init(key)) for model in (student, teacher)]
+        sides = [(model, _whole(model, key)) for model in (student, teacher)]
         wanted = [collect_of(terms, name) for name in ("student", "teacher")]
         features = [
             model.apply(params, tokens, collect=collect).collected
@@ -163,6 +164,10 @@ def _try(terms: Sequence[FeatureTerm], student: Model, teacher: Model) -> None:
         jax.eval_shape(values, jax.random.key(0))
     except ValueError as error:
         raise ValueError(f"features: {error}") from error
+
+
+def _whole(model: Model, key: Array) -> Params:
+    return model.init(key) if model.base is None else joined(model.base.init(key), model.init(key))
 
 
 def collect_of(terms: Sequence[Any], side: Literal["student", "teacher"]) -> Collect | None:

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,6 +39,15 @@ def prune(tokenizer: TextTokenizer, corpus: Iterable[str], size: int | None = No
     Raises:
       ValueError: another kind of tokenizer, or a size below what must be kept (bytes and special tokens).
     """
+    return prune_by(tokenizer, collections.Counter(i for text in corpus for i in tokenizer.encode(text)), size)
+
+
+def prune_by(tokenizer: TextTokenizer, uses: Mapping[int, int], size: int | None = None) -> Pruned:
+    """``prune`` by how often each id occurs.
+
+    Raises:
+      ValueError: as ``prune``.
+    """
     file = json.loads(tokenizer.serialized)
     if file["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(file.get("pre_tokenizer")):
         raise ValueError(f"prune: a tokenizer of kind {file['model']['type']}; expected a byte-level BPE.")
@@ -51,7 +60,6 @@ def prune(tokenizer: TextTokenizer, corpus: Iterable[str], size: int | None = No
     if size is not None and size < len(kept):
         raise ValueError(f"prune: size={size}; bytes and special tokens alone are {len(kept)}.")
     names = {i: token for token, i in tokenizer.ids().items()}
-    uses = collections.Counter(i for text in corpus for i in tokenizer.encode(text))
     for i, _ in sorted(uses.items(), key=lambda item: (-item[1], item[0])):
         wanted = kept | made_of(names[i], ranks)
         if size is None or len(wanted) <= size:

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from distill.config import LogConfig, TrainingConfig
 from distill.data.text import TextDataConfig
+from distill.models.start import StartConfig
 from distill.objective import ObjectiveConfig
 from distill.parallel import ParallelConfig
 
@@ -19,13 +20,16 @@ class StudentConfig:
     """As ``TextConfig.teacher``: a published model from which the student starts; its tokens must be the teacher's.
     None: cut out of the teacher, with the sizes below; what is None stays as the teacher has it."""
     layers: int | None = None
-    """Evenly spread over the teacher's, the first and the last among them."""
+    """Of the teacher's, by ``start.choice``: evenly spread, the first and the last among them."""
     kv_heads: int | None = None
     """Groups of heads, by importance on text, as are units and dimensions (``models/init.py``)."""
     feed_forward: int | None = None
     width: int | None = None
     calibration_batches: int = 8
     """Batches on which importance is measured."""
+    start: StartConfig = StartConfig("teacher")
+    """Where it starts: cut out of the teacher (``layers`` there names those to keep, in place of a number), that with
+    factors or a correction of low rank, or at random."""
 
     def __post_init__(self):
         for name in ("layers", "kv_heads", "feed_forward", "width", "calibration_batches"):
@@ -34,11 +38,15 @@ class StudentConfig:
                 raise ValueError(f"student: {name}={value}; expected at least 1.")
         sizes = {name: getattr(self, name) for name in ("layers", "kv_heads", "feed_forward", "width")}
         given = [name for name, value in sizes.items() if value is not None]
+        given += [] if self.start == StartConfig("teacher") else ["start"]
         if self.source is not None and given:
             raise ValueError(f"student: source={self.source!r} has its own sizes; leave out {', '.join(given)}.")
-        if self.source is None and not given:
+        if self.start.layers and self.layers not in (None, len(self.start.layers)):
+            raise ValueError(f"student: layers={self.layers} and start.layers={self.start.layers}; give one of them.")
+        if self.source is None and not (any(sizes.values()) or self.start.layers or self.start.factors):
             raise ValueError(
-                "student: as large as the teacher; give --student.layers, --student.width … or a --student.source."
+                "student: as large as the teacher; give --student.layers, --student.width, …, a --student.source, or "
+                "--student.start.kind lora."
             )
 
 
@@ -52,6 +60,9 @@ class TextConfig:
     """``smollm2`` (SmolLM2-135M-Instruct, fetched with pip and known by its hash), a Hugging Face folder, a GGUF file,
     or a name on the hub."""
     data: TextDataConfig = TextDataConfig()
+    vocabulary: int | None = None
+    """Tokens kept of teacher and student, those the text to train on uses most (``prune.py``): a smaller head, and
+    every text can still be written. Nats per token are then of other, shorter tokens. None: all."""
     student: StudentConfig = StudentConfig(layers=6)
     training: TrainingConfig = TrainingConfig()
     """Of every arm: same batches, same schedule; only equal_time has another number of steps."""

@@ -12,6 +12,7 @@ Seconds of training are steps · the median time of a step: compiling, evaluatin
 hiccup of the machine is none either.
 """
 
+import collections
 import dataclasses
 import json
 import time
@@ -33,17 +34,19 @@ from distill.evaluate import greedy
 from distill.features import feature_terms, projector_shapes, with_projectors, without_projectors
 from distill.metrics import read_metrics
 from distill.models import Model, decoder
-from distill.models.init import importance, student_from
-from distill.objective import Terms, task_term, terms_of
+from distill.models.init import CHOICES, part_of
+from distill.models.start import Calibration, Start, start
+from distill.objective import Terms, router_terms, task_term, terms_of
 from distill.parallel import RULES, make_mesh, param_shardings
 from distill.preflight import Side, memory_plan, preflight, print_checks
+from distill.prune import Pruned, prune_by, prune_model
 from distill.shapes import Params
 from distill.stages import Trained, cost, ledger, restore
 from distill.table import print_rows
-from distill.text_config import TextConfig
+from distill.text_config import StudentConfig, TextConfig
 from distill.text_heldout import Heldout
 from distill.tokenizer import TextTokenizer
-from distill.train import Task, fit, lower
+from distill.train import Evaluate, Task, fit, lower
 from distill.vocab import align
 from distill.weights import save
 from distill.weights.published import Published, read
@@ -57,8 +60,10 @@ class World(NamedTuple):
 
     teacher: Trained
     tokenizer: TextTokenizer
+    begin: Start
+    """The student before its first step, the same of every arm."""
     student: Model
-    """Its ``init`` gives the start: the same of every arm."""
+    """The plain student, as it is measured and saved; its ``init`` gives the start."""
     train: Batch
     heldout: Heldout
     prompts: np.ndarray
@@ -81,20 +86,33 @@ def run_experiment(config: TextConfig, run: Path) -> dict[str, Any]:
 def make_world(config: TextConfig) -> World:
     """Teacher, tokenizer, student, text: everything that can be wrong is found here, before any training."""
     teacher = _read(config, config.teacher, config.teacher_dtype, config.parallel.teacher)
-    tokenizer, network = teacher.tokenizer, Trained(teacher.model, teacher.params)
-    rows = prepared.prepare(config.data, tokenizer, config.data_dir)
-    train = rows["train"].batch()
     source, rules = config.student.source, config.parallel.student
     own = None if source is None else _read(config, source, "float32", rules)
     if own is not None:
-        align(own.tokenizer.ids(), tokenizer.ids(), own.model.vocab_size, teacher.model.vocab_size)
-    student = _cut_out(config, network, train) if own is None else _started_at(own)
-    learner(config, student, teacher.model)
+        align(own.tokenizer.ids(), teacher.tokenizer.ids(), own.model.vocab_size, teacher.model.vocab_size)
+    rows = prepared.prepare(config.data, teacher.tokenizer, config.data_dir)
+    if config.vocabulary is not None:
+        uses = collections.Counter(rows["train"].tokens[rows["train"].segments > 0].tolist())
+        pruned = prune_by(teacher.tokenizer, uses, config.vocabulary)
+        teacher, own = (None if one is None else _pruned(one, pruned) for one in (teacher, own))
+        rows = prepared.prepare(config.data, teacher.tokenizer, config.data_dir)
+    tokenizer, network, train = teacher.tokenizer, Trained(teacher.model, teacher.params), rows["train"].batch()
+    begin = _cut_out(config, network, train) if own is None else _started_at(own)
+    plain = begin.model
+    if not config.student.start.plain:
+        plain = decoder(plain.config).with_vocabulary(plain.vocab_size)
+        plain = dataclasses.replace(plain, init=lambda key: begin.plain(begin.model.init(key)))
+    learner(config, begin.model, teacher.model)
     heldout = rows["heldout"].take(slice(config.heldout_rows))
     prints = {"tokenizer": tokenizer.fingerprint(), "teacher_weights": fingerprint(teacher.params)}
     prints["text"] = prepared.fingerprint(config.data, tokenizer)
     prompts = _prompts(config, heldout)
-    return World(network, tokenizer, student, train, Heldout(*network, heldout.batch()), prompts, prints)
+    return World(network, tokenizer, begin, plain, train, Heldout(*network, heldout.batch()), prompts, prints)
+
+
+def _pruned(whole: Published, pruned: Pruned) -> Published:
+    model, params = prune_model(whole.model, whole.params, pruned.ids)
+    return Published(model, params, pruned.tokenizer)
 
 
 def _read(config: TextConfig, name: str, dtype: str, rules: str) -> Published:
@@ -104,36 +122,38 @@ def _read(config: TextConfig, name: str, dtype: str, rules: str) -> Published:
     return read(name, dtype=dtype, activations=config.activations, sharding=sharding)
 
 
-def _cut_out(config: TextConfig, teacher: Trained, train: Batch) -> Model:
+def _cut_out(config: TextConfig, teacher: Trained, train: Batch) -> Start:
     """The student as a part of its teacher; units are chosen by importance on the training text."""
     asked, whole = config.student, teacher.model.config
-
-    def loss(params: Params, batch: Batch) -> Any:
-        states = teacher.model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments).hidden
-        sides = states, teacher.model.head(params), None, None
-        return losses.divide(losses.chunked(_cross_entropy, *sides, batch.labels, batch.mask))
+    sizes = {name: getattr(asked, name) for name in ("kv_heads", "feed_forward", "width")}
+    layers = asked.start.layers or (asked.layers and CHOICES[asked.start.choice](asked.layers, whole.layers))
+    loader = Loader(train, config.training.batch_size, config.training.seed)
 
     def batches() -> Iterator[Batch]:
-        loader = Loader(train, config.training.batch_size, config.training.seed)
         return map(loader.batch, range(asked.calibration_batches))
 
-    sizes = {"kv_heads": asked.kv_heads, "feed_forward": asked.feed_forward, "width": asked.width}
-    there = {"kv_heads": whole.groups, "feed_forward": whole.feed_forward, "width": whole.width}
-    fewer = any(size is not None and size < there[name] for name, size in sizes.items())
-    measured = importance(whole, teacher.params, loss, batches()) if fewer else None
-    small, params = student_from(whole, teacher.params, layers=asked.layers, measured=measured, **sizes)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    model = decoder(small).with_vocabulary(teacher.model.vocab_size)
-    return dataclasses.replace(model, init=lambda key: params)
+    small = part_of(whole, layers=layers, **sizes)
+    begin = start(*teacher, small, asked.start, Calibration(_nll, batches))
+
+    def init(key: Any) -> Params:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), begin.model.init(key))
+
+    return begin._replace(model=dataclasses.replace(begin.model, init=init))
+
+
+def _nll(model: Model, params: Params, batch: Batch) -> Any:
+    states = model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments).hidden
+    sides = states, model.head(params), None, None
+    return losses.divide(losses.chunked(_cross_entropy, *sides, batch.labels, batch.mask))
 
 
 def _cross_entropy(student_logits, _, labels):
     return losses.cross_entropy(student_logits, labels)
 
 
-def _started_at(own: Published) -> Model:
+def _started_at(own: Published) -> Start:
     """A published model that learns from its own parameters on."""
-    return dataclasses.replace(own.model, init=lambda key: own.params)
+    return Start(dataclasses.replace(own.model, init=lambda key: own.params), None)
 
 
 def _prompts(config: TextConfig, heldout: Rows) -> np.ndarray:
@@ -149,19 +169,22 @@ def learner(config: TextConfig, student: Model, teacher: Model) -> tuple[Model, 
     """The student with the projectors it learns beside itself, and the terms of its objective."""
     features = config.objective.features
     student = with_projectors(student, projector_shapes(features, student, teacher))
-    return student, terms_of(config.objective, feature_terms(features, student, teacher))
+    more = feature_terms(features, student, teacher)
+    return student, terms_of(config.objective, (*more, *router_terms(student, config.objective.router_weight)))
 
 
 def identity(config: TextConfig, world: World, training: TrainingConfig, *parts: str) -> dict[str, Any]:
     """What may not change when an arm goes on."""
     everything = to_dict(config)
+    if config.student.start == StudentConfig.start:
+        del everything["student"]["start"]  # as in run folders from before there was a choice
     named = {part: everything[part] for part in ("teacher", "data", "student", "activations", *parts)}
     return named | {"training": to_dict(training)} | world.fingerprints
 
 
 def distillation(config: TextConfig, world: World) -> Task:
     """What the distilled student learns."""
-    model, terms = learner(config, world.student, world.teacher.model)
+    model, terms = learner(config, world.begin.model, world.teacher.model)
     return Task(
         student=model,
         terms=terms,
@@ -169,9 +192,15 @@ def distillation(config: TextConfig, world: World) -> Task:
         examples=world.train,
         teacher=world.teacher.model,
         teacher_params=world.teacher.params,
-        evaluate=lambda params: world.heldout.measure(world.student, without_projectors(params), config.curve_rows),
+        base_params=world.begin.base,
+        evaluate=_curve(config, world),
         identity=identity(config, world, config.training, "objective", "teacher_dtype"),
     )
+
+
+def _curve(config: TextConfig, world: World) -> Evaluate:
+    """Held-out measures for the learning curve, from all of the student's parameters."""
+    return lambda whole: world.heldout.measure(world.begin.model, without_projectors(whole), config.curve_rows)
 
 
 def look_before(config: TextConfig, run: Path, world: World) -> None:
@@ -182,7 +211,7 @@ def look_before(config: TextConfig, run: Path, world: World) -> None:
     if config.parallel.backend != "pmap":
         plan = memory_plan(*lower(task, config.training, config.parallel))
     begin = jax.tree.map(lambda field: jnp.asarray(field[:1, :PREFLIGHT_TOKENS]), world.heldout.batch)
-    student = Side(world.student, world.student.init(jax.random.key(0)), world.tokenizer)
+    student = Side(world.student, _params_of(config, run, world, "start"), world.tokenizer)
     teacher = Side(*world.teacher, world.tokenizer)
     checks = preflight(student, teacher, begin, task.terms, plan=plan, run=run)
     if config.log.progress:
@@ -196,7 +225,7 @@ def distil(config: TextConfig, run: Path, world: World) -> Trained:
     per_token = 3 * world.student.config.flops_per_token(length) + world.teacher.model.config.flops_per_token(length)
     with cost(run, _tokens(config.training, config) * per_token):
         params = fit(run, task, config.training, parallel_config=config.parallel, log=config.log, label="student")
-    student = Trained(world.student, without_projectors(params))
+    student = Trained(world.student, world.begin.plain(without_projectors(params)))
     save(run / "student_hf", *student, world.tokenizer)
     return student
 
@@ -207,17 +236,18 @@ def train_alone(config: TextConfig, run: Path, world: World, arm: str) -> Traine
     if arm == "equal_time":
         training = dataclasses.replace(training, steps=_equal_steps(config, run))
     task = Task(
-        student=world.student,
-        terms=[task_term()],
+        student=world.begin.model,
+        terms=[task_term(), *router_terms(world.begin.model, config.objective.router_weight)],
         reduction=config.objective.reduction,
         examples=world.train,
-        evaluate=lambda params: world.heldout.measure(world.student, params, config.curve_rows),
+        base_params=world.begin.base,
+        evaluate=_curve(config, world),
         identity=identity(config, world, training),
     )
     flops = _tokens(training, config) * 3 * world.student.config.flops_per_token(config.data.length)
     with cost(run / arm, flops):
         params = fit(run / arm, task, training, parallel_config=config.parallel, log=config.log, label=arm)
-    return Trained(world.student, params)
+    return Trained(world.student, world.begin.plain(params))
 
 
 def _tokens(training: TrainingConfig, config: TextConfig) -> int:
@@ -253,7 +283,7 @@ def evaluate_run(config: TextConfig, run: Path, world: World) -> dict[str, Any]:
             world.heldout.of_teacher() | _sizes(teacher.model, length) | _write(config, world, *teacher)
         )
         for name in ("student", *config.arms, "start"):
-            params = _params_of(run, world, name)
+            params = _params_of(config, run, world, name)
             evaluation[name] = world.heldout.measure(world.student, params) | _sizes(world.student, length)
             evaluation[name] |= _write(config, world, world.student, params)
             if name != "start":
@@ -269,10 +299,10 @@ def evaluate_run(config: TextConfig, run: Path, world: World) -> dict[str, Any]:
     return summary
 
 
-def _params_of(run: Path, world: World, name: str) -> Params:
+def _params_of(config: TextConfig, run: Path, world: World, name: str) -> Params:
     if name == "start":
-        return world.student.init(jax.random.key(0))
-    return restore(world.student, run if name == "student" else run / name).params
+        return world.student.init(jax.random.key(config.training.seed))
+    return world.begin.plain(restore(world.begin.model, run if name == "student" else run / name).params)
 
 
 def _sizes(model: Model, length: int) -> dict[str, float]:
@@ -380,7 +410,7 @@ def evaluate_folder(run: Path) -> dict[str, Any]:
 def answer(run: Path, prompts: list[str]) -> list[dict[str, str]]:
     """How teacher and student of a run folder go on, as rows for a table."""
     config, world = _open(run)
-    student = world.student, _params_of(run, world, "student")
+    student = world.student, _params_of(config, run, world, "student")
     rows = []
     for prompt in prompts:
         ids = np.asarray([[*world.tokenizer.start, *world.tokenizer.encode(prompt)]], np.int32)

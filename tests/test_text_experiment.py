@@ -13,15 +13,20 @@ from distill import reproduce, text_experiment
 from distill.checkpoint import Checkpoints
 from distill.config import LogConfig, TrainingConfig
 from distill.data.text import TextDataConfig
+from distill.features import FeatureConfig
 from distill.kinds import experiment_in
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
+from distill.models.start import StartConfig
+from distill.objective import RouterTerm
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 from distill.report_text import write_report
 from distill.text_config import StudentConfig, TextConfig
 from distill.tokenizer import TextTokenizer
 
+SEED = jax.random.key(0)
+EXPERTS = {"experts": 2, "experts_per_token": 1, "router_loss_weight": 0.02}
 WORDS = "the cat sat on a mat and saw that the dog ran to it while no one was at home".split()
 
 
@@ -143,8 +148,8 @@ def test_held_out_measures_are_those_of_whole_logits(finished, config):
 def test_resumed_equals_uninterrupted_to_the_bit(finished, config, tmp_path, monkeypatch):
     saves = Checkpoints.save
 
-    def save_then_die(self, step, state, meta):
-        saves(self, step, state, meta)
+    def save_then_die(self, step, *rest):
+        saves(self, step, *rest)
         if step == 4:
             raise KeyboardInterrupt
 
@@ -168,9 +173,75 @@ def test_a_changed_run_is_refused(finished, config):
     text_experiment.write_config(finished[0], config)
 
 
+def test_a_start_with_layers_named_fewer_words_and_hidden_states_is_one_line_each(config, tmp_path):
+    given = dataclasses.replace(
+        config,
+        student=StudentConfig(start=StartConfig("lora", layers=(2, 0), rank=2)),
+        vocabulary=60,
+        objective=dataclasses.replace(config.objective, features=FeatureConfig(hidden_weight=0.5)),
+        training=dataclasses.replace(config.training, steps=4),
+    )
+    world = text_experiment.make_world(given)
+    student = text_experiment.distil(given, tmp_path, world)
+    kl = [world.heldout.measure(world.student, params)["kl"] for params in (world.student.init(SEED), student.params)]
+    assert kl[1] != kl[0]
+    assert all(r["hidden_projected_mse"] > 0 for r in read_metrics(tmp_path) if r["kind"] == "train")
+    model, params = distill.load(tmp_path / "student_hf")
+    tokenizer = TextTokenizer.from_folder(tmp_path / "student_hf")
+    assert model.vocab_size == tokenizer.vocab_size <= 60 and model.config.layers == 2
+    assert tokenizer.decode(tokenizer.encode("the dog sat")) == "the dog sat"
+    jax.tree.map(np.testing.assert_array_equal, params, student.params)
+    with Checkpoints(tmp_path) as checkpoints:
+        learnt = checkpoints.params(jax.eval_shape(world.begin.model.init, SEED))
+    curve = read_metrics(tmp_path)[-1]
+    assert curve["kl"] == pytest.approx(kl[1], rel=1e-4)  # with the correction beside its base, and merged
+    assert sum(leaf.size for leaf in jax.tree.leaves(learnt)) < model.parameter_count() / 2
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        StudentConfig(feed_forward=8, start=StartConfig("low_rank", rank=2)),
+        StudentConfig(layers=1, start=StartConfig("teacher", choice="first", share_embeddings=True)),
+        StudentConfig(layers=2, width=8, start=StartConfig("random")),
+    ],
+    ids=lambda student: student.start.kind,
+)
+def test_every_start_becomes_a_plain_student(config, student):
+    given = dataclasses.replace(config, student=student)
+    world = text_experiment.make_world(given)
+    params = world.student.init(jax.random.key(3))
+    size = world.student.config
+    plain = jax.eval_shape(decoder(size).init, jax.random.key(0))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), plain
+    )
+    assert (size.layers, size.feed_forward, size.width) == (
+        student.layers or 3,
+        student.feed_forward or 24,
+        student.width or 16,
+    )
+    if student.start.kind == "teacher":
+        first = world.teacher.params["layers"]["mlp"]["up"]["kernel"][0]
+        np.testing.assert_array_equal(params["layers"]["mlp"]["up"]["kernel"][0], first)
+
+
+def test_experts_are_kept_busy_in_every_arm(config, tmp_path, monkeypatch):
+    experts = decoder(DecoderConfig(vocab_size=320, layers=3, width=16, heads=2, feed_forward=8, **EXPERTS))
+    world = text_experiment.make_world(config)
+    begin = world.begin._replace(model=experts)
+    world, tasks = world._replace(begin=begin, student=experts), []
+    monkeypatch.setattr(text_experiment, "fit", lambda run, task, *_, **__: tasks.append(task) or {})
+    text_experiment.train_alone(config, tmp_path, world, "equal_tokens")
+    tasks.append(text_experiment.distillation(config, world))
+    assert [[t.weight for t in task.terms if isinstance(t, RouterTerm)] for task in tasks] == [[0.02]] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"vocabulary": 9}, "prune: size=9; bytes and special tokens alone are"),
+        ({"student": StudentConfig(start=StartConfig("teacher", layers=(0, 3)))}, "some of 0 … 2"),
         ({"teacher": "nowhere/model.gguf"}, "no such folder or file"),
         ({"student": StudentConfig(layers=4)}, "4 layers of 3"),
         ({"student": StudentConfig(width=32)}, r"width=32; expected 1 … 16"),
@@ -190,6 +261,8 @@ def test_what_cannot_be_is_refused_before_training(config, tmp_path, monkeypatch
     [
         (lambda: StudentConfig(), "as large as the teacher"),
         (lambda: StudentConfig("a/b", layers=2), "has its own sizes; leave out layers"),
+        (lambda: StudentConfig("a/b", start=StartConfig()), "has its own sizes; leave out start"),
+        (lambda: StudentConfig(layers=2, start=StartConfig("teacher", layers=(1,))), "give one of them"),
         (lambda: StudentConfig(layers=0), "layers=0; expected at least 1"),
         (lambda: TextConfig(arms=("equal_time", "equal_tokens")), "must come first"),
         (lambda: TextConfig(arms=("equal_tokens", "equal_tokens")), "each at most once"),
