@@ -89,6 +89,7 @@ def make_world(config: TextConfig) -> World:
     source, rules = config.student.source, config.parallel.student
     own = None if source is None else _read(config, source, "float32", rules)
     if own is not None:
+        teacher = _within(teacher, own.tokenizer)
         align(own.tokenizer.ids(), teacher.tokenizer.ids(), own.model.vocab_size, teacher.model.vocab_size)
     rows = prepared.prepare(config.data, teacher.tokenizer, config.data_dir)
     if config.vocabulary is not None:
@@ -108,6 +109,15 @@ def make_world(config: TextConfig) -> World:
     prints["text"] = prepared.fingerprint(config.data, tokenizer)
     prompts = _prompts(config, heldout)
     return World(network, tokenizer, begin, plain, train, Heldout(*network, heldout.batch()), prompts, prints)
+
+
+def _within(teacher: Published, known: TextTokenizer) -> Published:
+    """The teacher without control tokens that its student has no rows for; unchanged if they differ in more."""
+    try:
+        tokenizer = teacher.tokenizer.within(known.vocab_size)
+    except ValueError:
+        return teacher  # said by ``align``
+    return Published(teacher.model.with_vocabulary(tokenizer.vocab_size), teacher.params, tokenizer)
 
 
 def _pruned(whole: Published, pruned: Pruned) -> Published:

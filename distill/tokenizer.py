@@ -154,6 +154,29 @@ class TextTokenizer:
             tokenizer.save_pretrained(folder)
             return cls.from_folder(folder, eos=eos, pad=pad)
 
+    def within(self, rows: int) -> "TextTokenizer":
+        """Without the control tokens that an embedding of so many rows has none for.
+
+        Gemma 3 has a token for images, of which its model for text alone knows nothing.
+
+        Raises:
+          ValueError: a token of text has no row, or a special token that is needed.
+        """
+        if self.vocab_size <= rows:
+            return self
+        beyond = {token for token, i in self._ids.items() if i >= rows}
+        needed = sorted(beyond - set(self.special_tokens) | beyond & {self.eos, self.bos, self.pad, self.unknown})
+        if needed:
+            raise ValueError(
+                f"the tokenizer has ids up to {self.vocab_size - 1}, the embedding {rows} rows, none for "
+                f"{', '.join(map(repr, needed[:3]))}; they do not belong together."
+            )
+        file = json.loads(self.serialized)
+        file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] not in beyond]
+        if isinstance(vocabulary := file["model"].get("vocab"), dict):
+            file["model"]["vocab"] = {token: i for token, i in vocabulary.items() if token not in beyond}
+        return dataclasses.replace(self, serialized=json.dumps(file, ensure_ascii=False))
+
     def save(self, folder: str | Path) -> None:
         """Writes ``tokenizer.json``, ``tokenizer_config.json`` and the chat template, as transformers opens them."""
         folder = Path(folder)

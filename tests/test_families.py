@@ -17,6 +17,7 @@ from distill.models import Collect, DecoderConfig, RopeScaling, decoder
 from distill.weights import read_config
 from distill.weights.assemble import disassemble
 from distill.weights.families import FAMILIES, family_of, from_json, table_of, to_json
+from distill.weights.gemma import text_of
 
 DATA = Path(__file__).resolve().parent / "data" / "families"
 CASES = sorted(path.name for path in DATA.iterdir())
@@ -150,6 +151,37 @@ def test_a_published_gpt2_leaves_out_a_prefix_and_holds_masks(tmp_path):
     (tmp_path / "config.json").write_text((DATA / "gpt2/config.json").read_text())
     same = jax.tree.map(np.testing.assert_array_equal, distill.load(tmp_path)[1], distill.load(DATA / "gpt2")[1])
     assert jax.tree.leaves(same) == []
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
+def test_the_text_model_of_a_gemma3_with_images_is_read(prefix, tmp_path):
+    tensors = load_file(DATA / "gemma3/model.safetensors")
+    inner = {name: name.removeprefix("model.") if prefix.startswith("model.") else name for name in tensors}
+    tensors = {prefix + inner[name] if name.startswith("model.") else name: x for name, x in tensors.items()}
+    tensors["vision_tower.vision_model.head.probe"] = np.ones((1, 1, 4), np.float32)
+    tensors["multi_modal_projector.mm_soft_emb_norm.weight"] = np.ones(4, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    text = json.loads((DATA / "gemma3/config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 4}, "boi_token_index": 5}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    model, params = distill.load(tmp_path)
+    alone = distill.load(DATA / "gemma3")
+    assert model.config == alone[0].config
+    assert jax.tree.leaves(jax.tree.map(np.testing.assert_array_equal, params, alone[1])) == []
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"rope_theta": 5.0}))
+    with pytest.raises(ValueError, match=r"rope_theta=5\.0 of model_type 'gemma3': not known"):
+        distill.load(tmp_path)
+
+
+def test_the_published_gemma3_27b_leaves_much_to_defaults():
+    text = {"head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32}
+    text |= {"num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168, "sliding_window": 1024}
+    text |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    values = {"model_type": "gemma3", "text_config": text, "image_token_index": 262144, "mm_tokens_per_image": 256}
+    config = from_json(text_of(values))
+    assert (config.vocab_size, config.tied, config.rope_scaling.factor) == (262_208, True, 8.0)
+    assert config.window_layers[:7] == (True,) * 5 + (False, True)
+    assert decoder(config).parameter_count() == pytest.approx(27.0e9, rel=0.02)
 
 
 # ---- config.json

@@ -5,6 +5,7 @@ import json
 import pytest
 from builders import random_params, tiny_decoder
 from text_builders import CHAT, CHATML, TEXTS, byte_level, tiny_tokenizer
+from tokenizers import Tokenizer
 
 from distill.tokenizer import TextTokenizer
 
@@ -101,6 +102,20 @@ def test_bad_tokenizers_are_refused(tmp_path):
         tiny_tokenizer(chat_template="{{ raise_exception('no') }}").chat(CHAT)
     with pytest.raises(ValueError, match="the chat template fails"):  # the sandbox
         tiny_tokenizer(chat_template="{{ ''.__class__.__mro__ }}").chat(CHAT)
+
+
+def test_control_tokens_without_a_row_are_left_out():
+    """Of Gemma 3: one tokenizer for all, a token for images that the model for text alone has no row for."""
+    backend = Tokenizer.from_str(byte_level().to_str())
+    backend.add_special_tokens(["<image>"])
+    whole, plain = TextTokenizer(backend.to_str(), "</s>"), tiny_tokenizer(bos=None)
+    rows = plain.vocab_size
+    assert whole.vocab_size == rows + 1 and whole.within(rows + 1) is whole
+    assert whole.within(rows).ids() == plain.ids() and max(whole.within(rows).encode("a <image> fox")) < rows
+    with pytest.raises(ValueError, match=rf"ids up to {rows}, the embedding {rows - 1} rows, none for '\w+'"):
+        whole.within(rows - 1)
+    with pytest.raises(ValueError, match="none for '<image>'"):
+        TextTokenizer(backend.to_str(), "<image>").within(rows)
 
 
 def test_saved_with_a_model(tmp_path):

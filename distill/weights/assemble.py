@@ -35,19 +35,19 @@ class Source(Protocol):
         ...
 
 
-class Prefixed:
-    """A source whose names lack a prefix that the table has."""
+class Renamed:
+    """A source whose names are not those of the table: ``rename(name in the source)`` is."""
 
-    def __init__(self, source: Source, prefix: str):
-        self.source, self.prefix = source, prefix
+    def __init__(self, source: Source, rename: Callable[[str], str]):
+        self.source, self.where = source, {rename(name): name for name in source.names()}
 
     def names(self) -> set[str]:
-        """The names with the prefix."""
-        return {self.prefix + name for name in self.source.names()}
+        """The names of the table."""
+        return set(self.where)
 
     def get(self, name: str) -> np.ndarray:
         """The tensor of that name."""
-        return self.source.get(name.removeprefix(self.prefix))
+        return self.source.get(self.where[name])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from distill.models import DecoderConfig
 from distill.weights import gemma, gpt, llama, moe, relatives
 from distill.weights.assemble import Table, shapes_of
+from distill.weights.encoders import ENCODERS
 from distill.weights.family import HARMLESS, NEUTRAL, Family, Json, Keys, chosen
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | relatives.FAMILIES | moe.FAMILIES | gemma.FAMILIES | gpt.FAMILIES
@@ -31,7 +32,8 @@ def from_json(values: Json) -> DecoderConfig:
     """
     name = values.get("model_type")
     if name not in FAMILIES:
-        raise ValueError(f"config.json: model_type={name!r} is not supported; expected one of {', '.join(FAMILIES)}.")
+        known = ", ".join([*FAMILIES, *ENCODERS])
+        raise ValueError(f"config.json: model_type={name!r} is not supported; expected one of {known}.")
     family = FAMILIES[name]
     keys = Keys(values, family.defaults)
     options = family.options(keys)

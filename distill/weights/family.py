@@ -60,6 +60,8 @@ class Family(NamedTuple):
     """Keys of this family alone that change no logit."""
     prefix: str = ""
     """Of all names; files may leave it out."""
+    rename: Callable[[str], str] | None = None
+    """Another name in files → the name in the table."""
 
 
 HARMLESS = {

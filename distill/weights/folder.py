@@ -19,8 +19,9 @@ from distill.progress import loading
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
 from distill.weights import encoders
-from distill.weights.assemble import NetworkConfig, Prefixed, assemble, disassemble, network, shapes_of
+from distill.weights.assemble import NetworkConfig, Renamed, assemble, disassemble, network, shapes_of
 from distill.weights.families import FAMILIES, from_json, table_of, to_json
+from distill.weights.gemma import text_of
 from distill.weights.place import Place
 from distill.weights.replace import replacing, there
 from distill.weights.safetensors import SafetensorsSource, is_weights, write
@@ -103,9 +104,10 @@ def _read_decoder(folder: Path, config: DecoderConfig, family: str, place: Place
     table, ignored, prefix = table_of(config, family), FAMILIES[family].ignored, FAMILIES[family].prefix
     if config.tied:
         ignored += (r"lm_head\.weight",)
-    source = SafetensorsSource(folder)
+    source, rename = SafetensorsSource(folder), FAMILIES[family].rename
     if prefix and not any(name.startswith(prefix) for name in source.names()):
-        source = Prefixed(source, prefix)
+        rename = prefix.__add__
+    source = source if rename is None else Renamed(source, rename)
     return assemble(config, table, source, place, dtype=dtype, ignored=ignored)
 
 
@@ -138,6 +140,7 @@ def _config_of(folder: Path) -> tuple[NetworkConfig, str]:
         if not isinstance(values, dict):
             raise ValueError("config.json: expected an object.")
         _refuse_code(values)
+        values = text_of(values) if values.get("model_type") == "gemma3" else values
         if values.get("model_type") in encoders.ENCODERS:
             return encoders.read_config(folder, values), values["model_type"]
         return from_json(values), values["model_type"]

@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv 2408.00118) and the text models of Gemma 3 (arXiv 2503.19786)."""
+"""Gemma 2 (arXiv 2408.00118) and the text models of Gemma 3 (arXiv 2503.19786), also out of a model with images."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ from distill.models import DecoderConfig
 from distill.weights import llama
 from distill.weights.assemble import Path, Row
 from distill.weights.family import (
+    HARMLESS,
     Family,
     Json,
     Keys,
@@ -31,6 +32,7 @@ _ALWAYS = {"norm_plus_one": True, "norm_place": "around", "scaled_embedding": Tr
 
 _DEFAULTS = {
     "head_dim": 256,
+    "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
@@ -118,6 +120,49 @@ def _gemma3_keys(c: DecoderConfig) -> Json:
     return _common_keys(c) | {"rope_parameters": ropes}
 
 
+# ---- Gemma 3 with images: its text model alone
+
+_OF_IMAGES = {"vision_config", "mm_tokens_per_image"}
+_OF_IMAGES |= {f"{token}_token_{kind}" for token in ("boi", "eoi", "image") for kind in ("id", "index")}
+
+
+def text_of(values: Json) -> Json:
+    """The ``gemma3_text`` that a ``config.json`` of ``gemma3``, which also sees images, holds.
+
+    Raises:
+      ValueError: there is none, or a key beside it that is not known.
+
+    Example:
+      >>> text_of({"model_type": "gemma3", "text_config": {"hidden_size": 8}, "vision_config": {}})
+      {'hidden_size': 8, 'model_type': 'gemma3_text'}
+    """
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError("config.json: text_config is missing; expected that of a gemma3 with images.")
+    known = HARMLESS | _OF_IMAGES | {"model_type", "text_config", "tie_word_embeddings"}
+    unknown = [f"{key}={value!r}" for key, value in values.items() if key not in known]
+    if unknown:
+        raise ValueError(f"config.json: {', '.join(unknown)} of model_type 'gemma3': not known, and it might matter.")
+    tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
+    return tied | text | {"model_type": "gemma3_text"}
+
+
+def text_name(name: str) -> str:
+    """The name in ``gemma3_text`` of a tensor of ``gemma3``, in either spelling; others stay.
+
+    Example:
+      >>> text_name("language_model.model.norm.weight"), text_name("model.language_model.norm.weight")
+      ('model.norm.weight', 'model.norm.weight')
+    """
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name.removeprefix("language_model.")
+
+
+OF_IMAGES = (r"(model\.)?vision_tower\..*", r"(model\.)?multi_modal_projector\..*")
+"""Tensors that only images need."""
+
+
 FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -137,7 +182,12 @@ FAMILIES: dict[str, Family] = {
         llama.DEFAULTS
         | _DEFAULTS
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "max_position_embeddings": 131_072}
-        | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6},
+        | {
+            "vocab_size": 262_208,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+        },
         _gemma3,
         _gemma3_keys,
         lambda c: (
@@ -146,7 +196,8 @@ FAMILIES: dict[str, Family] = {
             and (c.rope_theta_local is not None or c.sliding_window is None or c.rope_scaling.kind == "none")
         ),
         _row,
-        llama.IGNORED,
+        llama.IGNORED + OF_IMAGES,
         frozenset({"_sliding_window_pattern"}),
+        rename=text_name,
     ),
 }

@@ -42,12 +42,10 @@ def read(
     path = _located(name)
     options = {"dtype": dtype, "activations": activations, "sharding": sharding}
     model, params = folder.load(path, **options)
-    tokenizer = _tokenizer_at(path)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"{name}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding {model.vocab_size} rows; "
-            "they do not belong together."
-        )
+    try:
+        tokenizer = _tokenizer_at(path).within(model.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     return Published(model.with_vocabulary(tokenizer.vocab_size), params, tokenizer)
 
 
