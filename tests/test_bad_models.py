@@ -198,7 +198,7 @@ CASES = {
     gguf_not_a_number: (r"tensor blk\.1\.ffn_up\.weight holds nan at \[3, 0\]", GGUF),
     no_text: (r"no documents on the side 'train'", ()),
     broken_line: (r"text\.jsonl:7: not JSON", ()),
-    nothing_wrong: (r"--student\.layers|layers=9|9 layers of 2", ("--student.layers", "9")),
+    nothing_wrong: (r"9 layers of 2; expected 1 … 2", ("--student.layers", "9")),
 }
 """What is done to the good folder → the message, and more of the command line."""
 
