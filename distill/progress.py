@@ -20,15 +20,13 @@ class Progress:
             rich_progress.TextColumn("{task.description:>8}"),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
-            rich_progress.TextColumn("loss {task.fields[loss]:.4f}  {task.fields[measured]}"),
-            rich_progress.TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s  {task.fields[notes]}"),
+            rich_progress.TextColumn("{task.fields[text]}"),
             rich_progress.TimeRemainingColumn(),
             console=console,
             disable=self._lines,
         )
-        nan = float("nan")
-        self._fields: dict[str, Any] = {"loss": nan, "measured": "", "tokens_per_second": nan, "notes": ""}
-        self._task = self._bar.add_task(label, total=steps, completed=start, **self._fields)
+        self._fields: dict[str, Any] = {}
+        self._task = self._bar.add_task(label, total=steps, completed=start, text="")
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -40,16 +38,20 @@ class Progress:
     def update(self, step: int, **fields: Any) -> None:
         """After a dispatch: ``loss``, ``tokens_per_second``, and ``notes`` to stand behind them."""
         self._fields |= fields
-        self._bar.update(self._task, completed=step, **fields)
+        self._bar.update(self._task, completed=step, text=self._text())
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """After an evaluation."""
-        measured = self._fields["measured"] = written(values)
-        self._bar.update(self._task, measured=measured)
+        self._fields["measured"] = written(values)
+        self._bar.update(self._task, text=self._text())
         if self._lines:
-            loss, speed, notes = (self._fields[name] for name in ("loss", "tokens_per_second", "notes"))
-            line = f"{self._label} {step}/{self._steps}  loss {loss:.4f}  {measured}  {speed:,.0f} tokens/s  {notes}"
-            self._console.print(line.rstrip(), highlight=False)
+            self._console.print(f"{self._label} {step}/{self._steps}  {self._text()}", highlight=False)
+
+    def _text(self) -> str:
+        """What is known: before the first step there is neither a loss nor a speed."""
+        formats = {"loss": "loss {:.4f}", "measured": "{}", "tokens_per_second": "{:,.0f} tokens/s", "notes": "{}"}
+        known = [(how, self._fields[name]) for name, how in formats.items() if name in self._fields]
+        return "  ".join(how.format(value) for how, value in known if value != "")
 
 
 @contextlib.contextmanager
