@@ -145,8 +145,12 @@ def test_older_names_and_tensors_that_are_not_needed(tmp_path):
         ("bert", lambda t: {n: t[n] for n in t if "layer.1.output.dense" not in n}, "missing: encoder.layer.1.output"),
         ("bert", lambda t: t | {"bert.pooler.dense.bias": t["pooler.dense.bias"]}, "which are one tensor"),
         ("modernbert", lambda t: t | {"layers.0.attn_norm.weight": t["final_norm.weight"]}, "should have none"),
-        ("modernbert", lambda t: t | {"layers.1.attn.Wqkv.weight": np.zeros((8, 4), np.float32)}, "3 equal parts"),
-        ("modernbert", lambda t: t | {"layers.1.mlp.Wi.weight": np.zeros((8, 4), np.float32)}, r"expected \(10, 16\)"),
+        (
+            "modernbert",
+            lambda t: t | {"layers.1.attn.Wqkv.weight": np.zeros((8, 4), np.float32)},
+            r"expected \(48, 16\)",
+        ),
+        ("modernbert", lambda t: t | {"layers.1.mlp.Wi.weight": np.zeros((8, 4), np.float32)}, r"expected \(20, 16\)"),
     ],
 )
 def test_tensors_of_another_model_are_refused(name, change, message, tmp_path):

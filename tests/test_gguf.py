@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import distill
-from distill.models import DecoderConfig, decoder
+from distill.models import DecoderConfig, RopeScaling, decoder
 from distill.weights import carried
 from distill.weights.assemble import assemble, disassemble
 from distill.weights.gguf import GGUFSource, config_of, load, table_of
@@ -91,9 +91,8 @@ def write(path, config, architecture, tensors, kinds=(), header=(), tokenizer=No
         writer.add_key_length(c.head_dim)
         writer.add_value_length(c.head_dim)
     for key, value in dict(header).items():
-        {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}[type(value)](
-            key, value
-        )
+        adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}
+        (adders | {float: writer.add_float32})[type(value)](key, value)
     stored = {}
     for name, array in tensors.items():
         part = name.split(".")[-2]
@@ -251,7 +250,7 @@ def test_another_architecture_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rope.scaling.type", "yarn"), ("expert_count", 8), ("attention.sliding_window", 32), ("attention.causal", False)],
+    [("expert_count", 8), ("attention.sliding_window", 32), ("attention.causal", False)],
 )
 def test_what_the_decoder_lacks_is_named(tmp_path, key, value):
     refused(tmp_path, f"llama.{key} = {value!r}", header={f"llama.{key}": value})
@@ -277,11 +276,66 @@ def test_partly_rotated_heads_are_refused(tmp_path):
 
 
 def test_a_tensor_too_many_is_named(tmp_path):
-    refused(
-        tmp_path,
-        "not understood: rope_freqs.weight",
-        tensors=tensors_of(LLAMA) | {"rope_freqs.weight": np.ones(4, np.float32)},
-    )
+    tensors = tensors_of(LLAMA) | {"rope_factors_long.weight": np.ones(4, np.float32)}
+    refused(tmp_path, "not understood: rope_factors_long.weight", tensors=tensors)
+
+
+# ---- positions
+
+
+@pytest.mark.parametrize(
+    ("header", "want"),
+    [
+        ({"type": "linear", "factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"factor": 2.5}, RopeScaling("linear", 2.5)),
+        ({"factor": 0.0}, RopeScaling()),
+        ({"type": "none", "factor": 4.0}, RopeScaling()),
+        ({"type": "yarn", "factor": 4.0, "original_context_length": 16}, RopeScaling("yarn", 4.0, 16)),
+    ],
+)
+def test_scaled_positions_by_keys(header, want, tmp_path):
+    keys = {f"qwen2.rope.scaling.{key}": value for key, value in header.items()}
+    write(tmp_path / "tiny.gguf", QWEN2, "qwen2", tensors_of(QWEN2), header=keys)
+    assert config_of(GGUFSource(tmp_path / "tiny.gguf")).rope_scaling == want
+
+
+def llama3_factors(half, theta, factor, original):
+    """A loop over pairs, by wavelength."""
+    factors = []
+    for i in range(half):
+        wavelength = 2 * np.pi * theta ** (i / half)
+        if wavelength < original / 4.0:
+            factors.append(1.0)
+        elif wavelength > original / 1.0:
+            factors.append(factor)
+        else:
+            smooth = (original / wavelength - 1.0) / (4.0 - 1.0)
+            factors.append(1.0 / ((1.0 - smooth) / factor + smooth))
+    return {"rope_freqs.weight": np.array(factors, np.float32)}
+
+
+def test_scaled_positions_of_llama_3(tmp_path):
+    config = dataclasses.replace(LLAMA, head_dim=16, rope_theta=5e5)
+    factors = llama3_factors(8, 5e5, 32.0, 8192)
+    assert 1.0 < factors["rope_freqs.weight"][4] < 32.0  # a pair between the two bounds
+    write(tmp_path / "tiny.gguf", config, "llama", tensors_of(config) | factors)
+    model, params = load(GGUFSource(tmp_path / "tiny.gguf"))
+    assert model.config == dataclasses.replace(config, rope_scaling=RopeScaling("llama3", 32.0, 8192))
+    assert "rope_freqs" not in str(jax.tree.structure(params))
+    other = llama3_factors(8, 5e5, 32.0, 4096)
+    refused(tmp_path, "is not that of Llama 3.1", config=config, tensors=tensors_of(config) | other)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"type": "longrope"}, {"type": "yarn", "factor": 2.0}, {"type": "yarn", "factor": 2.0, "attn_factor": 0.5}],
+)
+def test_other_scalings_are_refused(header, tmp_path):
+    keys = {f"llama.rope.scaling.{key}": value for key, value in header.items()}
+    refused(tmp_path, "rope.scaling.type = '(longrope|yarn)' with original_context_length", header=keys)
+
+
+# ---- and more that is refused
 
 
 def test_norms_of_queries_in_an_order_nobody_knows_are_refused(tmp_path):

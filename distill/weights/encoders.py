@@ -1,8 +1,7 @@
 """Encoders in and out of files: BERT (MiniLM is one), DistilBERT and ModernBERT.
 
 What a file holds beside the encoder is told by its tensors: with a head for masked words it is loaded with that head
-(and without BERT's pooler, as ``BertForMaskedLM`` is), else as the bare encoder. What transformers keeps as one matrix
-is cut apart when read and joined when written.
+(and without BERT's pooler, as ``BertForMaskedLM`` is), else as the bare encoder.
 """
 
 import re
@@ -14,8 +13,8 @@ import numpy as np
 
 from distill.models.encoder import EncoderConfig
 from distill.shapes import Params
+from distill.weights.assemble import Part, Row, Table, assemble, disassemble, flat, linear, same, shapes_of
 from distill.weights.assemble import Path as Parameter
-from distill.weights.assemble import Row, Table, assemble, disassemble, flat, linear, same, shapes_of
 from distill.weights.family import HARMLESS, Json, Keys
 from distill.weights.place import Place
 from distill.weights.safetensors import SafetensorsSource
@@ -29,12 +28,11 @@ class EncoderFamily(NamedTuple):
     prefix: str
     """Of the encoder's tensors where there is a head."""
     names: dict[str, str]
-    """Parameter, or the module it belongs to → tensor; those of layers are behind ``layers``."""
+    """Parameter, or the module it belongs to → tensor, ``name[0]``, ``name[1]`` for the parts of one matrix; those of
+    layers are behind ``layers``."""
     layers: str
     head: dict[str, str]
     """The same for the head; its names take no prefix."""
-    parts: dict[str, int]
-    """Modules kept as one matrix, and in how many parts: ``name[part]`` in ``names``."""
     ignored: tuple[str, ...]
     """Regular expressions of tensors that are computed, or tied to the embedding."""
     fields: Callable[[Keys], Json]
@@ -114,7 +112,6 @@ def _bert() -> EncoderFamily:
             "transform_norm": "cls.predictions.transform.LayerNorm",
             "head_bias": "cls.predictions.bias",
         },
-        parts={},
         ignored=(
             r"embeddings\.position_ids",
             r"cls\.predictions\.decoder\.(weight|bias)",
@@ -174,7 +171,6 @@ def _distilbert() -> EncoderFamily:
             "transform_norm": "vocab_layer_norm",
             "head_bias": "vocab_projector.bias",
         },
-        parts={},
         ignored=(r"vocab_projector\.weight", r"embeddings\.position_ids"),
         fields=lambda keys: read(keys) | {"activation": _activation(keys, "activation")},
         keys=lambda c: write(c) | {"activation": _ACTIVATION_NAMES[c.activation]},
@@ -264,7 +260,6 @@ def _modernbert() -> EncoderFamily:
         },
         layers="layers.{layer}.",
         head={"transform": "head.dense", "transform_norm": "head.norm", "head_bias": "decoder.bias"},
-        parts={"attn.Wqkv": 3, "mlp.Wi": 2},
         ignored=(r"decoder\.weight",),
         fields=lambda keys: read(keys) | options | _modernbert_fields(keys),
         keys=lambda c: write(c) | _modernbert_keys(c),
@@ -388,7 +383,7 @@ def to_json(config: EncoderConfig, family: str | None = None, dtype: str = "floa
 
 
 def table_of(config: EncoderConfig, family: str | None = None) -> Table:
-    """The names of an encoder's tensors: without a prefix, parts of a matrix as ``name.weight[part]``."""
+    """The names of an encoder's tensors, without a prefix."""
     chosen = ENCODERS[family_of(config, family)]
     return {path: _row(path, chosen) for path in shapes_of(config)}
 
@@ -400,11 +395,11 @@ def _row(path: Parameter, family: EncoderFamily) -> Row:
     prefix = family.layers if path[0] == "layers" else ""
     if key in known:  # an array of its own: embeddings, the bias of the head
         return Row(prefix + known[key], same)
-    module, part = re.fullmatch(r"([^\[]+)(\[\d\])?", known["/".join(inside[:-1])]).groups()
-    name = f"{prefix}{module}.{'bias' if path[-1] == 'bias' else 'weight'}{part or ''}"
+    module, index = re.fullmatch(r"([^\[]+)(?:\[(\d)\])?", known["/".join(inside[:-1])]).groups()
+    name, part = f"{prefix}{module}.{'bias' if path[-1] == 'bias' else 'weight'}", index and Part(int(index))
     if path[-1] == "kernel":
-        return Row(name, linear(2 if inside[-2] == "output" else 1))
-    return Row(name, flat if path[-1] == "bias" and inside[-2] in ("query", "key", "value") else same)
+        return Row(name, linear(2 if inside[-2] == "output" else 1), part)
+    return Row(name, flat if path[-1] == "bias" and inside[-2] in ("query", "key", "value") else same, part)
 
 
 def _canonical(name: str, family: EncoderFamily) -> str:
@@ -414,22 +409,15 @@ def _canonical(name: str, family: EncoderFamily) -> str:
 
 
 class _View:
-    """The tensors of a file by the names of ``table_of``.
-
-    A ``Source``: what is kept as one matrix is in parts, and the first pre-norm layer has an attention norm.
-    """
+    """The tensors of a file by the names of ``table_of``; the first pre-norm layer has an attention norm."""
 
     def __init__(self, source: SafetensorsSource, family: EncoderFamily, config: EncoderConfig):
-        self.source, self.width, self.at = source, config.width, {}
+        self.source, self.width, self.at, self.made = source, config.width, {}, _made(config)
         for name in source.names():
             canonical = _canonical(name, family)
-            count = next((n for module, n in family.parts.items() if f"{module}." in canonical), None)
-            wanted = [canonical] if count is None else [f"{canonical}[{part}]" for part in range(count)]
-            twice = [one for one in wanted if one in self.at]
-            if twice:
-                raise ValueError(f"the file has {name} and {self.at[twice[0]][0]}, which are one tensor; expected one.")
-            self.at |= {one: (name, part, len(wanted)) for part, one in enumerate(wanted)}
-        self.made = _made(config)
+            if canonical in self.at:
+                raise ValueError(f"the file has {name} and {self.at[canonical]}, which are one tensor; expected one.")
+            self.at[canonical] = name
         if self.made & self.at.keys():
             raise ValueError(f"the file has {min(self.made & self.at.keys())}; the first layer should have none.")
 
@@ -439,11 +427,7 @@ class _View:
     def get(self, name: str) -> np.ndarray:
         if name in self.made:
             return np.full(self.width, float(name.endswith("weight")), np.float32)
-        there, part, count = self.at[name]
-        array = self.source.get(there)
-        if len(array) % count:
-            raise ValueError(f"{there}: shape {array.shape}; expected {count} equal parts.")
-        return array if count == 1 else np.split(array, count)[part]
+        return self.source.get(self.at[name])
 
 
 def _made(config: EncoderConfig) -> set[str]:
@@ -454,19 +438,12 @@ def _made(config: EncoderConfig) -> set[str]:
 
 def tensors(config: EncoderConfig, family: str, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """``(name, array)`` of every tensor of a file that transformers opens as this family."""
-    chosen, parts, made = ENCODERS[family], {}, _made(config)
-    heads = {row.name for path, row in table_of(config, family).items() if path[0] in chosen.head}
+    chosen, table = ENCODERS[family], table_of(config, family)
+    heads = {row.name for path, row in table.items() if path[0] in chosen.head}
     prefix = chosen.prefix if config.mlm_head else ""
-    for name, array in disassemble(config, table_of(config, family), params):
-        if name in made:
-            continue
-        whole, part = re.fullmatch(r"([^\[]+)(?:\[(\d)\])?", name).groups()
-        if part is not None:
-            parts.setdefault(whole, {})[int(part)] = array
-            if len(parts[whole]) < next(n for module, n in chosen.parts.items() if f"{module}." in whole):
-                continue
-            array = np.concatenate([there for _, there in sorted(parts.pop(whole).items())])
-        yield (whole if name in heads else prefix + whole), array
+    for name, array in disassemble(config, table, params):
+        if name not in _made(config):
+            yield (name if name in heads else prefix + name), array
 
 
 def read_config(folder: Path, values: Json) -> EncoderConfig:

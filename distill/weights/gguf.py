@@ -3,6 +3,7 @@
 The tokenizer of such a file is built in ``gguf_tokenizer.py``.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from distill.models import DecoderConfig, Model, decoder
+from distill.models import DecoderConfig, Model, RopeScaling, decoder
+from distill.models.rope import slowed
 from distill.shapes import Params
 from distill.weights.assemble import Row, Shape, Table, Transform, assemble, flat, linear
 from distill.weights.place import Place
@@ -31,11 +33,16 @@ _READ = {
     "attention.layer_norm_rms_epsilon",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor",
 }
 _IRRELEVANT = {"vocab_size"}
+ROPE_FACTORS = "rope_freqs.weight"
+"""How many times slower every pair of a head turns."""
 _HARMLESS: Mapping[str, Sequence[Any]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (1.0,),
+    "rope.scaling.finetuned": (False, True),
     "expert_count": (0,),
     "expert_used_count": (0,),
     "attention.causal": (True,),
@@ -156,6 +163,7 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
             raise ValueError(f"{source.path}: {prefix}{key} = {header[key]}, a key has {key_size}; expected the same.")
     if "token_embd.weight" not in names:
         raise ValueError(f"{source.path}: the file has no tensor token_embd.weight.")
+    theta = _short(header.get("rope.freq_base", 10_000.0))
     return DecoderConfig(
         vocab_size=source.shape("token_embd.weight")[0],
         layers=number("block_count"),
@@ -170,10 +178,43 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
         mlp_bias="blk.0.ffn_gate.bias" in names,
         qk_norm="blk.0.attn_q_norm.weight" in names,
         max_length=header.get("context_length"),
-        rope_theta=_short(header.get("rope.freq_base", 10_000.0)),
+        rope_theta=theta,
+        rope_scaling=_scaling(source, header, key_size // 2, theta),
         norm_epsilon=_short(number("attention.layer_norm_rms_epsilon")),
         dtype=dtype,
     )
+
+
+def _scaling(source: GGUFSource, header: Mapping[str, Any], half: int, theta: float) -> RopeScaling:
+    """How positions are stretched: by keys of the header, or as Llama 3.1 does it, by a tensor of factors."""
+    kind = header.get("rope.scaling.type", "linear")  # a factor without a type
+    factor = _short(header.get("rope.scaling.factor", 0.0)) or 1.0  # 0: as it was
+    if ROPE_FACTORS in source.names():
+        return _llama3(source, half, theta)
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return RopeScaling()
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    length, magnitude = header.get("rope.scaling.original_context_length"), header.get("rope.scaling.attn_factor", 1.0)
+    if kind != "yarn" or length is None or magnitude != 1.0:
+        raise ValueError(
+            f"{source.path}: rope.scaling.type = {kind!r} with original_context_length = {length}, attn_factor = "
+            f"{magnitude}, which the decoder lacks; expected linear, or yarn with a length and 1.0."
+        )
+    return RopeScaling("yarn", factor, length)
+
+
+def _llama3(source: GGUFSource, half: int, theta: float) -> RopeScaling:
+    """The scaling whose factors the tensor holds; only the bounds of the published Llama 3.1 to 3.3 are known."""
+    factors = source.get(ROPE_FACTORS)
+    scaling = RopeScaling("llama3", max(float(np.max(factors)), 1.0), 8192)
+    wanted = slowed(half, theta, RopeScaling("linear")) / slowed(half, theta, scaling)
+    if factors.shape != wanted.shape or not np.allclose(factors, wanted, rtol=1e-5):
+        raise ValueError(
+            f"{source.path}: {ROPE_FACTORS} {factors.shape} is not that of Llama 3.1 (first trained on 8192 tokens), "
+            f"the only one that is read; expected {wanted.shape} with the factor {scaling.factor:g}."
+        )
+    return scaling
 
 
 def _short(value: float) -> float:
@@ -256,4 +297,5 @@ def load(
     """
     config = config_of(source, activations)
     table = table_of(architecture_of(source), config)
-    return decoder(config), assemble(config, table, source, place, dtype=jnp.dtype(dtype))
+    ignored = (re.escape(ROPE_FACTORS),)  # it is in the configuration
+    return decoder(config), assemble(config, table, source, place, dtype=jnp.dtype(dtype), ignored=ignored)

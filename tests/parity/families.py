@@ -4,14 +4,13 @@
 """
 
 import json
-import shutil
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stored
 import torch
 import transformers
 
@@ -253,42 +252,10 @@ def test_transformers_opens_what_is_saved(folder, tmp_path, shard_bytes):
 
 
 def test_what_is_stored_is_what_transformers_says_now():
-    stored = sorted(path.name for path in DATA.iterdir())
-    assert stored == sorted(CASES)
-    for name in stored:
-        with np.load(DATA / name / "theirs.npz") as file:
-            for key, value in theirs(DATA / name).items():
-                np.testing.assert_allclose(file[key], value, rtol=1e-4, atol=1e-5)
-
-
-def write() -> None:
-    """The stored references, where they are missing or differ; weights that are there stay."""
-    for name in CASES:
-        old = DATA / name
-        with tempfile.TemporaryDirectory() as new:
-            new = Path(new)
-            build(name, new)
-            config = json.loads((new / "config.json").read_text())
-            config.pop("transformers_version", None)
-            if not (old / "config.json").is_file() or json.loads((old / "config.json").read_text()) != config:
-                (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-                shutil.rmtree(old, ignore_errors=True)
-                shutil.copytree(new, old)
-        results = theirs(old)
-        if not (old / "theirs.npz").is_file() or not agrees(old, results):
-            np.savez_compressed(old / "theirs.npz", **results)
-            print(f"wrote {name}: {sum(path.stat().st_size for path in old.iterdir())} bytes")
-
-
-def agrees(folder: Path, results: dict[str, np.ndarray]) -> bool:
-    """Whether what is stored is the same but for rounding."""
-    with np.load(folder / "theirs.npz") as file:
-        return file.keys() == results.keys() and all(
-            file[key].shape == value.shape and np.allclose(file[key], value, rtol=1e-4, atol=1e-5)
-            for key, value in results.items()
-        )
+    assert sorted(path.name for path in DATA.iterdir()) == sorted(CASES)
+    assert [name for name in CASES if not stored.agrees(DATA / name, theirs(DATA / name))] == []
 
 
 if __name__ == "__main__":
-    write()
+    stored.write(DATA, CASES, build, theirs)
     sys.exit(0)
