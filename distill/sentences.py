@@ -24,6 +24,7 @@ from distill.data.loader import Batch
 from distill.features import Features, FeatureTerm, feature_terms, projector_shapes, with_projectors, without_projectors
 from distill.models import Collect, EncoderConfig, Model, encoder
 from distill.models.encoder import embed, keep_layers, pool
+from distill.models.layers import layer_norm
 from distill.shapes import Array, Params
 from distill.train import Task, fit
 from distill.weights import carried, load
@@ -54,8 +55,8 @@ def _folder(config: SentenceConfig) -> Path:
 
 def _teacher(config: SentenceConfig) -> tuple[Model, Params]:
     model, params = load(_folder(config))
-    if not isinstance(model.config, EncoderConfig) or model.config.norm != "post":
-        raise ValueError(f"sentences: {config.teacher} is no post-norm encoder, such as BERT or MiniLM.")
+    if not isinstance(model.config, EncoderConfig):
+        raise ValueError(f"sentences: {config.teacher} is no encoder, such as BERT, MiniLM or ModernBERT.")
     if config.length > model.config.max_length:
         raise ValueError(f"sentences: length={config.length}; the teacher has {model.config.max_length} positions.")
     return model, params
@@ -97,13 +98,20 @@ def batch_of(tokens: np.ndarray) -> Batch:
     return Batch(tokens, tokens, tokens > 0, np.ascontiguousarray(positions), (tokens > 0).astype(np.int32))
 
 
-def sentence_terms(config: SentenceConfig, student: Model, teacher: Model) -> tuple[FeatureTerm, ...]:
-    """Terms on sentence embeddings; a value of a sentence stands at each of its tokens, to be averaged by sequence."""
-    last = student.config.layers, teacher.config.layers
+def sentence_terms(
+    config: SentenceConfig, student: Model, teacher: Model, teacher_params: Params
+) -> tuple[FeatureTerm, ...]:
+    """Terms on sentence embeddings; a value of a sentence stands at each of its tokens, to be averaged by sequence.
+
+    Of the teacher's parameters only its final norm is used, where it has one.
+    """
+    last, norm = (student.config.layers, teacher.config.layers), teacher_params.get("norm")
 
     def term(name: str, loss, weight: float) -> FeatureTerm:
-        def per_position(student: Features, teacher: Features, batch: Batch, params: Params) -> Array:
-            sides = (pool(x["hidden"][n], batch.segments) for x, n in zip((student, teacher), last, strict=True))
+        def per_position(kept: Features, teachers: Features, batch: Batch, params: Params) -> Array:
+            states = kept["hidden"][last[0]], teachers["hidden"][last[1]]
+            models = (student, params.get("norm")), (teacher, norm)
+            sides = [pool(_normed(x, *one), batch.segments) for x, one in zip(states, models, strict=True)]
             return jnp.broadcast_to(loss(*sides)[:, None], batch.mask.shape)
 
         return FeatureTerm(name, per_position, *(Collect(hidden=(n,)) for n in last), weight)
@@ -113,6 +121,13 @@ def sentence_terms(config: SentenceConfig, student: Model, teacher: Model) -> tu
         ("similarity_mse", losses.similarity_mse, config.similarity_weight),
     )
     return tuple(term(*one) for one in wanted if one[2])
+
+
+def _normed(hidden_BLD: Array, model: Model, norm: Params | None) -> Array:
+    """The last states as ``apply`` returns them: ``collect`` keeps those before the final norm."""
+    if norm is None:
+        return hidden_BLD
+    return layer_norm(hidden_BLD, norm["scale"], norm.get("bias"), model.config.norm_epsilon)
 
 
 def _student(config: SentenceConfig, teacher: Model, params: Params, from_teacher: bool) -> Model:
@@ -135,7 +150,7 @@ def train(
     """The student (or the control), trained or read from its run folder."""
     student = _student(config, teacher, params, from_teacher)
     model = with_projectors(student, projector_shapes(config.features, student, teacher))
-    terms = sentence_terms(config, student, teacher) + feature_terms(config.features, student, teacher)
+    terms = sentence_terms(config, student, teacher, params) + feature_terms(config.features, student, teacher)
     few = held_out[0][:200]
     want = embeddings(teacher, params, few)
     asked = {name: to_dict(config)[name] for name in ("layers", "cosine_weight", "similarity_weight", "features")}

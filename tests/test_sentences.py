@@ -20,6 +20,7 @@ from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 
 TINY = EncoderConfig(vocab_size=40, layers=2, width=8, heads=2, feed_forward=12, token_types=2, max_length=12)
+PRE_NORM = {"norm": "pre", "positions": "rotary", "gated": True, "norm_bias": False}
 CONFIG = SentenceConfig(
     layers=(1,),
     sentences=24,
@@ -120,13 +121,25 @@ def test_no_sentence_is_on_both_sides(given):
         experiment.sentences(dataclasses.replace(given, sentences=5000))
 
 
-def test_a_student_like_its_teacher_loses_nothing(given):
-    model, params = experiment._teacher(given)
-    terms = experiment.sentence_terms(given, model, model)
-    batch = experiment.batch_of(experiment.sentences(given)["held_out"][0])
-    kept = model.apply(params, batch.inputs, segments=batch.segments, collect=Collect(hidden=(2,))).collected
-    for term in terms:
-        np.testing.assert_allclose(term.per_position(kept, kept, batch, params), 0.0, atol=1e-5)
+@pytest.mark.parametrize("options", [{}, PRE_NORM], ids=["post-norm", "pre-norm"])
+def test_terms_are_those_of_the_embeddings(options):
+    """Also where the last states pass a final norm, as ModernBERT's do."""
+    models = [encoder(dataclasses.replace(TINY, layers=n, token_types=0, **options)) for n in (1, 2)]
+    both = [(model, random_params(model, n)) for n, model in enumerate(models)]
+    tokens = np.array([[5, 6, 7, 0], [8, 9, 0, 0], [1, 2, 3, 4]], np.int32)
+    batch = experiment.batch_of(tokens)
+    kept = [
+        model.apply(params, tokens, segments=batch.segments, collect=Collect(hidden=(n,))).collected
+        for n, (model, params) in enumerate(both, start=1)
+    ]
+    cosine, similarity = experiment.sentence_terms(CONFIG, *models, both[1][1])
+    student, teacher = (experiment.embeddings(*one, tokens).astype(np.float64) for one in both)
+    values = cosine.per_position(*kept, batch, both[0][1])
+    np.testing.assert_allclose(values[:, 0], 1.0 - (student * teacher).sum(-1), atol=1e-5)
+    square = (student @ student.T - teacher @ teacher.T) ** 2
+    np.testing.assert_allclose(
+        similarity.per_position(*kept, batch, both[0][1])[:, 0], square.sum(-1) / 2, rtol=1e-3, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
