@@ -226,6 +226,22 @@ def test_every_start_becomes_a_plain_student(config, student):
         np.testing.assert_array_equal(params["layers"]["mlp"]["up"]["kernel"][0], first)
 
 
+def test_a_token_for_images_that_the_student_has_no_row_for_is_no_difference(folder, config, tmp_path):
+    """As Gemma 3 27B and 1B: one tokenizer, a row more in the larger model."""
+    from tokenizers import Tokenizer
+
+    known = TextTokenizer.from_folder(folder / "teacher")
+    backend = Tokenizer.from_str(known.serialized)
+    backend.add_special_tokens(["<image>"])
+    for name, rows in (("large", 320), ("small", known.vocab_size)):
+        model = decoder(DecoderConfig(vocab_size=rows, layers=1, width=8, heads=2, feed_forward=8, tied=True))
+        distill.save(tmp_path / name, model, random_params(model), TextTokenizer(backend.to_str(), "<eos>"))
+    student = StudentConfig(str(tmp_path / "small"))
+    world = text_experiment.make_world(dataclasses.replace(config, teacher=str(tmp_path / "large"), student=student))
+    assert world.tokenizer.ids() == known.ids()
+    assert world.teacher.model.vocab_size == world.student.vocab_size == known.vocab_size
+
+
 def test_experts_are_kept_busy_in_every_arm(config, tmp_path, monkeypatch):
     experts = decoder(DecoderConfig(vocab_size=320, layers=3, width=16, heads=2, feed_forward=8, **EXPERTS))
     world = text_experiment.make_world(config)

@@ -11,7 +11,7 @@ from builders import random_params, tiny
 from distill.models import decoder
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
 from distill.weights.assemble import Row, assemble, disassemble, flat, linear, same, shapes_of
-from distill.weights.place import Place
+from distill.weights.place import PIECE, Place
 
 SIZES = {"head_dim": 6, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
 
@@ -81,6 +81,16 @@ def test_types_are_kept_or_cast(case, kept):
     again = dict(disassemble(config, table, as_stored))
     assert all(again[name].tobytes() == array.tobytes() for name, array in half.items())
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), as_stored, cast)
+
+
+def test_of_types_that_differ_between_layers_the_first_is_kept(case):
+    config, table, params, tensors = case
+    name = "block.1.layers.mlp.up.kernel"
+    mixed = Tensors(tensors | {name: tensors[name].astype(np.float16)})
+    for piece in (1, PIECE):
+        kernel = assemble(config, table, mixed, Place(piece=piece), dtype=None)["layers"]["mlp"]["up"]["kernel"]
+        assert kernel.dtype == np.float32
+        np.testing.assert_allclose(kernel, params["layers"]["mlp"]["up"]["kernel"], rtol=1e-3)
 
 
 def test_pieces_of_layers_are_the_same_bits_and_every_number_is_told(case):

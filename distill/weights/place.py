@@ -46,6 +46,7 @@ class Place:
             for first in range(0, shape[0], layers):
                 piece = read(first, min(first + layers, shape[0]))
                 array = _zeros(shape, piece.dtype, sharding) if array is None else array
+                piece = piece.astype(array.dtype, copy=False)  # layers may differ: the first one's type
                 array = jax.block_until_ready(_written(array, _put(piece, sharding), first, sharding))
                 self.advance(piece.size)
         else:
