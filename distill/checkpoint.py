@@ -19,8 +19,10 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from distill import processes
 from distill.config import MAY_CHANGE, KeepConfig, differences, write_json
 from distill.shapes import Params
 
@@ -41,7 +44,7 @@ def fingerprint(tree: Any) -> str:
     """Hash of every leaf of a tree: names, shapes, types, bits."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(jax.device_get(leaf))
+        array = np.asarray(processes.fetch(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
@@ -51,15 +54,42 @@ def fingerprint(tree: Any) -> str:
 def lock(run: Path) -> Iterator[None]:
     """Holds the run folder for this process; the kernel lets go of it when the process ends, however it ends.
 
-    Raises ValueError when another process holds it.
+    Of several processes the first holds it for all, and all have to see the same folder.
+
+    Raises ValueError when another run holds it, or a process does not see it.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{run}: another process is running in this folder; wait for it, or use --run.") from None
+    with contextlib.ExitStack() as stack:
+        mark = processes.from_first(lambda: _take(run, stack))
+        if processes.index():
+            _look_for(run, mark)
         yield
+
+
+def _take(run: Path, stack: contextlib.ExitStack) -> str:
+    """Takes the lock for as long as ``stack`` is open; returns what it wrote into its file."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context((run / ".lock").open("a"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{run}: another process is running in this folder; wait for it, or use --run.") from None
+    mark = f"{os.getpid()} {time.time_ns()}"
+    file.truncate(0)
+    file.write(mark)
+    file.flush()
+    return mark
+
+
+def _look_for(run: Path, mark: str, seconds: float = 10.0) -> None:
+    """Waits until what the first process wrote is seen here: shared file systems may take a moment."""
+    end, file = time.monotonic() + seconds, run / ".lock"
+    while not (file.exists() and file.read_text() == mark):
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{run}: process {processes.index()} does not see what process 0 wrote there; the run folder has to "
+                "lie on a file system that all processes share. Name one with --run."
+            )
+        time.sleep(0.1)
 
 
 class Checkpoints:
@@ -122,6 +152,13 @@ class Checkpoints:
         self._settle()
         if self.latest == step:
             return
+        processes.from_first(lambda: self._check_room(state))
+        written = self._checkpointer.save_checkpointables_async(
+            step, {"state": processes.shared(state), "meta": meta}, force=True, metrics=metrics or None
+        )
+        self._sealing = self._worker.submit(self._seal, step, written)
+
+    def _check_room(self, state: Any) -> None:
         need = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
         free = shutil.disk_usage(self.path.parent).free
         if free < need:
@@ -129,15 +166,11 @@ class Checkpoints:
                 f"{self.path}: {free} bytes free, a checkpoint needs {need}; nothing was lost: free some space and run "
                 "the same command again."
             )
-        written = self._checkpointer.save_checkpointables_async(
-            step, {"state": state, "meta": meta}, force=True, metrics=metrics or None
-        )
-        self._sealing = self._worker.submit(self._seal, step, written)
 
     def _seal(self, step: int, written: Any) -> None:
         """Waits for a checkpoint, then notes the hashes of its files."""
         written.result()
-        if jax.process_index() == 0:
+        if processes.index() == 0:
             folder = self.path / str(step)
             write_json(folder / HASHES, {name: _hash(folder / name) for name in _files(folder)})
 
@@ -157,7 +190,7 @@ class Checkpoints:
 
     def params(self, like: Params, step: int | None = None) -> Params:
         """The parameters alone, newest or of a step, with the shapes of ``like``, whatever was saved beside them."""
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = processes.everywhere()
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
         context = self._orbax.Context()
         context.pytree.loading.partial_load = True
@@ -193,13 +226,7 @@ def drop_damaged(run: Path) -> None:
     Raises ValueError, nothing renamed, when there are checkpoints and none is sound.
     """
     path = Path(run).absolute() / "checkpoints"
-    if jax.process_count() == 1:
-        usable = _drop_damaged(path)
-    else:  # one process looks and renames, all go on from there
-        from jax.experimental import multihost_utils
-
-        mine = jax.process_index() != 0 or _drop_damaged(path)
-        usable = bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+    usable = processes.from_first(lambda: _drop_damaged(path))  # one looks and renames, all go on from there
     if not usable:
         raise ValueError(
             f"{path}: every checkpoint is damaged (said above why). Restore one from a copy, or remove {path.parent} "
@@ -244,6 +271,8 @@ def _damage(folder: Path, part: str = "") -> str:
 def _unreadable(folder: Path) -> str:
     from orbax.checkpoint import v1 as ocp
 
+    if processes.count() > 1:  # Orbax reads with all of them, or with none
+        return ""
     try:
         with warnings.catch_warnings(action="ignore"):  # that shardings are those of the file
             ocp.load_checkpointables(folder)

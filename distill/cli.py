@@ -7,10 +7,17 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill import processes
+
+_LOST = (
+    "\nIf another process ended, its log says why. The same command goes on from the last checkpoint, on another "
+    "number of processes or devices too."
+)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -55,9 +62,13 @@ def parse_config(doc: str, argv: Sequence[str], **extra: Any) -> tuple[argparse.
 
 
 def set_up_jax() -> None:
-    """Compiled programs are kept in ``$XDG_CACHE_HOME/distill/xla`` and reused by later runs."""
+    """Joins the processes, if there are several (``distill/processes.py``), before anything else.
+
+    Compiled programs are kept in ``$XDG_CACHE_HOME/distill/xla`` and reused by later runs.
+    """
     import jax
 
+    processes.start()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "xla"
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -71,9 +82,13 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(argv)
     except Exception as error:
-        if "--debug" in argv:
-            raise
         code, message = explain(error)
+        if "--debug" in argv and processes.count() == 1:
+            raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        if code and processes.count() > 1:
+            processes.abort(code, f"process {processes.index()}: {message}{_LOST if code == 1 else ''}")
         print(message, file=sys.stderr)
         sys.exit(code)
 

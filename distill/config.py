@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from distill import processes
 from distill.data.addition import TOKENIZER, AdditionConfig
 from distill.features import FeatureConfig
 from distill.metrics import to_json
@@ -285,7 +286,9 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all; NaN and infinity as null."""
+    """Writes a JSON file whole or not at all, NaN and infinity as null; of several processes, the first one does."""
+    if processes.index():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(to_json(value, indent=2) + "\n")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill import sampling
+from distill import processes, sampling
 from distill.data.addition import TOKENIZER, AdditionConfig, Examples
 from distill.data.loader import Batch
 from distill.models.model import Model
@@ -35,7 +35,7 @@ def write_answers(model: Model, params: Params, config: AdditionConfig, examples
         eos_id=TOKENIZER.eos_id,
         pad_id=TOKENIZER.pad_id,
     )
-    return np.asarray(jax.device_get(answers))
+    return processes.fetch(answers)
 
 
 def is_correct(model: Model, params: Params, config: AdditionConfig, examples: Examples) -> np.ndarray:
@@ -45,7 +45,7 @@ def is_correct(model: Model, params: Params, config: AdditionConfig, examples: E
 
 def logits_on(model: Model, params: Params, batch: Batch) -> np.ndarray:
     """``[examples, L, V]`` logits of a model on given text (small vocabularies)."""
-    return np.asarray(jax.device_get(_logits(model, params, jax.device_put(batch))))
+    return processes.fetch(_logits(model, params, jax.device_put(batch)))
 
 
 def by_carries(correct: np.ndarray, carries: np.ndarray) -> dict[str, dict[str, float]]:

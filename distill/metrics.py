@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+
+from distill import processes
 
 
 def averages(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -59,11 +62,12 @@ class Writer:
 
     def __init__(self, run: Path, step: int = 0, tensorboard: bool = False):
         kept = [record for record in read_metrics(run) if record["step"] <= step and step]
-        self._file: TextIO = open(run / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
+        first = processes.index() == 0  # the one that writes
+        self._file: TextIO = open(run / "metrics.jsonl" if first else os.devnull, "w")  # noqa: SIM115 - see close()
         for record in kept:
             self._file.write(to_json(record) + "\n")
         self._file.flush()
-        self._board = _tensorboard(run, step) if tensorboard else None
+        self._board = _tensorboard(run, step) if tensorboard and first else None
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line ``{"kind": …, "step": …, …}``, on the disk (or in the kernel's hands) when this returns."""

@@ -23,6 +23,7 @@ from flax import jax_utils
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from distill import processes
 from distill.data.loader import Batch
 from distill.models.model import Model
 from distill.shapes import Array, Params
@@ -207,7 +208,7 @@ def draw_state(student: Model, optimizer: optax.GradientTransformation, key: Arr
     if not jax.make_jaxpr(student.init)(key).consts:
         draw = jax.jit(lambda key: init_state(student.init(key), optimizer), out_shardings=wrapping.places[0])
         return draw(key)
-    params = jax.device_put(_owned(student.init(key)), wrapping.places[0].params)
+    params = processes.spread(_owned(student.init(key)), wrapping.places[0].params)
     return jax.jit(lambda params: init_state(params, optimizer), out_shardings=wrapping.places[0], donate_argnums=0)(
         params
     )
@@ -262,10 +263,10 @@ def on_mesh(
     )
     return Wrapping(
         steps,
-        lambda tree: jax.device_put(_owned(tree), state),
-        lambda tree: jax.device_put(tree, frozen),
-        lambda tree: jax.device_put(_cuttable(tree, mesh.shape.get("sequence", 1)), everywhere),
-        lambda array: jax.device_put(_divisible(array, math.prod(mesh.shape[axis] for axis in over)), rows),
+        lambda tree: processes.spread(_owned(tree), state),
+        lambda tree: processes.spread(tree, frozen),
+        lambda tree: processes.spread(_cuttable(tree, mesh.shape.get("sequence", 1)), everywhere),
+        lambda array: processes.spread(_divisible(array, math.prod(mesh.shape[axis] for axis in over)), rows),
         lambda tree: tree,
         places=(state, frozen),
     )
@@ -330,6 +331,8 @@ def wrap(
     backend = config.backend
     if backend == "auto":
         backend = "mesh" if len(devices or jax.devices()) > 1 else "one_device"
+    if processes.count() > 1 and backend != "mesh":
+        raise ValueError(f"parallel: backend={backend} with {processes.count()} processes; expected mesh, or auto.")
     if backend == "pmap":
         return pmapped(make_step)
     if backend == "one_device":

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill import losses
+from distill import losses, processes
 from distill.checkpoint import fingerprint, lock
 from distill.config import TrainingConfig, read_config, to_dict, write_config, write_json
 from distill.data import prepared
@@ -266,6 +266,10 @@ def _tokens(training: TrainingConfig, config: TextConfig) -> int:
 
 def _equal_steps(config: TextConfig, run: Path) -> int:
     """Steps of cross-entropy that take as long as distilling did; decided once, kept in RUN/equal_time/steps.json."""
+    return processes.from_first(lambda: _steps_of_equal_time(config, run))
+
+
+def _steps_of_equal_time(config: TextConfig, run: Path) -> int:
     file = run / "equal_time" / "steps.json"
     if not file.exists():
         seconds = {
@@ -339,7 +343,7 @@ def _write(config: TextConfig, world: World, model: Model, params: Params) -> di
 def write(model: Model, params: Params, prompts: np.ndarray, tokenizer: TextTokenizer, count: int) -> np.ndarray:
     """``[B, count]`` ids a model writes greedily after prompts ``[B, L]``."""
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.eos_id}
-    return np.asarray(jax.device_get(greedy(model, params, jax.device_put(prompts), max_new_tokens=count, **ids)))
+    return processes.fetch(greedy(model, params, jax.device_put(prompts), max_new_tokens=count, **ids))
 
 
 def verdict(evaluation: dict[str, Any]) -> list[str]:

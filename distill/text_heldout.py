@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill import losses
+from distill import losses, processes
 from distill.data.loader import Batch
 from distill.models.model import Model
 from distill.shapes import Params
@@ -48,7 +48,7 @@ class Heldout:
             self._compiled[id(student)] = student, jax.jit(_compare(student))  # the model is kept: its id stays its own
         compare = self._compiled[id(student)][1]
         batches = range(len(self._batches) if rows is None else min(-(-rows // ROWS), len(self._batches)))
-        parts = [jax.device_get(compare(params, self._head, self._of(i), self._batches[i])) for i in batches]
+        parts = [processes.fetch(compare(params, self._head, self._of(i), self._batches[i])) for i in batches]
         weight = sum(float(part["weight"]) for part in parts)
         means = {key: sum(float(part[key]) for part in parts) / weight for key in ("kl", "nll", "agreement")}
         return means | {"perplexity": float(np.exp(means["nll"]))}
@@ -56,7 +56,7 @@ class Heldout:
     def of_teacher(self) -> dict[str, float]:
         """``nll`` and ``perplexity`` of the teacher."""
         judge = jax.jit(_nll)
-        parts = [jax.device_get(judge(self._head, self._of(i), batch)) for i, batch in enumerate(self._batches)]
+        parts = [processes.fetch(judge(self._head, self._of(i), batch)) for i, batch in enumerate(self._batches)]
         nll = sum(float(value) for value, _ in parts) / sum(float(weight) for _, weight in parts)
         return {"nll": nll, "perplexity": float(np.exp(nll))}
 

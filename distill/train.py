@@ -6,6 +6,7 @@ never idle; evaluation and saving are the only other meeting points.
 
 import contextlib
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill import parallel
-from distill.checkpoint import Checkpoints, lock, refuse_changes, resumed
+from distill import parallel, processes
+from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes, resumed
 from distill.config import LogConfig, TrainingConfig
 from distill.data.feed import Ahead, DataTimeout, InMemory
 from distill.data.loader import Batch, Loader
@@ -97,6 +98,7 @@ def fit(
     run = Path(run)
     update = optimizer(training.optimizer, training.steps)
     wrapping = _wrap(task, training, update, parallel_config)
+    _agree(task, training)
     with lock(run), resumed(run, training.keep) as checkpoints, _stop_signal() as stop:
         state, step = _start(run, checkpoints, task, training, update, wrapping)
         if step == training.steps:
@@ -168,6 +170,13 @@ def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig, 
     return parallel.wrap(config, make_step, task.student, update, task.teacher, devices)
 
 
+def _agree(task: Task, training: TrainingConfig) -> None:
+    """Raises ValueError where processes were started with unequal settings or data."""
+    if processes.count() > 1:
+        data = "" if callable(task.examples) else fingerprint(task.examples)
+        processes.agree("configuration or data", f"{task.identity} {training} {data}")
+
+
 def _start(run: Path, checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):
     """The state to go on from: the newest checkpoint if there is one, else freshly drawn."""
     if checkpoints.latest is None:
@@ -212,6 +221,8 @@ def _loop(
         try:
             batches = feed(step)  # while the device computes what was sent before
         except DataTimeout as error:
+            if processes.count() > 1:
+                raise  # to save takes all of them, and the others wait in a step
             save()
             raise DataTimeout(f"{error}; saved at step {step}. See to it, then run the same command again.") from None
         if batches is not None:
@@ -219,6 +230,7 @@ def _loop(
             recorder.record()  # of the dispatch before, while this one computes
             recorder.pending = (step, wrapping.fetch_metrics(metrics))
             step += training.steps_per_dispatch
+        stop["now"] |= processes.asked_to_stop()
         if batches is not None and (step % training.evaluate_every == 0 or step == training.steps):
             recorder.record()
             recorder.evaluated(step, task.measure(wrapping.fetch_state(state).params))
@@ -317,14 +329,20 @@ class _Skips:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[dict[str, bool]]:
-    """``stop["now"]`` becomes True on SIGTERM or Ctrl-C. Outside the main thread signals are left alone."""
+    """``stop["now"]`` becomes True on SIGTERM or Ctrl-C. Outside the main thread signals are left alone.
+
+    Of several processes SIGTERM is JAX's: it tells all of them (``processes.asked_to_stop``).
+    """
     stop = {"now": False}
 
     def ask(*_: Any) -> None:
         stop["now"] = True
 
+    handlers = {signal.SIGTERM: ask, signal.SIGINT: ask}
+    if processes.count() > 1:
+        handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
     try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:
         before = {}
     try:

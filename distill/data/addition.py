@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from distill import processes
 from distill.data.loader import Batch, shift
 from distill.tokenizer import CharacterTokenizer
 
@@ -218,7 +219,8 @@ def load(config: AdditionConfig, data_dir: str | Path | None = None) -> dict[str
     import grain
 
     builder = _builder(config, data_dir)
-    builder.download_and_prepare()
+    with processes.first_goes_first("data"):
+        builder.download_and_prepare()
     sides = {}
     for side in ("train", "test"):
         source = builder.as_data_source(split=side)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distill import processes
 from distill.data import text
 from distill.data.packing import Rows, Summary, pack
 from distill.data.text import SIDES, TextDataConfig
@@ -116,7 +117,8 @@ def prepare(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
       loader = Loader(rows["train"].batch(), batch_size=32, seed=0)
     """
     prepared = builder(config, tokenizer, data_dir)
-    prepared.download_and_prepare()
+    with processes.first_goes_first("data"):
+        prepared.download_and_prepare()
     sides = {}
     for side in SIDES:
         source = prepared.as_data_source(split=side)
@@ -135,5 +137,6 @@ def summaries(
 ) -> dict[str, Summary]:
     """What packing did on both sides: documents, tokens, rows and how full they are."""
     prepared = builder(config, tokenizer, data_dir)
-    prepared.download_and_prepare()
+    with processes.first_goes_first("data"):
+        prepared.download_and_prepare()
     return {side: Summary(**prepared.info.metadata[side]) for side in SIDES}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from distill import processes
 from distill.data.loader import Batch
 from distill.data.packing import Rows
 from distill.data.prepared import builder, rows_of
@@ -73,5 +74,6 @@ def open_rows(
       FileNotFoundError, ValueError: as ``prepare``.
     """
     prepared = builder(config, tokenizer, data_dir)
-    prepared.download_and_prepare()
+    with processes.first_goes_first("data"):
+        prepared.download_and_prepare()
     return prepared.as_data_source(split=side)

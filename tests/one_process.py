@@ -1,0 +1,84 @@
+"""One process of the pair in ``test_processes.py``: ``python one_process.py FOLDER``; the environment says which."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from distill import cli, processes
+
+
+def task():
+    """A distillation whose rows count unequal numbers of tokens."""
+    import jax
+    import jax.numpy as jnp
+    from builders import random_params, tiny_decoder, uneven_batch
+
+    from distill.objective import ObjectiveConfig, terms_of
+    from distill.train import Task
+
+    teacher = tiny_decoder(layers=1, vocab_size=12, width=12, head_dim=4, feed_forward=20)
+    student = tiny_decoder(layers=1, vocab_size=12)
+    judge = jax.jit(lambda params, tokens: student.logits(params, tokens))
+    return Task(
+        student,
+        terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3)),
+        uneven_batch(rows=24),
+        teacher=teacher,
+        teacher_params=jax.device_get(random_params(teacher, seed=1)),
+        evaluate=lambda params: {"spread": float(processes.fetch(judge(params, jnp.arange(6)[None])).std())},
+        identity={"task": "tiny"},
+    )
+
+
+def train(folder: Path, config, **changes):
+    """Final parameters after 20 steps of two micro-batches, whole."""
+    from distill.config import LogConfig, TrainingConfig
+    from distill.optim import OptimizerConfig
+    from distill.train import fit
+
+    learn = OptimizerConfig(learning_rate=0.02, warmup_steps=5, weight_decay=0.1)
+    numbers = {"steps": 20, "batch_size": 16, "micro_batches": 2, "steps_per_dispatch": 5, "evaluate_every": 10}
+    training = TrainingConfig(**(numbers | {"save_every": 10, "optimizer": learn} | changes))
+    return processes.fetch(fit(folder, task(), training, parallel_config=config, log=LogConfig(progress=False)))
+
+
+def refused(what) -> str:
+    """The message of the ValueError that ``what`` raises."""
+    try:
+        what()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def main(folder: Path) -> None:
+    cli.set_up_jax()
+    import jax
+    import numpy as np
+
+    from distill.parallel import ParallelConfig
+
+    params = train(folder / "run", ParallelConfig(fsdp=2))
+    index = processes.index()
+    np.savez(folder / f"process{index}.npz", *jax.tree.leaves(params))
+    with processes.first_goes_first("a file"):
+        if index == 0:
+            (folder / "made_by_first").touch()
+        found = (folder / "made_by_first").exists()
+    seen = {
+        "devices": [jax.local_device_count(), jax.device_count()],
+        "found": found,
+        "made": processes.from_first(lambda: [index, "first"]),
+        "failed": refused(lambda: processes.from_first(lambda: int("no number"))),
+        "disagreed": refused(lambda: processes.agree("seed", str(index))),
+        "pmap": refused(lambda: train(folder / "pmap", ParallelConfig(backend="pmap"))),
+    }
+    (folder / f"process{index}.json").write_text(json.dumps(seen))
+    print("said by process", index)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv.pop())
+    cli.run_main(lambda _: main(place))

@@ -1,0 +1,168 @@
+"""Several processes: how they find each other, and that two of them train what one does."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from one_process import train
+
+from distill import checkpoint, processes
+from distill.parallel import ParallelConfig
+from distill.processes import Start, settings
+
+HERE = Path(__file__).parent
+PLAIN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+SLURM |= {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "on_tpu", "expected"),
+    [
+        ({}, False, None),
+        ({}, True, Start()),
+        ({"JAX_NUM_PROCESSES": "1"}, True, None),
+        (PLAIN, False, Start("10.0.0.2:1234", 4, 3)),
+        (PLAIN, True, Start("10.0.0.2:1234", 4, 3)),
+        (PLAIN | SLURM | {"SLURM_NTASKS": "1"}, False, Start("10.0.0.2:1234", 4, 3)),
+        (SLURM, False, Start(local_device_ids=tuple(range(8)))),  # one task drives all GPUs of its node
+        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0"}, False, Start()),
+        (SLURM | {"SLURM_NTASKS": "16"}, False, Start()),  # JAX gives every task one device
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "n1:99", "SLURM_NTASKS": "16"}, False, Start("n1:99")),
+        (SLURM | {"SLURM_NTASKS": "1"}, False, None),
+        ({name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"}, False, None),  # sbatch without srun
+    ],
+)
+def test_who_this_process_is(environment, on_tpu, expected):
+    assert settings(environment, on_tpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID is not; expected all three"),
+        ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID=4, JAX_NUM_PROCESSES=4; expected ids 0 … 3"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: expected a whole number"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expected a whole number"),
+        ({"JAX_NUM_PROCESSES": "1"}, "JAX_PROCESS_ID=3, JAX_NUM_PROCESSES=1; expected ids 0 … 0"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.2"}, "JAX_COORDINATOR_ADDRESS=10.0.0.2: expected HOST:PORT"),
+    ],
+)
+def test_variables_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(PLAIN | changes)
+
+
+def test_one_process_needs_none_of_it(tmp_path):
+    assert (processes.count(), processes.index(), processes.asked_to_stop()) == (1, 0, False)
+    assert processes.from_first(lambda: object) is object
+    processes.meet("nobody")
+    processes.agree("seed", "1")
+
+
+def test_only_the_first_writes(tmp_path, monkeypatch):
+    from distill.config import write_json
+    from distill.metrics import Writer
+
+    monkeypatch.setattr(processes, "index", lambda: 1)
+    write_json(tmp_path / "value.json", {})
+    Writer(tmp_path).close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not see what process 0 wrote there; the run folder has to lie on"):
+        checkpoint._look_for(tmp_path, "mark", seconds=0.0)
+
+
+# ---- a pair of processes, four devices each
+
+
+def start(folder: Path, port: int, index: int, **more: str) -> subprocess.Popen:
+    plain = (f"localhost:{port}", "2", str(index))
+    environment = os.environ | dict(zip(PLAIN, plain, strict=True)) | more
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, str(HERE / "one_process.py"), str(folder)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("localhost", 0))
+        return place.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folder in which two processes trained."""
+    folder, port = tmp_path_factory.mktemp("pair"), free_port()
+    both = [start(folder, port, index) for index in (0, 1)]
+    try:
+        said = [one.communicate(timeout=400) for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    assert [one.returncode for one in both] == [0, 0], "\n".join(error for _, error in said)
+    (folder / "stdout.json").write_text(json.dumps([out for out, _ in said]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Leaves of the parameters one device arrives at."""
+    return jax.tree.leaves(train(tmp_path_factory.mktemp("alone"), ParallelConfig(backend="one_device")))
+
+
+def leaves_of(folder: Path, index: int) -> list[np.ndarray]:
+    with np.load(folder / f"process{index}.npz") as file:
+        return [file[name] for name in file.files]
+
+
+def distance(left, right) -> float:
+    """Largest ‖a − b‖ / ‖b‖ of the leaves."""
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(left, right, strict=True))
+
+
+def test_two_processes_arrive_at_the_weights_of_one_device(pair, alone):
+    first, second = leaves_of(pair, 0), leaves_of(pair, 1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert distance(first, alone) < 1e-6
+
+
+def test_the_run_goes_on_elsewhere(pair, alone, tmp_path):
+    shutil.copytree(pair / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    resumed = train(tmp_path / "run", ParallelConfig(backend="one_device"))
+    assert distance(jax.tree.leaves(resumed), alone) < 1e-6
+
+
+def test_what_the_two_processes_say_to_each_other(pair):
+    first, second = (json.loads((pair / f"process{index}.json").read_text()) for index in (0, 1))
+    for one in (first, second):
+        assert one["devices"] == [4, 8] and one["found"]
+        assert one["made"] == [0, "first"]
+        assert "no number" in one["failed"]
+        assert "backend=pmap with 2 processes; expected mesh, or auto" in one["pmap"]
+    assert (first["disagreed"], second["disagreed"][:33]) == ("", "process 1 has another seed than p")
+    printed = json.loads((pair / "stdout.json").read_text())
+    assert ["said by process" in out for out in printed] == [True, False]
+
+
+def test_one_writes_the_metrics(pair):
+    records = [json.loads(line) for line in (pair / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "train"] == [5, 10, 15, 20]
+    assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 10, 20]
+
+
+def test_a_coordinator_that_does_not_answer(tmp_path):
+    lonely = start(tmp_path, free_port(), 1, JAX_START_SECONDS="1")
+    _, error = lonely.communicate(timeout=200)
+    assert lonely.returncode == 1
+    assert "process 1 waited 1 s at localhost:" in error and "Traceback" not in error
