@@ -55,7 +55,7 @@ class GGUFSource:
     """A GGUF file: its header, and its tensors as float32, one at a time.
 
     Args:
-      path: the file; it is mapped into memory, not read.
+      path: the file; of it only the header is read.
 
     Raises:
       ValueError: no GGUF file, a broken one, one of several parts, or the package ``gguf`` is missing.
@@ -105,8 +105,10 @@ class GGUFSource:
         from gguf import quants
 
         tensor = self._tensors[name]
+        mapped = tensor.data  # only its type and shape: what is read of the map would stay in memory
+        data = np.fromfile(self.path, mapped.dtype, mapped.size, offset=int(tensor.data_offset)).reshape(mapped.shape)
         try:
-            array = quants.dequantize(tensor.data, tensor.tensor_type)
+            array = quants.dequantize(data, tensor.tensor_type)
         except NotImplementedError as error:
             known = ", ".join(["F32", "F16", *sorted(kind.name for kind in quants._type_traits)])
             raise ValueError(
