@@ -22,7 +22,7 @@ from distill.hlo import Collective, collectives
 from distill.losses.chunked import default_chunk_size
 from distill.models import DecoderConfig, decoder
 from distill.models.init import part_of
-from distill.parallel import make_mesh
+from distill.parallel import batch_axes, make_mesh
 from distill.step import CHUNKED_FROM
 from distill.table import print_rows
 from distill.text_config import TextConfig
@@ -142,12 +142,12 @@ def compile_step(config: TextConfig, topology: Topology, task: Task | None = Non
 
 def _check_batch(config: TextConfig, parallel: Any, devices: Any) -> None:
     mesh, training = make_mesh(parallel, devices), config.training
-    rows = math.prod(mesh.shape[axis] for axis in ("dcn", "data", "fsdp") if axis in mesh.shape)
+    rows = math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
     part = training.batch_size // training.micro_batches
     if part % rows:
         raise ValueError(
             f"training: batch_size={training.batch_size} in micro_batches={training.micro_batches} gives {part} "
-            f"examples at a time, which cannot be divided over {rows} devices (all but tensor)."
+            f"examples at a time, which cannot be divided over {rows} devices."
         )
 
 
@@ -187,7 +187,8 @@ def plan(
         until one fits.
 
     Returns:
-      ``config``, ``topology``, ``devices``, ``chip``, ``mesh``, ``batch``, ``chunk`` (positions of the head at a time),
+      ``config``, ``topology``, ``devices``, ``chip``, ``mesh``, ``batch``, ``layers`` (of the student), ``chunk``
+      (positions of the head at a time),
       ``compiled_for`` (``TPU``, or ``CPU`` in the
       place of GPUs: an estimate), ``fits``, ``bytes`` (of one device), ``flops`` (of a step), ``collectives`` (of one
       device and step, by kind), ``seconds``, ``tokens_per_second``, ``mfu``, ``dollars_per_hour``,
@@ -220,7 +221,7 @@ def plan(
         "dollars_per_hour": dollars,
     }
     work, split = _work(config, task), _split(config, task, mesh, topology)
-    values |= {"chunk": split.chunk, "bytes": _bytes(program, task, split)}
+    values |= {"layers": task.student.config.layers, "chunk": split.chunk, "bytes": _bytes(program, task, split)}
     values["flops"] = roofline.flops(work) | {"compiled_once": program.flops_once if program.fits else None}
     values |= _speed(values, program, work, split, task, topology)
     values["advice"] = [] if program.fits else advice(config, topology, values, tries)
@@ -331,9 +332,12 @@ def changes(config: TextConfig, values: dict[str, Any]) -> list[Change]:
         flag = f"--{name.replace('_', '-')} {value}"
         found.append(Change(flag, int(saves), lambda config: _with(config, part, field, value)))
 
-    rows = values["devices"] // mesh["tensor"]
+    rows = math.prod(mesh[axis] for axis in ("dcn", "data", "fsdp"))
     if training.batch_size // training.micro_batches % (2 * rows) == 0:
         add("training.micro_batches", 2 * training.micro_batches, there["activations"] / 2)
+    if training.remat == "none":
+        layers = values["layers"]  # of which one is then there at a time
+        add("training.remat", "full", there["activations"] * (layers - 1) / layers)
     if mesh["data"] % 2 == 0:
         lying = sum(there[name] for name in ("parameters", "optimizer", "teacher", "gradients"))
         add("parallel.fsdp", 2 * mesh["fsdp"], lying / 2)

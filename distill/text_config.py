@@ -7,6 +7,7 @@ from distill.config import LogConfig, TrainingConfig
 from distill.data.text import TextDataConfig
 from distill.models.start import StartConfig
 from distill.objective import ObjectiveConfig
+from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 
 Arm = Literal["equal_tokens", "equal_time"]
@@ -102,3 +103,35 @@ class TextConfig:
             raise ValueError("objective: nothing of the teacher in it; the arms train without one.")
         if self.prompt_tokens > self.data.length:
             raise ValueError(f"prompt_tokens={self.prompt_tokens}; a row has {self.data.length} tokens.")
+
+
+def on_slice(
+    name: str, teacher: str, student: str, *, batch_size: int, micro_batches: int, parallel: ParallelConfig
+) -> TextConfig:
+    """A published student distilled on a slice of a pod: forward KL and a little cross-entropy, texts of 4 096 tokens.
+
+    Both in bfloat16, the student's parameters and optimizer in float32; its layers are computed twice, since all they
+    compute would not fit. ``scripts/plan.py`` says what each device holds.
+    """
+    return TextConfig(
+        name=name,
+        teacher=teacher,
+        data=TextDataConfig(source="data", length=4096),
+        student=StudentConfig(source=student),
+        training=TrainingConfig(
+            steps=5000,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            remat="full",
+            steps_per_dispatch=10,
+            evaluate_every=500,
+            save_every=500,
+            optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=200),
+        ),
+        objective=ObjectiveConfig(divergence="forward_kl", kd_weight=0.9, task_weight=0.1),
+        arms=(),
+        activations="bfloat16",
+        teacher_dtype="bfloat16",
+        heldout_rows=256,
+        parallel=parallel,
+    )

@@ -249,8 +249,8 @@ def test_the_plan_has_the_bytes_of_the_step_that_runs(config, values):
 def test_the_plan_is_json_with_every_number_there(values):
     back = json.loads(json.dumps(values, allow_nan=False))
     assert set(back) == {
-        "config", "topology", "devices", "chip", "mesh", "batch", "chunk", "compiled_for", "fits", "bytes", "flops",
-        "collectives", "traffic", "seconds", "tokens_per_second", "mfu", "dollars_per_hour",
+        "config", "topology", "devices", "chip", "mesh", "batch", "layers", "chunk", "compiled_for", "fits", "bytes",
+        "flops", "collectives", "traffic", "seconds", "tokens_per_second", "mfu", "dollars_per_hour",
         "dollars_per_billion_tokens", "compile_seconds", "advice",
     }  # fmt: skip
     assert (back["compiled_for"], back["fits"], back["advice"]) == ("CPU", True, [])
