@@ -38,15 +38,21 @@ def abstract_task(config: TextConfig) -> Task:
 
     Raises:
       FileNotFoundError: the shapes of a model are not known.
-      ValueError: an encoder, or a student larger than its teacher.
+      ValueError: an encoder, a student larger than its teacher, or one of factors.
     """
+    if not config.student.start.plain:
+        raise ValueError("plan: a student in factors, or with its teacher's embeddings, cannot be planned yet.")
     teacher, words = _decoder_of(config.teacher, config)
     if config.student.source is None:
-        sizes = ("layers", "kv_heads", "feed_forward", "width")
-        student = part_of(teacher, **{name: getattr(config.student, name) for name in sizes})
+        asked = config.student
+        sizes = {name: getattr(asked, name) for name in ("kv_heads", "feed_forward", "width")}
+        student = part_of(teacher, layers=asked.start.layers or asked.layers, **sizes)
     else:
         student, of_student = _decoder_of(config.student.source, config)
         words = min(words, of_student)
+    if config.vocabulary is not None:  # both are cut to as many words
+        words = min(words, config.vocabulary)
+        teacher, student = (dataclasses.replace(one, vocab_size=words) for one in (teacher, student))
     of_teacher, of_student = (decoder(one).with_vocabulary(words) for one in (teacher, student))
     of_student, terms = learner(config, of_student, of_teacher)
     params = jax.eval_shape(of_teacher.init, jax.random.key(0))

@@ -18,6 +18,7 @@ from distill.config import TrainingConfig, load_config
 from distill.data.text import TextDataConfig
 from distill.hlo import Collective, collectives
 from distill.models import DecoderConfig
+from distill.models.start import StartConfig
 from distill.parallel import ParallelConfig, make_mesh
 from distill.text_config import StudentConfig, TextConfig
 from distill.train import lower
@@ -283,7 +284,7 @@ def test_what_does_not_fit_is_told_what_to_change(config, monkeypatch, capsys):
         plan, "compile_step", lambda config, *_: _program(part | {"total": next(totals)}, seen.append(config))
     )
     seen = []
-    wide = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=32))
+    wide = changed(config, training={"batch_size": 32, "remat": "full"})
     values = plan.plan(wide, small, tries=3)
     assert not values["fits"] and values["seconds"] is None
     assert [one["change"] for one in values["advice"]] == ["--training.micro-batches 4", "--parallel.fsdp 8"]
@@ -338,7 +339,16 @@ def test_other_mistakes(config):
         plan.check(config, "-1")
     with pytest.raises(FileNotFoundError, match="give a folder with its config.json"):
         plan.abstract_task(dataclasses.replace(config, teacher="nobody/nothing"))
+    lora = dataclasses.replace(config.student, start=StartConfig("lora"))
+    with pytest.raises(ValueError, match="in factors"):
+        plan.abstract_task(dataclasses.replace(config, student=lora))
     assert plan.check(config, "1.5", "2") == (1.5, 2)
+
+
+def test_a_student_of_fewer_words_is_planned_with_as_many(config):
+    task = plan.abstract_task(dataclasses.replace(config, vocabulary=512))
+    assert task.student.vocab_size == task.teacher.vocab_size == task.student.config.vocab_size == 512
+    assert task.student.config.layers == 2 and task.teacher.config.layers == 3
 
 
 def test_the_script_refuses_before_jax_starts():
