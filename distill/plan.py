@@ -22,6 +22,7 @@ from distill.hlo import Collective, collectives
 from distill.losses.chunked import default_chunk_size
 from distill.models import DecoderConfig, decoder
 from distill.models.init import part_of
+from distill.models.int8 import held
 from distill.parallel import batch_axes, make_mesh
 from distill.step import CHUNKED_FROM
 from distill.table import print_rows
@@ -55,8 +56,7 @@ def abstract_task(config: TextConfig) -> Task:
         teacher, student = (dataclasses.replace(one, vocab_size=words) for one in (teacher, student))
     of_teacher, of_student = (decoder(one).with_vocabulary(words) for one in (teacher, student))
     of_student, terms = learner(config, of_student, of_teacher)
-    params = jax.eval_shape(of_teacher.init, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.teacher_dtype)), params)
+    of_teacher, params = held(of_teacher, config.teacher_dtype)
     shape = config.training.steps_per_dispatch * config.training.batch_size, config.data.length
     ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
     return Task(

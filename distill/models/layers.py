@@ -1,7 +1,7 @@
 """The layers of a decoder, in Linen, and the functions they are made of."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax
@@ -52,8 +52,12 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        stored = self.get_variable("params", "kernel")
         if self.has_variable("params", "left"):  # in place of the kernel, two factors of it (factors.py)
             y = self._through(x, "left", "right")
+        elif isinstance(stored, Mapping):  # whole numbers, and a factor of each output (int8.py)
+            y = self._product(x, stored["int8"].astype(x.dtype)).astype(jnp.float32)
+            y = (y * _as_outputs(stored["scale"], y)).astype(x.dtype)
         else:
             kernel = self.param("kernel", parameter(self.axes, std=self.fan_in**-0.5), self.shape)
             y = self._product(x, kernel.astype(x.dtype))
@@ -62,8 +66,7 @@ class Projection(nn.Module):
         if not self.bias_axes:
             return y
         bias = self.param("bias", parameter(self.axes[-self.bias_axes :]), self.shape[-self.bias_axes :])
-        bias = bias[:, None] if self.bias_axes == 2 else bias  # [H, K] meets [B, H, L, K]
-        return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim)).astype(x.dtype)
+        return y + _as_outputs(bias, y).astype(x.dtype)
 
     def _through(self, x: Array, *names: str) -> Array:
         """x · left · right: one product after the other, left ``[inputs…, r]`` and right ``[r, outputs…]``."""
@@ -83,6 +86,12 @@ class Projection(nn.Module):
         batch, length, width = x.shape
         y = x.reshape(-1, width) @ kernel.reshape(width, -1)
         return y.reshape(batch, length, *kernel.shape[1:]).swapaxes(1, 2)
+
+
+def _as_outputs(values: Array, y: Array) -> Array:
+    """One number for each output, where they meet y: ``[H, K]`` meets ``[B, H, L, K]``."""
+    values = values[:, None] if values.ndim == 2 else values
+    return jnp.expand_dims(values, range(y.ndim - values.ndim))
 
 
 class Norm(nn.Module):

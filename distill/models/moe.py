@@ -4,7 +4,7 @@ Tokens are sorted by expert, so that each expert multiplies a block of neighbour
 on all tokens, with shapes that do not depend on where tokens go.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -133,6 +133,9 @@ class _Kernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
+        stored = self.get_variable("params", "kernel")
+        if isinstance(stored, Mapping):  # of an expert: whole numbers, and a factor of each output (int8.py)
+            return stored["int8"] * stored["scale"][:, None]
         return self.param("kernel", parameter(self.axes, std=self.shape[-2] ** -0.5), self.shape)
 
 

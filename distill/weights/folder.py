@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.models import DecoderConfig, EncoderConfig, Model, decoder
+from distill.models.int8 import int8, quantizer
 from distill.progress import loading
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
@@ -60,7 +61,8 @@ def load(
     Args:
       path_or_name: a folder with ``config.json`` and safetensors, a ``.gguf`` file, or a name on the hub such as
         ``"Qwen/Qwen3-0.6B"``, downloaded once and kept in the hub's cache (``HF_HUB_OFFLINE=1``: from there only).
-      dtype: of the parameters; None: as in the files.
+      dtype: of the parameters; None: as in the files; ``int8``: kernels of a decoder's layers as ``models.int8`` holds
+        them, one after the other as they are read, all else bfloat16.
       activations: type of activations and matmul operands.
       sharding: ``model -> tree of shardings`` like the parameters, such as
         ``lambda model: param_shardings(model, mesh)``; each parameter goes onto its devices as it is read.
@@ -81,21 +83,25 @@ def load(
     """
     path = there(Path(path_or_name))
     dtype = None if dtype is None else jnp.dtype(dtype)
+    whole = dtype == jnp.int8
+    dtype = jnp.dtype("bfloat16") if whole else dtype
     if path.is_file() and path.suffix == ".gguf":
         from distill.weights import gguf
 
         source = gguf.GGUFSource(path)
-        with _placing(path_or_name, decoder(gguf.config_of(source, activations)), sharding) as place:
+        with _placing(path_or_name, decoder(gguf.config_of(source, activations)), sharding, whole) as place:
             kept = np.float32 if dtype is None else dtype
-            return gguf.load(source, place=place, dtype=kept, activations=activations)
+            model, params = gguf.load(source, place=place, dtype=kept, activations=activations)
+            return int8(model) if whole else model, params
     folder = path if path.is_dir() else download(path_or_name, revision)
     config, family = _config_of(folder)
     config = dataclasses.replace(config, dtype=activations)
     model = network(config)
     try:
-        with _placing(path_or_name, model, sharding) as place:
+        held = int8(model) if whole else model
+        with _placing(path_or_name, model, sharding, whole) as place:
             read = encoders.read if isinstance(config, EncoderConfig) else _read_decoder
-            return model, read(folder, config, family, place, dtype)
+            return held, read(folder, config, family, place, dtype)
     except ValueError as error:
         raise ValueError(f"{path_or_name}: {error}") from error
 
@@ -112,10 +118,11 @@ def _read_decoder(folder: Path, config: DecoderConfig, family: str, place: Place
 
 
 @contextlib.contextmanager
-def _placing(name: str | Path, model: Model, sharding: Callable[[Model], Any] | None) -> Iterator[Place]:
+def _placing(name: str | Path, model: Model, sharding: Callable[[Model], Any] | None, whole: bool) -> Iterator[Place]:
     """A ``Place`` that moves a bar on a terminal."""
     with loading(Path(name).name, sum(map(math.prod, shapes_of(model.config).values()))) as advance:
-        yield Place(None if sharding is None else sharding(model), advance)
+        place = Place(None if sharding is None else sharding(model), advance)
+        yield dataclasses.replace(place, finish=quantizer(model)) if whole else place
 
 
 def read_config(

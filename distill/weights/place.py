@@ -33,8 +33,10 @@ class Place:
     advance: Callable[[int], None] = lambda numbers: None
     """Told how many numbers more are in place."""
     piece: int = PIECE
+    finish: Callable[[tuple[str, ...], Array], Any] = lambda path, array: array
+    """What is kept of a parameter once it is in place, such as ``models.int8.quantizer``."""
 
-    def __call__(self, path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> Array:
+    def __call__(self, path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> Any:
         """The parameter on its devices; every process of several reads all of it and keeps its part.
 
         What is larger than a piece is made of zeros first, then written layer after layer, in place.
@@ -51,7 +53,7 @@ class Place:
                 self.advance(piece.size)
         else:
             self.advance(math.prod(shape))
-        return array
+        return self.finish(path, array)
 
     def _layers_of_a_piece(self, path: tuple[str, ...], shape: tuple[int, ...], sharding: Any) -> int:
         split = sharding is not None and sharding.shard_shape(shape)[0] != shape[0]
