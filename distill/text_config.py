@@ -103,7 +103,7 @@ class TextConfig:
             raise ValueError("objective: nothing of the teacher in it; the arms train without one.")
         if self.teacher_dtype == "int8" and (self.student.source is None or self.vocabulary is not None):
             raise ValueError(
-                "teacher_dtype=int8: nothing can be cut out of kernels held so; give a --student.source, and no vocabulary."
+                "teacher_dtype=int8: nothing can be cut out of such kernels; give a student.source, and no vocabulary."
             )
         if self.prompt_tokens > self.data.length:
             raise ValueError(f"prompt_tokens={self.prompt_tokens}; a row has {self.data.length} tokens.")
