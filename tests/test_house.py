@@ -62,6 +62,7 @@ TOP = {
     "golden",
     "benchmark",
     "benchmark_head",
+    "benchmark_scaling",
     "benchmark_step",
     "benchmark_tpu",
     "cli",

@@ -1,0 +1,22 @@
+#!/bin/bash
+# Several processes on this machine: to try out what a cluster does, or where every process is to have its own devices.
+# One node of eight GPUs needs none of this: `python scripts/distill.py …` is one process that uses all of them.
+#
+#   scripts/launch/local.sh 2 --config addition --run runs/pair       # two processes
+#
+# CPUs: each process counts as many devices as XLA_FLAGS=--xla_force_host_platform_device_count=N says. GPUs: the
+# devices are dealt out one by one, process i gets number i.
+set -euo pipefail
+processes=$1
+shift
+export JAX_NUM_PROCESSES=$processes JAX_COORDINATOR_ADDRESS=localhost:${PORT:-9876}
+cd "$(dirname "$0")/../.."
+trap 'kill $(jobs -p) 2>/dev/null || true' TERM INT
+for ((i = 0; i < processes; i++)); do
+    JAX_PROCESS_ID=$i JAX_LOCAL_DEVICE_IDS=$i "${PYTHON:-.venv/bin/python}" scripts/distill.py "$@" &
+done
+code=0
+for job in $(jobs -p); do
+    wait "$job" || code=$?
+done
+exit "$code"
