@@ -8,6 +8,7 @@ from distill.models.collect import collected, empty, slots_of
 from distill.models.config import DecoderConfig
 from distill.models.layers import Block, Norm
 from distill.models.model import REMAT, Cache, Collect, Model, Output, from_linen, parameter
+from distill.models.placement import rows_apart
 from distill.shapes import Array, Params
 
 
@@ -83,7 +84,7 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens_BL: Array, positions_BL: Array) -> Array:
         c = self.config
-        x_BLD = self.embedding.astype(c.dtype)[tokens_BL]
+        x_BLD = rows_apart(self.embedding.astype(c.dtype)[tokens_BL])
         x_BLD = x_BLD * jnp.asarray(c.width**0.5, c.dtype) if c.scaled_embedding else x_BLD
         if c.positions == "rotary":
             return x_BLD

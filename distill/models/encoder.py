@@ -16,6 +16,7 @@ from distill.models.attention import attend, attention_weights, mix
 from distill.models.collect import collected, empty, keep, slots_of
 from distill.models.layers import Projection, layer_norm
 from distill.models.model import Collect, Model, Output, Relations, from_linen, parameter
+from distill.models.placement import rows_apart
 from distill.models.rope import rotate
 from distill.shapes import Array, Params
 
@@ -237,7 +238,7 @@ class Encoder(nn.Module):
         segments_BL = jnp.ones((batch, length), jnp.int32) if segments is None else segments
         masks, kinds = _by_layer(c, segments_BL[:, :, None] == segments_BL[:, None, :])
 
-        embedded_BLD = self.embedding[tokens_BL]
+        embedded_BLD = rows_apart(self.embedding[tokens_BL])
         if c.positions == "learned":
             embedded_BLD = embedded_BLD + self.positions[positions_BL]
         if c.token_types:

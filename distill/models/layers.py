@@ -12,6 +12,7 @@ from distill.models.collect import keep
 from distill.models.config import DecoderConfig
 from distill.models.model import Relations, parameter
 from distill.models.moe import Experts
+from distill.models.placement import rows_apart
 from distill.models.rope import rotate
 from distill.shapes import Array
 
@@ -201,7 +202,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, positions_BL: Array, masks: tuple[Array, ...], start, cache, slots, kinds, real_BL):
         c = self.config
-        x_BLD, kept = carry
+        x_BLD, kept = rows_apart(carry[0]), carry[1]
 
         def read(branch: str, x_BLD: Array) -> Array:
             return x_BLD if c.norm_place == "after" else Norm(c, name=f"{branch}_norm")(x_BLD)
