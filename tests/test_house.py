@@ -44,7 +44,7 @@ ARROWS = {
     "config": {"processes", "metrics", "models", "data", "features", "objective", "optim", "parallel", "configs"},
     "text_config": {"models", "data", "objective", "optim", "parallel", "config"},
     "report_text": {"report"},
-    "configs": {"models", "data", "objective", "optim", "parallel", "config", "text_config"},
+    "configs": {"models", "data", "features", "objective", "optim", "parallel", "config", "text_config"},
     "checkpoint": {"processes", "shapes", "config"},
     "speed": {"models", "chips"},
     "preflight": {"shapes", "losses", "models", "data", "objective", "vocab", "config"},
