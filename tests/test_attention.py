@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distill.models import DecoderConfig, attention, decoder
-from distill.models.attention import attend, attention_weights, in_blocks
+from distill.models.attention import attend, attention_weights, fused, fused_on, in_blocks, of_whole_text
+from distill.parallel import ParallelConfig, make_mesh
 
 
 def plain(q, k, v, mask, scale=None, softcap=None):
@@ -98,3 +100,54 @@ def test_a_decoder_of_long_texts_is_that_of_short_ones(monkeypatch):
     long = jax.jit(lambda p: gradients(p))(params)
     for ours, other in zip(jax.tree.leaves(long), jax.tree.leaves(short), strict=True):
         assert np.abs(ours - other).max() < 1e-5 * max(np.abs(other).max(), 1.0)
+
+
+# ---- the kernel JAX ships
+
+
+def test_what_goes_through_the_kernel():
+    yes = {"platform": "cuda", "dtype": "bfloat16", "length": 512, "size": 64, "softcap": None}
+    assert fused_on(**yes) and fused_on(**yes | {"dtype": jnp.float16, "size": 128})
+    for no in (
+        *({"platform": name} for name in ("cpu", "tpu", "rocm")),
+        *({"length": length} for length in (128, 513)),
+        *({"size": size} for size in (36, 192)),
+        {"dtype": "float32"},
+        {"softcap": 50.0},
+    ):
+        assert not fused_on(**yes | no)
+    assert attention.platform() == "cpu"
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.7}])
+def test_the_same_call_without_the_kernel_is_that_of_float64(options):
+    """JAX's own implementation in its place: groups, masks, scale, and the order of axes are as it wants them."""
+    q, k, v, mask = drawn()
+    got = fused(*map(jnp.asarray, (q, k, v, mask)), implementation="xla", **options)
+    assert np.abs(got - plain(q, k, v, mask, **options)).max() < 2e-6
+
+
+def test_the_kernel_is_called_where_the_rule_says(monkeypatch):
+    q, k, v, mask = (jnp.asarray(x) for x in drawn(length=256))
+    called = []
+    monkeypatch.setattr(attention, "fused", lambda *arrays, scale: called.append(scale) or arrays[0])
+    monkeypatch.setattr(attention, "platform", lambda: "cuda")
+    narrow = [x.astype(jnp.bfloat16) for x in (jnp.tile(q, 2), jnp.tile(k, 2), jnp.tile(v, 2))]
+    attend(*narrow, mask, causal=True, scale=0.5)
+    attend(*narrow, mask, causal=False)
+    attend(*narrow, mask, causal=True, softcap=5.0)
+    assert called == [0.5]
+
+
+def test_keys_are_gathered_where_positions_lie_over_a_mesh():
+    mesh = make_mesh(ParallelConfig(sequence=2, tensor=2))
+    placed = jax.device_put(jnp.ones((2, 2, 6, 4)), NamedSharding(mesh, PartitionSpec("data", "tensor", "sequence")))
+
+    @jax.jit
+    def gathered(x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return of_whole_text(x)
+
+    assert placed.sharding.shard_shape(placed.shape) == (1, 1, 3, 4)
+    assert gathered(placed).sharding.shard_shape(placed.shape) == (1, 1, 6, 4)
+    assert of_whole_text(placed) is placed

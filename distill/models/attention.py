@@ -1,13 +1,20 @@
 """Softmax attention: scores, weights and the mixing of values."""
 
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from distill.shapes import Array
 
 BLOCKED_FROM = 128
 """Tokens from which on, on a CPU, causal attention goes block by block: there 1.4 to 3 times as fast, with gradients,
 as all scores at once; at 64 the gain is small, at 32 there is none."""
+
+
+FUSED_FROM = 256
+"""Tokens from which on, on a GPU, causal attention is one kernel."""
 
 
 def attention_weights(
@@ -62,6 +69,8 @@ def attend(
       causal: the caller's word that query l and key l are the same token and that ``mask_BLS`` shows no query a later
         key, so that scores of later keys need not be computed. The mask is honoured all the same.
     """
+    if causal and fused_on(platform(), q_BHLK.dtype, q_BHLK.shape[2], q_BHLK.shape[3], softcap):
+        return fused(q_BHLK, k_BGSK, v_BGSK, mask_BLS, scale=scale)
     if causal and long_on_cpu(q_BHLK.shape[2]):
         return in_blocks(q_BHLK, k_BGSK, v_BGSK, mask_BLS, scale=scale, softcap=softcap)
     return mix(attention_weights(q_BHLK, k_BGSK, mask_BLS, scale=scale, softcap=softcap), v_BGSK)
@@ -72,10 +81,48 @@ def long_on_cpu(length: int) -> bool:
     return length >= BLOCKED_FROM and platform() == "cpu"
 
 
+def fused_on(platform: str, dtype: Any, length: int, size: int, softcap: float | None) -> bool:
+    """Whether causal attention goes through the kernel JAX ships: what cuDNN takes, from ``FUSED_FROM`` tokens on.
+
+    That is ``cuda``, 16 bits, an even length, heads of at most 128 numbers in whole eights, no softcap. Taken from what
+    JAX refuses elsewhere; it has run on no GPU yet, the bound is not measured. What has been seen: the same call with
+    JAX's own implementation in place of cuDNN's equals ``attend``. On TPU the plain form stays: splash attention wants
+    its masks before tracing, and here each layer chooses its window while the program runs.
+    """
+    fits = size % 8 == 0 and size <= 128 and length % 2 == 0 and softcap is None
+    return platform == "cuda" and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and length >= FUSED_FROM and fits
+
+
+def fused(
+    q_BHLK: Array,
+    k_BGSK: Array,
+    v_BGSK: Array,
+    mask_BLS: Array,
+    *,
+    scale: float | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Array:
+    """Causal ``attend`` without a softcap, by ``jax.nn.dot_product_attention``, which never writes the scores."""
+    arrays = (x.swapaxes(1, 2) for x in (q_BHLK, k_BGSK, v_BGSK))
+    options = {"scale": scale, "is_causal": True, "implementation": implementation}
+    return jax.nn.dot_product_attention(*arrays, mask=mask_BLS[:, None], **options).swapaxes(1, 2)
+
+
+def of_whole_text(x_BGSK: Array) -> Array:
+    """Keys or values of all positions on every device, where positions lie over the mesh axis ``sequence``."""
+    if jax.sharding.get_abstract_mesh().shape.get("sequence", 1) == 1:
+        return x_BGSK
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x_BGSK, PartitionSpec(free, free, None, free))
+
+
 def platform() -> str:
-    """``cpu``, ``gpu`` or ``tpu``, where what is being traced will run: maybe on a machine that is not here."""
+    """cpu, cuda, rocm or tpu: where what is being traced will run, maybe on a machine that is not here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    name = jax.default_backend() if device is None else device.platform
+    if name != "gpu":
+        return name
+    return "rocm" if device is None and "rocm" in jax.local_devices()[0].client.platform_version else "cuda"
 
 
 def in_blocks(

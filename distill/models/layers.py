@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from distill.models.attention import attend, attention_weights, long_on_cpu, mix
+from distill.models.attention import attend, attention_weights, long_on_cpu, mix, of_whole_text
 from distill.models.collect import keep
 from distill.models.config import DecoderConfig
 from distill.models.model import Relations, parameter
@@ -148,6 +148,7 @@ class Attention(nn.Module):
 
         q_BHLK, k_BGLK = place("query", c.heads, "heads"), place("key", c.groups, "kv")
         v_BGLK = project("value", c.groups, "kv")
+        k_BGLK, v_BGLK = of_whole_text(k_BGLK), of_whole_text(v_BGLK)
         if cache is not None:
             keys, values, start = cache
             k_BGLK = jax.lax.dynamic_update_slice_in_dim(keys, k_BGLK.astype(keys.dtype), start, axis=2)
