@@ -6,6 +6,7 @@ Exit 0: done, or stopped on request and saved. 2: the user's mistake, one messag
 import argparse
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -99,7 +100,8 @@ def explain(error: Exception) -> tuple[int, str]:
 
     if isinstance(error, Stopped):
         return 0, str(error)
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    written = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore says it
+    if (error.errno if isinstance(error, OSError) else written and int(written[1])) in _DISK_FULL:
         return 2, f"error: the disk is full ({error}). Nothing saved was lost: free some space, run the command again."
     if isinstance(error, ValueError | FileNotFoundError | PermissionError | NotADirectoryError):
         return 2, f"error: {error}"

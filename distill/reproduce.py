@@ -6,17 +6,16 @@ import os
 import platform
 import re
 import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from distill import experiment, text_experiment
+from distill import text_experiment
 from distill.config import ProtocolConfig
 from distill.protocol import run_protocol
+from distill.survival import survive
 from distill.text_config import TextConfig
 
 COLUMNS = (
@@ -122,53 +121,12 @@ def addition_page(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kills(count: int, folder: Path, overrides: Sequence[str] = (), seconds: tuple[float, float] = (4.0, 16.0)) -> int:
-    """``kill -9`` at ``count`` random moments of scripts/distill.py; every run that ends must equal an undisturbed one.
-
-    Args:
-      count: kills in all; a run that ends before they are spent is followed by a new one.
-      folder: empty; the runs are made here.
-      overrides: of the configuration.
-      seconds: after how long a process is killed, at least and at most.
-
-    Returns:
-      The number of runs that were killed on their way and compared equal to the bit: teacher, student and baseline.
-
-    Raises:
-      RuntimeError: a run differs, or cannot be taken up.
-    """
-    rng = np.random.default_rng(0)
-    straight = folder / "straight"
-    _distill(straight, overrides).wait()
-    want, done, compared = experiment.open_run(straight)[1], 0, 0
-    while done < count:
-        run = folder / f"killed{compared}"
-        while (process := _distill(run, overrides)) and done < count:
-            try:
-                process.wait(float(rng.uniform(*seconds)))
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                done += 1
-        if process.wait() and _distill(run, overrides).wait():
-            raise RuntimeError(f"{run}: cannot be taken up after a kill.")
-        _compare(run, want, experiment.open_run(run)[1])
-        compared += 1
-    return compared
-
-
-def _distill(run: Path, overrides: Sequence[str]) -> subprocess.Popen:
-    script = Path(__file__).parents[1] / "scripts" / "distill.py"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, str(script), "--run", str(run), *overrides], **quiet)
-
-
-def _compare(run: Path, want: dict[str, Any], got: dict[str, Any]) -> None:
-    for name, trained in want.items():
-        for a, b in zip(jax.tree.leaves(trained.params), jax.tree.leaves(got[name].params), strict=True):
-            if not np.array_equal(a, b):
-                raise RuntimeError(f"{run}: the {name} differs from that of the run that was not disturbed.")
+def survival(folder: Path, page: Path, count: int = 50) -> list[str]:
+    """Kills, failures and resumes (``survival.py``); writes their section; returns its lines."""
+    lines = survive(folder, count)
+    made = f"Made on {_machine()}; jax {jax.__version__}; commit {_commit()}."
+    write_section(page, "\n".join(["## Survival: `python scripts/reproduce.py survival`", "", *lines, made]) + "\n")
+    return lines
 
 
 def _line(row: dict[str, Any]) -> str:

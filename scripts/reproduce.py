@@ -1,7 +1,7 @@
 """Makes the numbers of REPRODUCE.md again; what is done already is kept in the run folder and not done twice.
 
 python scripts/reproduce.py addition            # every arm, five seeds: about an hour of CPU time
-    python scripts/reproduce.py kills               # 20 times kill -9, then the same bits: about 6 minutes
+    python scripts/reproduce.py survival            # 50 times kill -9 and other failures, then the same bits
     python scripts/reproduce.py conformance         # our losses beside TRL's, Liger's, DistiLLM's: seconds
     python scripts/reproduce.py golden              # a published model on two texts beside transformers: a minute
     python scripts/reproduce.py smollm2             # distilled on text, three seeds: an hour and a half
@@ -21,7 +21,7 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, runs, writes the page."""
     options = cli.parser(__doc__)
-    options.add_argument("what", choices=("addition", "kills", "conformance", "golden", "smollm2"))
+    options.add_argument("what", choices=("addition", "survival", "conformance", "golden", "smollm2"))
     options.add_argument("--run", type=Path, help="run folder (default: runs/addition_arms, runs/smollm2_seeds)")
     options.add_argument("--page", type=Path, default=Path("REPRODUCE.md"), help="the page to write")
     known = options.parse_args(argv)
@@ -39,11 +39,9 @@ def main(argv: Sequence[str]) -> None:
 
         print(*golden.smollm2(), sep="\n")
         return
-    if known.what == "kills":
-        often = [f"--{role}.training.save-every=100" for role in ("teacher", "student")]
+    if known.what == "survival":
         with tempfile.TemporaryDirectory() as folder:
-            runs = reproduce.kills(20, Path(folder), often)
-        print(f"20 kills, {runs} runs taken up to their end: every weight equal to the bit")
+            print(*reproduce.survival(Path(folder), known.page), sep="\n")
         return
     if known.what == "smollm2":
         reproduce.text(load_config("smollm2_text"), known.run or Path("runs/smollm2_seeds"), known.page)

@@ -69,6 +69,7 @@ TOP = {
     "kinds",
     "plan",
     "stages",
+    "survival",
     "text_experiment",
     "text_heldout",
 }
