@@ -116,6 +116,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # of this machine; has no part in what is described
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans at a time: no chip is touched
     try:
         return topologies.get_topology_desc(topology.name, "tpu").devices
     except jax.errors.JaxRuntimeError as error:

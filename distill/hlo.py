@@ -101,7 +101,7 @@ def _turns(line: str, condition: list[str]) -> int | None:
     """How often a loop turns: as the compiler notes it, or the constant its counter is compared with, from 0."""
     if noted := re.search(r'known_trip_count[":{]+n[":]+(\d+)', line):
         return int(noted[1])
-    bounds = [int(n) for line in condition for n in re.findall(r" = s32\[\]\S* constant\((\d+)\)", line)]
+    bounds = [int(n) for line in condition for n in re.findall(r" = [su]32\[\]\S* constant\((\d+)\)", line)]
     return max(bounds) if bounds else None
 
 

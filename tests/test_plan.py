@@ -170,7 +170,7 @@ TEXT = """HloModule a
   %i = f32[16]{0} all-gather(%p), channel_id=5, replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x','y'}
 }
 %layers (c: (s32[], f32[4])) -> pred[] {
-  %n = s32[]{:T(128)} constant(28)
+  %n = u32[]{:T(128)} constant(28)
   ROOT %l = pred[] compare(%i, %n), direction=LT
 }
 %chunk (c: (s32[], f32[4])) -> (s32[], f32[4]) {
@@ -297,7 +297,7 @@ def test_what_does_not_fit_is_told_what_to_change(config, monkeypatch, capsys):
 
 
 def _program(there, _):
-    return plan.Program(there, [], 0.0, {"lower": 1.0, "compile": 2.0}, there["total"] <= 1e3)
+    return plan.Program(there, [], 0.0, {"lower": 1.0, "compile": 2.0, "cpu": 3.0}, there["total"] <= 1e3)
 
 
 def test_the_compilers_word_that_memory_is_too_small():
