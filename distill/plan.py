@@ -21,6 +21,7 @@ from distill.data.loader import Batch
 from distill.hlo import Collective, collectives
 from distill.losses.chunked import default_chunk_size
 from distill.models import DecoderConfig, decoder
+from distill.models.attention import fused_on
 from distill.models.init import part_of
 from distill.models.int8 import held
 from distill.parallel import batch_axes, make_mesh
@@ -254,8 +255,12 @@ def _split(config: TextConfig, task: Task, mesh: dict[str, int], topology: Topol
         student=mesh["fsdp"] * mesh["tensor"],
         micro_batches=config.training.micro_batches,
         chunk=min(chunk or tokens, tokens),
-        fused=False,
+        fused=not topology.tpu and fused_on("cuda", *_attention(task.student.config, config.data.length)),
     )
+
+
+def _attention(config: DecoderConfig, length: int) -> tuple[str, int, int, float | None]:
+    return config.dtype, length, config.key_size, config.attention_softcap
 
 
 def _bytes(program: Program, task: Task, split: roofline.Split) -> dict[str, int]:
