@@ -1,0 +1,158 @@
+"""Where the time of a training goes: a trace that XProf and TensorBoard open, and a table of its parts.
+
+A few dispatches after the first (which compiles) are traced. Every operation the devices report is counted with its own
+time, without that of the operations inside it, and belongs to a part of the step by its name in the compiled program.
+"""
+
+import collections
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+DISPATCHES = 3
+"""Traced at most; fewer where an evaluation comes before."""
+
+PARTS = {
+    "optimizer": r"/optimizer/",
+    "teacher": r"teacher",
+    "student, backward": r"transpose\(",
+    "student, forward": r"jvp\(|student",
+}
+"""Part → what the name of its operations holds; the first that fits."""
+
+
+class Event(NamedTuple):
+    """An operation on a device, in nanoseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Profile:
+    """Traces a few dispatches of a loop.
+
+    Args:
+      folder: the trace is written here.
+
+    Example::
+
+      profile = Profile(run / "profile")
+      ...
+      profile.before(steps, arguments)      # of every dispatch
+      metrics = steps(*arguments)
+      lines = profile.after(metrics, last)  # of every dispatch; a table once there is one
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self._seen, self._text = folder, 0, ""
+
+    def before(self, steps: Any, arguments: tuple) -> None:
+        """Begins to trace, unless this is the first dispatch."""
+        if self._seen == 1:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments)
+            self._text = steps.lower(*shapes).compile().as_text()  # from the cache of compiled programs
+            jax.profiler.start_trace(str(self.folder))
+
+    def after(self, results: Any, last: bool, batches: int) -> list[str]:
+        """Lines of the table once enough is traced; ``last``: something else than a dispatch comes next."""
+        self._seen += 1
+        if self._seen < 2 or self._seen > DISPATCHES + 1 or not (last or self._seen == DISPATCHES + 1):
+            return []
+        jax.block_until_ready(results)
+        jax.profiler.stop_trace()
+        dispatches, self._seen = self._seen - 1, DISPATCHES + 2
+        traces = sorted(self.folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+        return table(events_of(traces[-1]), names_of(self._text), dispatches * batches, self.folder)
+
+    def close(self) -> None:
+        """Ends a trace that was begun."""
+        if 2 <= self._seen <= DISPATCHES + 1 and self._text:
+            jax.profiler.stop_trace()
+
+
+def names_of(program: str) -> dict[str, str]:
+    """Instruction → its name in the source, from the text of a compiled program.
+
+    Example:
+      >>> names_of('  %dot.1 = f32[2]{0} dot(%a, %b), metadata={op_name="jit(f)/teacher/dot_general"}')
+      {'dot.1': 'jit(f)/teacher/dot_general'}
+    """
+    found = re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', program, re.M)
+    return dict(found)
+
+
+def part_of(name: str) -> str:
+    """Which of ``PARTS`` an operation belongs to, or ``"rest"``.
+
+    Example:
+      >>> part_of("jit(f)/while/body/transpose(jvp(student))/dot_general"), part_of("jit(f)/while/body/gather")
+      ('student, backward', 'rest')
+    """
+    return next((part for part, mark in PARTS.items() if re.search(mark, name)), "rest")
+
+
+def events_of(trace: Path) -> list[list[Event]]:
+    """The operations of a trace, one list for each stream of a device (on CPUs, for each thread)."""
+    planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")] or planes
+    streams = []
+    for plane in devices:
+        for line in plane.lines:
+            events = []
+            for event in line.events:
+                operation = dict(event.stats).get("hlo_op") or (event.name if line.name == "XLA Ops" else None)
+                if operation:
+                    name = str(operation).partition(" = ")[0].lstrip("%")
+                    events.append(Event(name, event.start_ns, event.start_ns + event.duration_ns))
+            streams += [events] if events else []
+    return streams
+
+
+def own_times(events: Iterable[Event]) -> dict[str, float]:
+    """Name → nanoseconds in all, without those of events inside an event (a loop holds its body).
+
+    Example:
+      >>> own_times([Event("while", 0, 10), Event("dot", 1, 4), Event("dot", 5, 9)])
+      {'while': 3.0, 'dot': 7.0}
+    """
+    own: dict[str, float] = collections.defaultdict(float)
+    around: list[Event] = []
+    for event in sorted(events, key=lambda event: (event.start, -event.end)):
+        while around and around[-1].end <= event.start:
+            around.pop()
+        own[event.name] += event.end - event.start
+        if around:
+            own[around[-1].name] -= min(event.end, around[-1].end) - event.start
+        around.append(event)
+    return {name: float(value) for name, value in own.items()}
+
+
+def table(streams: list[list[Event]], names: dict[str, str], steps: int, folder: Path) -> list[str]:
+    """Lines: milliseconds of a step in each part, in nothing, and in the five operations that take most.
+
+    Times are of the busiest stream, so that they add up; where a CPU has several threads, the others help it.
+    """
+    if not streams:
+        return [f"{folder}: no operation of a device in the trace; open it with XProf."]
+    own, events = max(((own_times(events), events) for events in streams), key=lambda both: sum(both[0].values()))
+    whole = max(event.end for event in events) - min(event.start for event in events)
+    parts: dict[str, float] = collections.defaultdict(float)
+    for name, time in own.items():
+        parts[part_of(names.get(name, ""))] += time
+    parts["nothing: gaps, host"] = whole - sum(own.values())
+
+    def line(title: str, time: float) -> str:
+        return f"{title:<48} {time / 1e6 / steps:>10.3f} {time / whole:>7.1%}"
+
+    longest = sorted(own, key=own.get, reverse=True)[:5]
+    return [
+        f"{'where the time of a step goes':<48} {'ms':>10} {'share':>7}",
+        *(line(part, time) for part, time in sorted(parts.items(), key=lambda item: -item[1])),
+        "longest operations",
+        *(line(f"  {name} {names.get(name, '').rpartition('/')[2]}"[:48], own[name]) for name in longest),
+        f"trace: {folder}, for XProf or TensorBoard",
+    ]
