@@ -173,6 +173,8 @@ class LogConfig:
     progress: bool = True
     tensorboard: bool = False
     """Also write RUN/tensorboard (needs the extra ``track``)."""
+    profile: bool = False
+    """Trace a few steps into RUN/profile, for XProf and TensorBoard, and print where their time goes."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,9 @@ DISPATCHES = 3
 """Traced at most; fewer where an evaluation comes before."""
 
 PARTS = {
-    "optimizer": r"/optimizer/",
-    "teacher": r"teacher",
+    "optimizer": r"\boptimizer\b",
+    "head and losses": r"\bhead\b",
+    "teacher": r"\bteacher\b",
     "student, backward": r"transpose\(",
     "student, forward": r"jvp\(|student",
 }
@@ -36,7 +37,7 @@ class Profile:
     """Traces a few dispatches of a loop.
 
     Args:
-      folder: the trace is written here.
+      folder: the trace is written here; None: nothing is traced.
 
     Example::
 
@@ -44,34 +45,42 @@ class Profile:
       ...
       profile.before(steps, arguments)      # of every dispatch
       metrics = steps(*arguments)
-      lines = profile.after(metrics, last)  # of every dispatch; a table once there is one
+      profile.after(metrics, last, batches)  # of every dispatch; prints the table once there is one
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self._seen, self._text = folder, 0, ""
+    def __init__(self, folder: Path | None):
+        self.folder, self._seen, self._tracing, self._text = folder, 0, False, ""
 
     def before(self, steps: Any, arguments: tuple) -> None:
         """Begins to trace, unless this is the first dispatch."""
-        if self._seen == 1:
+        if self.folder is not None and self._seen == 1:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments)
             self._text = steps.lower(*shapes).compile().as_text()  # from the cache of compiled programs
             jax.profiler.start_trace(str(self.folder))
+            self._tracing = True
 
-    def after(self, results: Any, last: bool, batches: int) -> list[str]:
-        """Lines of the table once enough is traced; ``last``: something else than a dispatch comes next."""
+    def after(self, results: Any, last: bool, batches: int) -> None:
+        """Prints the table once enough is traced.
+
+        Args:
+          results: of the dispatch.
+          last: something else than a dispatch comes next.
+          batches: in a dispatch.
+        """
         self._seen += 1
-        if self._seen < 2 or self._seen > DISPATCHES + 1 or not (last or self._seen == DISPATCHES + 1):
-            return []
+        if not self._tracing or not (last or self._seen == DISPATCHES + 1):
+            return
         jax.block_until_ready(results)
-        jax.profiler.stop_trace()
-        dispatches, self._seen = self._seen - 1, DISPATCHES + 2
+        self.close()
         traces = sorted(self.folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        return table(events_of(traces[-1]), names_of(self._text), dispatches * batches, self.folder)
+        steps = (self._seen - 1) * batches
+        print(*table(events_of(traces[-1]), names_of(self._text), steps, self.folder), sep="\n")
 
     def close(self) -> None:
         """Ends a trace that was begun."""
-        if 2 <= self._seen <= DISPATCHES + 1 and self._text:
+        if self._tracing:
             jax.profiler.stop_trace()
+            self._tracing = False
 
 
 def names_of(program: str) -> dict[str, str]:

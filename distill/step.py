@@ -150,7 +150,8 @@ def make_train_step(
         evaluate = in_chunks if chunks and batch.teacher_logits is None else whole
         outside = [term for term in now if isinstance(term, Term)]
         headless = isinstance(student.config, EncoderConfig) and not outside  # and so without logits
-        loss, pairs = (jnp.float32(0.0), {}) if headless else evaluate(outside, sides, batch, weights)
+        with jax.named_scope("head"):
+            loss, pairs = (jnp.float32(0.0), {}) if headless else evaluate(outside, sides, batch, weights)
         for term in inside:
             features = sides.of_student.collected, sides.of_teacher.collected
             pairs[term.name] = masked_sum(term.per_position(*features, batch, params), batch.mask, weights)
@@ -175,9 +176,10 @@ def make_train_step(
                 lambda part: gradients_of(state.params, teacher_params, part, weight, state.step), parts
             )
         gradients, metrics = global_sum((gradients, metrics))
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        metrics["gradient_norm"] = (optax.tree.norm(gradients), jnp.float32(1.0))
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            metrics["gradient_norm"] = (optax.tree.norm(gradients), jnp.float32(1.0))
+            new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         return _or_skipped(state, new, metrics) if skip_not_finite else (new, metrics)
 
     return train_step
@@ -223,8 +225,10 @@ def _forward(
         options |= {} if remat == "none" else {"remat": remat}
         return model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments, **options)
 
-    of_student = run(student, params, collect_of(inside, "student"), remat)
-    of_teacher = None if teacher is None else run(teacher, teacher_params, collect_of(inside, "teacher"))
+    with jax.named_scope("student"):  # as traces call it (profiling.py)
+        of_student = run(student, params, collect_of(inside, "student"), remat)
+    with jax.named_scope("teacher"):
+        of_teacher = None if teacher is None else run(teacher, teacher_params, collect_of(inside, "teacher"))
     return _Sides(params, of_student, teacher_params, of_teacher)
 
 

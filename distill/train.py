@@ -27,6 +27,7 @@ from distill.models.model import Model
 from distill.objective import Term
 from distill.optim import optimizer
 from distill.parallel import ParallelConfig, Wrapping
+from distill.profiling import Profile
 from distill.progress import Progress
 from distill.shapes import Params
 from distill.speed import flops_per_token, utilisation
@@ -106,8 +107,10 @@ def fit(
         writer = Writer(run, step, log.tensorboard)
         progress = Progress(label, training.steps, step, show=log.progress)
         feed = _feed(task, training, wrapping, step, stop)
-        with contextlib.closing(writer), contextlib.closing(feed), progress:
-            state = _loop(state, step, task, training, wrapping, feed, checkpoints, writer, progress, stop)
+        profile = Profile(run / "profile" if log.profile else None)
+        with contextlib.closing(writer), contextlib.closing(feed), contextlib.closing(profile), progress:
+            recorder = _Recorder(writer, progress, training, task, feed, _devices_of(state))
+            state = _loop(state, step, task, training, wrapping, feed, checkpoints, recorder, profile, stop)
         return wrapping.fetch_state(state).params
 
 
@@ -203,12 +206,11 @@ def _loop(
     wrapping: Wrapping,
     feed: InMemory | Ahead,
     checkpoints: Checkpoints,
-    writer: Writer,
-    progress: Progress,
+    recorder: "_Recorder",
+    profile: Profile,
     stop: dict[str, bool],
 ) -> TrainState:
     frozen = None if task.frozen is None else wrapping.place_params(task.frozen)
-    recorder = _Recorder(writer, progress, training, task, feed, _devices_of(state))
 
     def save() -> None:
         recorder.record()  # a state whose loss is not finite is never saved
@@ -226,12 +228,16 @@ def _loop(
             save()
             raise DataTimeout(f"{error}; saved at step {step}. See to it, then run the same command again.") from None
         if batches is not None:
+            profile.before(wrapping.steps, (state, frozen, *batches))
             state, metrics = wrapping.steps(state, frozen, *batches)
             recorder.record()  # of the dispatch before, while this one computes
             recorder.pending = (step, wrapping.fetch_metrics(metrics))
             step += training.steps_per_dispatch
         stop["now"] |= processes.asked_to_stop()
-        if batches is not None and (step % training.evaluate_every == 0 or step == training.steps):
+        due = batches is not None and (step % training.evaluate_every == 0 or step == training.steps)
+        if batches is not None:
+            profile.after(metrics, due, training.steps_per_dispatch)
+        if due:
             recorder.record()
             recorder.evaluated(step, task.measure(wrapping.fetch_state(state).params))
         if step % training.save_every == 0 or step == training.steps or stop["now"]:

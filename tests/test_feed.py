@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import threading
 
@@ -221,3 +222,20 @@ def test_the_steps_compile_once_and_their_state_is_donated(loader, tmp_path, mon
     fit(tmp_path, dataclasses.replace(task(loader.examples), evaluate=lambda p: {"kl": 0.5}), evaluated, **ALONE)
     assert seen[0].steps._cache_size() == 1
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(placed[0]))
+
+
+def test_a_profile_says_where_the_time_of_a_step_goes(loader, tmp_path, capsys):
+    training = dataclasses.replace(TRAINING, steps=8, evaluate_every=8, save_every=8)
+    log = LogConfig(progress=False, profile=True)
+    teacher = MODEL.init(jax.random.key(1))
+    live = dataclasses.replace(
+        task(loader.examples._replace(teacher_logits=None)), teacher=MODEL, teacher_params=teacher
+    )
+    profiled = fit(tmp_path / "a", live, training, **ALONE | {"log": log})
+    said = capsys.readouterr().out
+    assert list((tmp_path / "a" / "profile").rglob("*.xplane.pb"))
+    for part in ("teacher", "student, forward", "student, backward", "head and losses", "optimizer", "longest"):
+        assert part in said, said
+    shares = [float(share) for share in re.findall(r"^\S.* ([\d.]+)%$", said.partition("longest")[0], re.M)]
+    assert abs(sum(shares) - 100.0) < 1.0
+    assert equal_bits(profiled, fit(tmp_path / "b", live, training, **ALONE))

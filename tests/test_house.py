@@ -22,6 +22,7 @@ ARROWS = {
     "processes": set(),
     "metrics": {"processes"},
     "progress": set(),
+    "profiling": set(),
     "table": set(),
     "vocab": {"shapes"},
     "head": {"shapes"},
