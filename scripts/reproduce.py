@@ -1,10 +1,10 @@
 """Makes the numbers of REPRODUCE.md again; what is done already is kept in the run folder and not done twice.
 
 python scripts/reproduce.py addition            # every arm, five seeds: about an hour of CPU time
-    python scripts/reproduce.py survival            # 50 times kill -9 and other failures, then the same bits
-    python scripts/reproduce.py conformance         # our losses beside TRL's, Liger's, DistiLLM's: seconds
-    python scripts/reproduce.py golden              # a published model on two texts beside transformers: a minute
-    python scripts/reproduce.py smollm2             # distilled on text, three seeds: an hour and a half
+python scripts/reproduce.py survival            # 50 times kill -9 and other failures, then the same bits
+python scripts/reproduce.py conformance         # our losses beside TRL's, Liger's, DistiLLM's: seconds
+python scripts/reproduce.py golden              # a published model on two texts beside transformers: a minute
+python scripts/reproduce.py smollm2             # distilled on text, three seeds: an hour and a half
 """
 
 import sys

@@ -3,9 +3,10 @@
     make smollm2
 
 which is ``python scripts/distill.py --config smollm2_text`` and ``scripts/report.py`` with what they need installed.
-Hardware: 2 CPU cores; meant to take 30 minutes for all arms of one seed, which nobody has timed to the end yet. Score:
-unknown until then; held-out KL and nats per token go to RUN/report.html, over three seeds to REPRODUCE.md
-(``python scripts/reproduce.py smollm2``).
+Hardware: 2 CPU cores, 30 minutes for all arms of one seed. Score: on held-out text the student is nearer to its teacher
+by KL and has fewer nats per token than the same student by cross-entropy on as many tokens; for as many seconds, which
+are almost twice as many tokens, cross-entropy has fewer nats per token. Numbers: RUN/report.html; over three seeds
+``python scripts/reproduce.py smollm2`` writes them to REPRODUCE.md.
 """
 
 from distill.config import TrainingConfig
