@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distill import benchmark, benchmark_head, benchmark_step, benchmark_tpu
+from distill import benchmark, benchmark_head, benchmark_scaling, benchmark_step, benchmark_tpu
 from distill.head import Head
 from distill.losses import divide, masked_sum
 from distill.parallel import ParallelConfig, make_mesh
@@ -216,3 +216,38 @@ def test_the_table_of_a_step():
         "| 512 | distill | 2.00 [2.00, 2.00] | 1.00 [1.00, 1.00] | 50% | 6 |",
         "| 512 | it | 6.00 [4.00, 8.00] | 0.38 [0.25, 0.50] | 17% | 9 |",
     ]
+
+
+# ---- scaling
+
+SHAPE = benchmark_scaling.Shape(batch=8, length=16, layers=1, width=32, vocab=64)
+
+
+@pytest.fixture(scope="module")
+def scaled():
+    """Mesh → what was measured on it; two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark_scaling, "STEPS", 2)
+        names = ("1", "8 data", "8 fsdp")
+        devices = {name: jax.devices()[: benchmark_scaling.MESHES[name][0]] for name in names}
+        return {name: benchmark_scaling.measure(name, devices[name], SHAPE) for name in names}
+
+
+def test_scaling_compiled_exchanges_are_those_computed(scaled):
+    """A sum of the gradients under data, parameters collected in both passes under fsdp: no activation."""
+    assert sum(scaled["1"]["compiled"].values()) == 0.0
+    compiled = {
+        name: sum(scaled[name]["compiled"].values()) / scaled[name]["computed"] for name in ("8 data", "8 fsdp")
+    }
+    assert 1.0 <= compiled["8 data"] < 1.05  # and a few scalars
+    assert 1.0 <= compiled["8 fsdp"] < 1.6  # on CPUs sums of gradients go to all, not to their places
+    assert set(scaled["8 data"]["compiled"]) == {"all-reduce"}
+
+
+def test_scaling_lines(scaled, tmp_path):
+    lines = benchmark_scaling.table(scaled)
+    assert len(lines) == 2 + len(scaled)
+    assert all(float(line.split("|")[3]) < 1e-6 for line in lines[2:])
+    lines, numbers = benchmark_scaling.curves(2, tmp_path, {"tokens": [SHAPE]})
+    assert len(lines) == 3 and numbers["tokens"][0]["at"] == 128 and len(numbers["tokens"][0]["seconds"]) == 2
+    assert (tmp_path / "benchmark_scaling_tokens.png").exists()
