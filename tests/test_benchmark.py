@@ -240,7 +240,7 @@ def test_scaling_compiled_exchanges_are_those_computed(scaled):
         name: sum(scaled[name]["compiled"].values()) / scaled[name]["computed"] for name in ("8 data", "8 fsdp")
     }
     assert 1.0 <= compiled["8 data"] < 1.05  # and a few scalars
-    assert 1.0 <= compiled["8 fsdp"] < 1.6  # on CPUs sums of gradients go to all, not to their places
+    assert 0.6 < compiled["8 fsdp"] < 1.05  # some of what was gathered is kept for the backward pass
     assert set(scaled["8 data"]["compiled"]) == {"all-reduce"}
 
 
