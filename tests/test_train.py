@@ -236,7 +236,7 @@ BAD = {
     "seed": (["--student.training.seed", "-1"], "seed"),
     "test fraction": (["--data.test-fraction", "1.5"], "test_fraction"),
     "more labels than pairs": (["--data.digits", "1", "--baseline.labels", "90"], "labels=90"),
-    "teacher run": (["--data.digits", "1", "--teacher-run", "/nowhere"], "/nowhere"),
+    "teacher run": (["--teacher-run", "/nowhere"], "/nowhere"),
 }
 
 
