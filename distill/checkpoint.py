@@ -116,6 +116,8 @@ class Checkpoints:
             raise ValueError(f"{self.path}: unreadable checkpoint ({error}); {_AGAIN}") from error
         self._worker = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
+        self._sound: set[int] = set()
+        """Steps whose files were found as they were written; to hash them again costs as much as to read them."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -131,6 +133,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return None if self._checkpointer.latest is None else self._checkpointer.latest.step
+
+    def trust_latest(self) -> None:
+        """The caller's word that the newest checkpoint was looked at: it is not hashed again."""
+        self._sound |= set() if self.latest is None else {self.latest}
 
     def best(self, metric: str) -> int:
         """Step of the checkpoint that is best by a metric (``KeepConfig.best``) among those there are.
@@ -201,14 +207,14 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise FileNotFoundError(f"{self.path}: no complete checkpoint; train first (scripts/distill.py --run …).")
-        damage = _damage(self.path / str(step))
+        if step not in self._sound and (damage := _damage(self.path / str(step))):
+            raise ValueError(f"{self.path}/{step}: unreadable checkpoint ({damage}); {_AGAIN}")
+        self._sound.add(step)
         try:
-            if not damage:
-                return self._checkpointer.load_checkpointables(step, wanted)
+            return self._checkpointer.load_checkpointables(step, wanted)
         except (ValueError, KeyError, OSError) as error:
-            damage = str(error).splitlines()[0]
-            raise ValueError(f"{self.path}/{step}: unreadable checkpoint ({damage}).") from error
-        raise ValueError(f"{self.path}/{step}: unreadable checkpoint ({damage}); {_AGAIN}")
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{self.path}/{step}: unreadable checkpoint ({reason}).") from error
 
 
 _AGAIN = "give the command that made it again: it goes on from the one before."
@@ -217,7 +223,9 @@ _AGAIN = "give the command that made it again: it goes on from the one before."
 def resumed(run: Path, keep: KeepConfig = KeepConfig()) -> Checkpoints:
     """The checkpoints of a run that goes on, the newest of them sound (``drop_damaged``)."""
     drop_damaged(run)
-    return Checkpoints(run, keep)
+    checkpoints = Checkpoints(run, keep)
+    checkpoints.trust_latest()
+    return checkpoints
 
 
 def drop_damaged(run: Path) -> None:

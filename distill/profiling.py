@@ -6,6 +6,7 @@ time, without that of the operations inside it, and belongs to a part of the ste
 
 import collections
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,17 +109,19 @@ def events_of(trace: Path) -> list[list[Event]]:
     """The operations of a trace, one list for each stream of a device (on CPUs, for each thread)."""
     planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")] or planes
-    streams = []
-    for plane in devices:
-        for line in plane.lines:
-            events = []
-            for event in line.events:
-                operation = dict(event.stats).get("hlo_op") or (event.name if line.name == "XLA Ops" else None)
-                if operation:
-                    name = str(operation).partition(" = ")[0].lstrip("%")
-                    events.append(Event(name, event.start_ns, event.start_ns + event.duration_ns))
-            streams += [events] if events else []
-    return streams
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # jaxlib's types, on Python 3.13
+        streams = [_operations(line) for plane in devices for line in plane.lines]
+    return [events for events in streams if events]
+
+
+def _operations(line: Any) -> list[Event]:
+    events = []
+    for event in line.events:
+        operation = dict(event.stats).get("hlo_op") or (event.name if line.name == "XLA Ops" else None)
+        if operation:
+            name = str(operation).partition(" = ")[0].lstrip("%")
+            events.append(Event(name, event.start_ns, event.start_ns + event.duration_ns))
+    return events
 
 
 def own_times(events: Iterable[Event]) -> dict[str, float]:
