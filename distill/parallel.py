@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from distill import processes
 from distill.data.loader import Batch
 from distill.models.model import Model
+from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params
 from distill.step import Frozen, TrainState, TrainStep, init_state, scan_steps
 
@@ -63,7 +64,7 @@ AXES = ("dcn", "data", "fsdp", "sequence", "tensor")
 
 def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes over which the examples of a batch lie."""
-    return tuple(axis for axis in ("dcn", "data", "fsdp") if axis in mesh.shape)
+    return tuple(axis for axis in ROW_AXES if axis in mesh.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from distill.models import DecoderConfig, decoder
 from distill.models.attention import fused_on
 from distill.models.init import part_of
 from distill.models.int8 import held
+from distill.models.placement import ROW_AXES
 from distill.parallel import batch_axes, make_mesh
 from distill.step import CHUNKED_FROM
 from distill.table import print_rows
@@ -343,7 +344,7 @@ def changes(config: TextConfig, values: dict[str, Any]) -> list[Change]:
         flag = f"--{name.replace('_', '-')} {value}"
         found.append(Change(flag, int(saves), lambda config: _with(config, part, field, value)))
 
-    rows = math.prod(mesh[axis] for axis in ("dcn", "data", "fsdp"))
+    rows = math.prod(mesh[axis] for axis in ROW_AXES)
     if training.batch_size // training.micro_batches % (2 * rows) == 0:
         add("training.micro_batches", 2 * training.micro_batches, there["activations"] / 2)
     if training.remat == "none":

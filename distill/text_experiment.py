@@ -41,6 +41,7 @@ from distill.parallel import RULES, make_mesh, param_shardings
 from distill.preflight import Side, memory_plan, preflight, print_checks
 from distill.prune import Pruned, prune_by, prune_model
 from distill.shapes import Params
+from distill.speed import flops_per_token
 from distill.stages import Trained, cost, ledger, restore
 from distill.table import print_rows
 from distill.text_config import StudentConfig, TextConfig
@@ -231,9 +232,8 @@ def look_before(config: TextConfig, run: Path, world: World) -> None:
 def distil(config: TextConfig, run: Path, world: World) -> Trained:
     """The student, from the soft targets of the live teacher; also written as RUN/student_hf."""
     task = distillation(config, world)
-    length = config.data.length
-    per_token = 3 * world.student.config.flops_per_token(length) + world.teacher.model.config.flops_per_token(length)
-    with cost(run, _tokens(config.training, config) * per_token):
+    each = flops_per_token(world.begin.model, world.teacher.model, config.data.length)
+    with cost(run, _tokens(config.training, config) * each):
         params = fit(run, task, config.training, parallel_config=config.parallel, log=config.log, label="student")
     student = Trained(world.student, world.begin.plain(without_projectors(params)))
     save(run / "student_hf", *student, world.tokenizer)
@@ -254,7 +254,7 @@ def train_alone(config: TextConfig, run: Path, world: World, arm: str) -> Traine
         evaluate=_curve(config, world),
         identity=identity(config, world, training),
     )
-    flops = _tokens(training, config) * 3 * world.student.config.flops_per_token(config.data.length)
+    flops = _tokens(training, config) * flops_per_token(world.begin.model, None, config.data.length)
     with cost(run / arm, flops):
         params = fit(run / arm, task, training, parallel_config=config.parallel, log=config.log, label=arm)
     return Trained(world.student, world.begin.plain(params))

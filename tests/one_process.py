@@ -1,6 +1,10 @@
-"""One process of the pair in ``test_processes.py``: ``python one_process.py FOLDER``; the environment says which."""
+"""One process of the pair in ``test_processes.py``: ``python one_process.py FOLDER``; the environment says which.
+
+With ``ENDLESS`` in it, it only trains, until it is stopped.
+"""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -60,6 +64,9 @@ def main(folder: Path) -> None:
 
     from distill.parallel import ParallelConfig
 
+    if "ENDLESS" in os.environ:
+        far = dict.fromkeys(("steps", "evaluate_every", "save_every"), 10**6)
+        train(folder / "run", ParallelConfig(fsdp=2), **far)
     params = train(folder / "run", ParallelConfig(fsdp=2))
     index = processes.index()
     np.savez(folder / f"process{index}.npz", *jax.tree.leaves(params))

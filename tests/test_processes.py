@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +17,7 @@ import pytest
 from one_process import train
 
 from distill import checkpoint, processes
+from distill.metrics import read_metrics
 from distill.parallel import ParallelConfig
 from distill.processes import Start, settings
 
@@ -166,3 +170,33 @@ def test_a_coordinator_that_does_not_answer(tmp_path):
     _, error = lonely.communicate(timeout=200)
     assert lonely.returncode == 1
     assert "process 1 waited 1 s at localhost:" in error and "Traceback" not in error
+
+
+def ended_by(folder: Path, number: signal.Signals) -> tuple[list[int], list[str], float]:
+    """Exit codes, what both said, and seconds, of a training in which the second process gets a signal on its way."""
+    port = free_port()
+    before = len(read_metrics(folder / "run"))
+    both = [start(folder, port, index, ENDLESS="1") for index in (0, 1)]
+    try:
+        end = time.monotonic() + 200
+        while len(read_metrics(folder / "run")) < before + 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        both[1].send_signal(number)
+        sent = time.monotonic()
+        said = [one.communicate(timeout=100)[1] for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    return [one.returncode for one in both], said, time.monotonic() - sent
+
+
+def test_a_signal_to_one_stops_all_and_a_lost_one_ends_the_others(tmp_path):
+    codes, said, _ = ended_by(tmp_path, signal.SIGTERM)
+    stopped = [re.findall(r"stopped at step (\d+) of 1000000; saved", text) for text in said]
+    assert codes == [0, 0] and len(stopped[0]) == 1 and stopped[0] == stopped[1], said
+    codes, said, seconds = ended_by(tmp_path, signal.SIGKILL)
+    assert codes[0] != 0 and codes[1] == -signal.SIGKILL and seconds < 60.0
+    # a collective that fails (an error here) or a heartbeat that is missed (JAX ends the process): what comes first
+    assert "If another process ended, its log says why." in said[0] or "another task died" in said[0], said[0]
+    steps = [record["step"] for record in read_metrics(tmp_path / "run")]
+    assert int(stopped[0][0]) in steps and steps == sorted(set(steps) | {0}), steps
