@@ -26,6 +26,7 @@ from distill.models.init import part_of
 from distill.models.int8 import held
 from distill.models.placement import ROW_AXES
 from distill.parallel import batch_axes, make_mesh
+from distill.preflight import placed_bytes
 from distill.step import CHUNKED_FROM
 from distill.table import print_rows
 from distill.text_config import TextConfig
@@ -157,17 +158,6 @@ def _check_batch(config: TextConfig, parallel: Any, devices: Any) -> None:
             f"training: batch_size={training.batch_size} in micro_batches={training.micro_batches} gives {part} "
             f"examples at a time, which cannot be divided over {rows} devices."
         )
-
-
-def placed_bytes(tree: Any) -> int:
-    """Bytes of a tree on one device: of every leaf its shard, or all of it where it has no sharding."""
-
-    def one(leaf: Any) -> int:
-        sharding = getattr(leaf, "sharding", None)
-        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
-
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _needed(error: Exception, placed: int) -> dict[str, int]:

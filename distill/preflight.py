@@ -5,6 +5,7 @@ not executed.
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -149,21 +150,29 @@ def memory_plan(lowered: Any, state: Any, frozen: Any) -> dict[str, int]:
       frozen: the teacher's parameters, or a ``Frozen``, or None.
 
     Returns:
-      ``teacher``, ``student``, ``gradients``, ``optimizer``; of the program: ``arguments``, ``outputs``, ``shared``
-      (outputs in the place of arguments), ``temporary`` (activations, gradients); ``total`` = arguments + outputs −
-      shared + temporary; ``device``: what there is, 0 if unknown.
+      ``teacher``, ``student``, ``gradients``, ``optimizer``, as they lie on their mesh; of the program: ``arguments``,
+      ``outputs``, ``shared`` (outputs in the place of arguments), ``temporary`` (activations, gradients); ``total`` =
+      arguments + outputs − shared + temporary; ``device``: what there is, 0 if unknown.
     """
     analysis = lowered.compile().memory_analysis()
-    plan = {"teacher": _bytes(frozen), "student": _bytes(state.params), "gradients": _bytes(state.params)}
-    plan["optimizer"] = _bytes(state.opt_state)
+    student = placed_bytes(state.params)
+    plan = {"teacher": placed_bytes(frozen), "student": student, "gradients": student}
+    plan["optimizer"] = placed_bytes(state.opt_state)
     names = {"arguments": "argument", "outputs": "output", "shared": "alias", "temporary": "temp"}
     plan |= {name: int(getattr(analysis, f"{of}_size_in_bytes")) for name, of in names.items()}
     plan["total"] = plan["arguments"] + plan["outputs"] - plan["shared"] + plan["temporary"]
     return plan | {"device": device_bytes()}
 
 
-def _bytes(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+def placed_bytes(tree: Any) -> int:
+    """Bytes of a tree on one device: of every leaf its shard, or all of it where it has no sharding."""
+
+    def one(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def device_bytes() -> int:

@@ -235,6 +235,9 @@ def test_the_plan_has_the_bytes_of_the_step_that_runs(config, values):
         name: memory[name] for name in ("arguments", "outputs", "shared", "total")
     }
     assert values["bytes"]["temporary"] == memory["temporary"]
+    assert [values["bytes"][name] for name in ("parameters", "optimizer", "teacher")] == [
+        memory[name] for name in ("student", "optimizer", "teacher")
+    ]
     # widths lie over fsdp = 4; norms (three of 16 in a layer pair, one at the end) and counters are everywhere
     whole = sum(
         leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "scale"
