@@ -23,6 +23,7 @@ import numpy as np
 
 from distill import parallel, processes
 from distill.benchmark import spread
+from distill.config import write_json
 from distill.data.loader import Batch, Loader, shift
 from distill.hlo import collectives
 from distill.models import DecoderConfig, Model, decoder
@@ -150,12 +151,12 @@ def measure(name: str, devices: Sequence[jax.Device], shape: Shape | None = None
     return {"losses": made.losses(STEPS), "computed": sent(shape, config, len(devices)) / MIB, "compiled": kinds}
 
 
-def sent(shape: Shape, config: ParallelConfig, devices: int) -> float | None:
+def sent(shape: Shape, config: ParallelConfig, devices: int) -> float:
     """Bytes that a device has to send in a step, float32, in rings.
 
     With P parameters of the student and Q of the teacher, on n devices: data 2·4P·(n − 1)/n, the sum of the gradients;
     fsdp 4·(3P + Q)·(n − 1)/n, where both passes collect the student's parameters, the teacher's are collected once,
-    and the gradients are summed to their places. None for a mesh with a tensor axis, whose activations are exchanged.
+    and the gradients are summed to their places. NaN for a mesh with a tensor axis, whose activations are exchanged.
     """
     teacher, student = (model.parameter_count() for model in shape.models())
     if config.tensor > 1:
@@ -268,9 +269,8 @@ def scaling(rounds: int, folder: Path = Path("runs")) -> list[str]:
     found = {name: measure(name, jax.devices()[:count]) for name, (count, _) in MESHES.items()}
     found["2 processes × 4 data"] = two_processes()
     grown, numbers = curves(rounds, folder)
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "benchmark_scaling.json"
-    file.write_text(json.dumps({"devices": found, "sizes": numbers}, indent=1))
+    write_json(file, {"devices": found, "sizes": numbers})
     shape = Shape()
     teacher, student = (model.parameter_count() for model in shape.models())
     return [
