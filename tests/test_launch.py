@@ -16,10 +16,11 @@ ARGUMENTS = ["--config", "addition", "--run", "runs/two words", "--student.train
 
 @pytest.fixture
 def machine(tmp_path):
-    """A PATH on which srun, gcloud and python write down what they are called with, and the file where they do."""
+    """A PATH on which srun, gcloud and python write down what they are called with, and the folder where they do."""
     said = tmp_path / "said"
+    said.mkdir()
     for name in ("srun", "gcloud", "python"):
-        script = f'#!/bin/bash\nprintf "%s\\0" {name} "$JAX_PROCESS_ID" "$@" $\'\\n\' >> {said}\nexit $FAKE_CODE\n'
+        script = f'#!/bin/bash\nprintf "%s\\0" {name} "$JAX_PROCESS_ID" "$@" > {said}/$$\nexit $FAKE_CODE\n'
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     return said
@@ -31,8 +32,7 @@ def launched(name: str, arguments: list[str], said: Path, **more: str) -> list[l
     file = ROOT / "scripts" / "launch" / name
     done = subprocess.run(["bash", str(file), *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == int(environment["FAKE_CODE"]), done.stderr
-    lines = said.read_text().split("\n\0")[:-1]
-    return [line.removesuffix("\0").split("\0") for line in lines]
+    return [file.read_text().removesuffix("\0").split("\0") for file in said.iterdir()]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

@@ -11,12 +11,14 @@ processes=$1
 shift
 export JAX_NUM_PROCESSES=$processes JAX_COORDINATOR_ADDRESS=localhost:${PORT:-9876}
 cd "$(dirname "$0")/../.."
-trap 'kill $(jobs -p) 2>/dev/null || true' TERM INT
+started=()
+trap 'kill "${started[@]}" 2>/dev/null || true' TERM INT
 for ((i = 0; i < processes; i++)); do
     JAX_PROCESS_ID=$i JAX_LOCAL_DEVICE_IDS=$i "${PYTHON:-.venv/bin/python}" scripts/distill.py "$@" &
+    started+=($!)
 done
 code=0
-for job in $(jobs -p); do
+for job in "${started[@]}"; do
     wait "$job" || code=$?
 done
 exit "$code"
