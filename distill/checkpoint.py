@@ -23,7 +23,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -177,8 +176,7 @@ class Checkpoints:
         """Waits for a checkpoint, then notes the hashes of its files."""
         written.result()
         if processes.index() == 0:
-            folder = self.path / str(step)
-            write_json(folder / HASHES, {name: _hash(folder / name) for name in _files(folder)})
+            _note_hashes(self.path / str(step))
 
     def _settle(self) -> None:
         if self._sealing is not None:
@@ -258,6 +256,8 @@ def _drop_damaged(path: Path) -> bool:
         for folder in damaged:
             folder.rename(_unused(folder.with_name(f"{folder.name}.damaged")))
         print(f"{sound}: used; what is damaged was renamed *.damaged.", file=sys.stderr)
+    if sound is not None and not (sound / HASHES).exists():
+        _note_hashes(sound)
     return sound is not None or not folders
 
 
@@ -270,25 +270,9 @@ def _damage(folder: Path, part: str = "") -> str:
     except FileNotFoundError as error:
         if error.filename != str(folder / HASHES):
             return f"{error.filename} is missing"
-        # Without hashes: of an earlier version, or killed between the last file and them. That it can be read must do.
-        return "" if part else _unreadable(folder)
+        return ""  # killed between the last file and the hashes: Orbax had named it complete
     except (ValueError, AttributeError, TypeError, OSError) as error:
         return f"{HASHES} cannot be read ({error})"
-
-
-def _unreadable(folder: Path) -> str:
-    from orbax.checkpoint import v1 as ocp
-
-    if processes.count() > 1:  # Orbax reads with all of them, or with none
-        return ""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that shardings are those of the file
-            ocp.load_checkpointables(folder)
-        for file in (folder / "metrics").glob("metrics"):
-            json.loads(file.read_text())
-    except Exception as error:  # whatever Orbax and TensorStore raise on garbage
-        return f"cannot be read ({str(error).splitlines()[0][:200]})"
-    return ""
 
 
 def _policy(keep: KeepConfig) -> Any:
@@ -306,6 +290,10 @@ def _policy(keep: KeepConfig) -> Any:
 def _files(folder: Path) -> list[str]:
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != HASHES)
     return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def _note_hashes(folder: Path) -> None:
+    write_json(folder / HASHES, {name: _hash(folder / name) for name in _files(folder)})
 
 
 def _hash(file: Path) -> str:

@@ -121,12 +121,13 @@ def test_reading_a_damaged_checkpoint_is_refused_where_nothing_goes_on(two, tmp_
         Checkpoints(tmp_path)
 
 
-def test_without_hashes_what_can_be_read_is_sound(two, tmp_path):
+def test_killed_between_the_last_file_and_the_hashes_it_is_used_and_they_are_noted(two, tmp_path):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "checkpoints" / "20" / HASHES).unlink()
-    damage(next((tmp_path / "checkpoints" / "20" / "state" / "d").iterdir()), "flipped")
+    noted = tmp_path / "checkpoints" / "20" / HASHES
+    noted.unlink()
     with resumed(tmp_path) as checkpoints:
-        assert checkpoints.latest == 10
+        assert checkpoints.latest == 20
+    assert noted.read_text() == (two / "checkpoints" / "20" / HASHES).read_text()
 
 
 def test_what_may_change_is_no_change():
