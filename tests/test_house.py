@@ -32,7 +32,7 @@ ARROWS = {
     "prune": {"shapes", "models", "tokenizer"},
     "losses": {"shapes", "head"},
     "models": {"shapes", "head"},
-    "weights": {"shapes", "models", "tokenizer", "progress"},
+    "weights": {"processes", "shapes", "models", "tokenizer", "progress"},
     "optim": {"shapes"},
     "data": {"processes", "shapes", "tokenizer", "weights"},
     "report": {"metrics"},

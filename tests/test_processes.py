@@ -14,8 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from one_process import train
+from one_process import learn_text, train
+from text_builders import teacher_and_text
 
+import distill
 from distill import checkpoint, processes
 from distill.metrics import read_metrics
 from distill.parallel import ParallelConfig
@@ -106,7 +108,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """The folder in which two processes trained."""
-    folder, port = tmp_path_factory.mktemp("pair"), free_port()
+    folder, port = teacher_and_text(tmp_path_factory.mktemp("pair")), free_port()
     both = [start(folder, port, index) for index in (0, 1)]
     try:
         said = [one.communicate(timeout=400) for one in both]
@@ -145,6 +147,14 @@ def test_the_run_goes_on_elsewhere(pair, alone, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
     resumed = train(tmp_path / "run", ParallelConfig(backend="one_device"))
     assert distance(jax.tree.leaves(resumed), alone) < 1e-6
+
+
+def test_two_processes_distil_on_text_what_one_does(pair, tmp_path):
+    for name in ("teacher", "text.txt"):
+        (tmp_path / name).symlink_to(pair / name)
+    learn_text(tmp_path, ParallelConfig(backend="one_device"))
+    together, one = (distill.load(folder / "text" / "student_hf")[1] for folder in (pair, tmp_path))
+    assert distance(jax.tree.leaves(together), jax.tree.leaves(one)) < 1e-6
 
 
 def test_what_the_two_processes_say_to_each_other(pair):

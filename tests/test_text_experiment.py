@@ -7,72 +7,34 @@ import jax
 import numpy as np
 import pytest
 from builders import random_params
+from text_builders import teacher_and_text, text_config
 
 import distill
 from distill import reproduce, text_experiment
 from distill.checkpoint import Checkpoints
-from distill.config import LogConfig, TrainingConfig
-from distill.data.text import TextDataConfig
 from distill.features import FeatureConfig
 from distill.kinds import experiment_in
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.models.start import StartConfig
 from distill.objective import RouterTerm
-from distill.optim import OptimizerConfig
-from distill.parallel import ParallelConfig
 from distill.report_text import write_report
 from distill.text_config import StudentConfig, TextConfig
 from distill.tokenizer import TextTokenizer
 
 SEED = jax.random.key(0)
 EXPERTS = {"experts": 2, "experts_per_token": 1, "router_loss_weight": 0.02}
-WORDS = "the cat sat on a mat and saw that the dog ran to it while no one was at home".split()
-
-
-def sentences(count: int) -> list[str]:
-    rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS, 30)) + "." for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A teacher's folder, and the text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    here = tmp_path_factory.mktemp("text")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], show_progress=False)
-    backend.train_from_iterator(sentences(40), trainer)
-    tokenizer = TextTokenizer(backend.to_str(), "<eos>")
-    model = decoder(DecoderConfig(vocab_size=320, layers=3, width=16, heads=2, feed_forward=24, tied=True))
-    distill.save(here / "teacher", model, random_params(model, 1), tokenizer)
-    (here / "text.txt").write_text("\n\n".join(sentences(60)))
-    return here
+    return teacher_and_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
 def config(folder):
-    return TextConfig(
-        teacher=str(folder / "teacher"),
-        data=TextDataConfig(source=str(folder / "text.txt"), separator="\n\n", length=24, heldout_fraction=0.2),
-        student=StudentConfig(layers=2),
-        training=TrainingConfig(
-            steps=8,
-            batch_size=8,
-            steps_per_dispatch=2,
-            evaluate_every=4,
-            save_every=4,
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
-        ),
-        prompts=2,
-        prompt_tokens=4,
-        new_tokens=5,
-        data_dir=str(folder / "prepared"),
-        parallel=ParallelConfig(backend="one_device"),
-        log=LogConfig(progress=False),
-    )
+    return text_config(folder)
 
 
 @pytest.fixture(scope="module")

@@ -218,8 +218,8 @@ def load(config: AdditionConfig, data_dir: str | Path | None = None) -> dict[str
     """
     import grain
 
-    builder = _builder(config, data_dir)
-    with processes.first_goes_first("data"):
+    with processes.first_goes_first("data"):  # a builder made before the rows are there does not find them
+        builder = _builder(config, data_dir)
         builder.download_and_prepare()
     sides = {}
     for side in ("train", "test"):

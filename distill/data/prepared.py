@@ -80,6 +80,14 @@ def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
     return Text(config=tfds.core.BuilderConfig(name=name), data_dir=data_dir, file_format="array_record")
 
 
+def ready(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
+    """The builder, its rows written: by the first process, or by each where they share no folder."""
+    with processes.first_goes_first("data"):  # a builder made before the rows are there does not find them
+        prepared = builder(config, tokenizer, data_dir)
+        prepared.download_and_prepare()
+    return prepared
+
+
 def _check_some(summary: Summary, config: TextDataConfig, side: str) -> None:
     """Raises ValueError if a side has no row."""
     if summary.rows:
@@ -116,10 +124,7 @@ def prepare(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
       rows = prepare(TextDataConfig(source="pydoc", length=256), TextTokenizer.from_folder("path/to/model"))
       loader = Loader(rows["train"].batch(), batch_size=32, seed=0)
     """
-    prepared = builder(config, tokenizer, data_dir)
-    with processes.first_goes_first("data"):
-        prepared.download_and_prepare()
-    sides = {}
+    prepared, sides = ready(config, tokenizer, data_dir), {}
     for side in SIDES:
         source = prepared.as_data_source(split=side)
         sides[side] = rows_of(source.__getitems__(range(len(source))))
@@ -136,7 +141,5 @@ def summaries(
     config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None
 ) -> dict[str, Summary]:
     """What packing did on both sides: documents, tokens, rows and how full they are."""
-    prepared = builder(config, tokenizer, data_dir)
-    with processes.first_goes_first("data"):
-        prepared.download_and_prepare()
+    prepared = ready(config, tokenizer, data_dir)
     return {side: Summary(**prepared.info.metadata[side]) for side in SIDES}

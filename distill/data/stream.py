@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from distill import processes
 from distill.data.loader import Batch
 from distill.data.packing import Rows
-from distill.data.prepared import builder, rows_of
+from distill.data.prepared import ready, rows_of
 from distill.data.text import Side, TextDataConfig
 from distill.tokenizer import TextTokenizer
 
@@ -73,7 +72,4 @@ def open_rows(
     Raises:
       FileNotFoundError, ValueError: as ``prepare``.
     """
-    prepared = builder(config, tokenizer, data_dir)
-    with processes.first_goes_first("data"):
-        prepared.download_and_prepare()
-    return prepared.as_data_source(split=side)
+    return ready(config, tokenizer, data_dir).as_data_source(split=side)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill import processes
 from distill.models import DecoderConfig, EncoderConfig, Model, decoder
 from distill.models.int8 import int8, quantizer
 from distill.progress import loading
@@ -197,10 +198,11 @@ def save(
 ) -> None:
     """Writes a folder that transformers opens: ``config.json``, safetensors, and the tokenizer's files.
 
-    Tensors keep their types: ``load(folder, dtype=None)`` gives the same bits. What a folder held of an earlier save
-    is replaced, all at once when everything is written; other files stay. A save that fails or is killed leaves the
-    folder as it was: until then the new files are in ``.NAME.partial`` beside it. A kill between the two renames at the
-    end leaves the old files in ``.NAME.before``; ``load(folder)`` and the next ``save`` find them there.
+    Tensors keep their types: ``load(folder, dtype=None)`` gives the same bits. Of several processes each has to call
+    it, and the first writes. What a folder held of an earlier save is replaced, all at once when everything is written;
+    other files stay. A save that fails or is killed leaves the folder as it was: until then the new files are in
+    ``.NAME.partial`` beside it. A kill between the two renames at the end leaves the old files in ``.NAME.before``;
+    ``load(folder)`` and the next ``save`` find them there.
 
     Args:
       folder: made if there is none.
@@ -219,6 +221,7 @@ def save(
     if not isinstance(config, DecoderConfig | EncoderConfig):
         raise ValueError(f"save: a model with config {config!r}; expected one made by decoder(...) or encoder(...).")
     dtype = str(np.dtype(params["embedding"].dtype)) if "embedding" in params else "float32"
+    params = processes.fetch(params) if processes.count() > 1 else params
     if isinstance(config, EncoderConfig):
         values = encoders.to_json(config, family, dtype) | _special_ids(tokenizer)
         tensors = encoders.tensors(config, values["model_type"], params)
@@ -228,10 +231,14 @@ def save(
         tensors = disassemble(config, table_of(config, values["model_type"]), params)
     stale = {"config.json"} | (_OF_TOKENIZER if isinstance(tokenizer, TextTokenizer) else set())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 2**20
-    with replacing(Path(folder), size, lambda name: is_weights(name) or name in stale) as partial:
-        _save_tokenizer(partial, tokenizer)
-        write(partial, tensors, shard_bytes)
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    def write_all() -> None:
+        with replacing(Path(folder), size, lambda name: is_weights(name) or name in stale) as partial:
+            _save_tokenizer(partial, tokenizer)
+            write(partial, tensors, shard_bytes)
+            (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    processes.from_first(write_all)
 
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:
