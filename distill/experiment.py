@@ -4,11 +4,13 @@ Every stage keeps its result in the run folder and is skipped when it stands the
 
     RUN/teacher/     a model trained on the labels of the train side
     RUN/             the student, distilled on the train-side prompts
+    RUN/student_hf/  the same, as ``distill.load(RUN)`` and transformers open it
     RUN/baseline/    the student alone on a few labels, the best of a sweep
     RUN/evaluation.json, RUN/summary.json
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,13 @@ from distill.models import Model, decoder
 from distill.models.start import Calibration, Start, outline, start
 from distill.objective import Terms, router_terms, task_term, terms_of
 from distill.preflight import Side, preflight, print_checks
+from distill.prune import prune_model
 from distill.shapes import Params
 from distill.stages import Trained, cost, ledger, restore
 from distill.table import print_summary as print_summary  # part of what every kind of experiment has (kinds.py)
 from distill.train import Task, fit
 from distill.vocab import align
+from distill.weights import STUDENT, save
 
 PREFLIGHT_ROWS = 64
 """Additions on which teacher and student are looked at before the first step."""
@@ -122,7 +126,17 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
     look_before(config, run, begin, teacher, sides, terms)
     with cost(run, flops):
         params = fit(run, task, training, parallel_config=config.parallel, log=config.log, label="student")
-    return Trained(network(config.student), begin.plain(without_projectors(params)))
+    student = Trained(network(config.student), begin.plain(without_projectors(params)))
+    export(run, *student)
+    return student
+
+
+def export(run: Path, model: Model, params: Params) -> None:
+    """Writes RUN/student_hf, without the rows of the embedding that are no token; says so where no family fits."""
+    try:
+        save(run / STUDENT, *prune_model(model, params, np.arange(model.vocab_size)))
+    except ValueError as error:
+        print(f"{run / STUDENT}: not written: {error}", file=sys.stderr)
 
 
 def look_before(config: Config, run: Path, begin: Start, teacher: Trained, sides: dict[str, Examples], terms: Terms):

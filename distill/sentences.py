@@ -1,6 +1,7 @@
 """A sentence encoder distilled into one with fewer of its layers, judged by how alike they find held-out sentences.
 
     RUN/             the student: layers of the teacher, then trained
+    RUN/student_hf/  the same, as ``distill.load(RUN)`` and transformers open it
     RUN/random/      the control: the same network from random weights, as many steps on the same batches
     RUN/evaluation.json, RUN/summary.json
 
@@ -27,7 +28,7 @@ from distill.models.encoder import embed, keep_layers, pool
 from distill.models.layers import layer_norm
 from distill.shapes import Array, Params
 from distill.train import Task, fit
-from distill.weights import carried, load
+from distill.weights import STUDENT, carried, load, save
 
 HELD_OUT_DIALOGUES = 700
 SHORTEST = 6
@@ -44,7 +45,9 @@ def run_experiment(config: SentenceConfig, run: Path) -> dict[str, Any]:
         sides = sentences(config)
         begun = time.process_time()
         for folder, start in ((run, True), (run / "random", False)):
-            train(config, folder, teacher, params, sides["train"], sides["held_out"], from_teacher=start)
+            trained = train(config, folder, teacher, params, sides["train"], sides["held_out"], from_teacher=start)
+            if start:
+                save(run / STUDENT, _student(config, teacher, params, True), trained, _folder(config))
         write_json(run / "cost.json", {"cpu_seconds": time.process_time() - begun})
         return _evaluate(config, run, teacher, params, sides["held_out"])
 

@@ -49,7 +49,7 @@ from distill.text_heldout import Heldout
 from distill.tokenizer import TextTokenizer
 from distill.train import Evaluate, Task, fit, lower
 from distill.vocab import align
-from distill.weights import save
+from distill.weights import STUDENT, save
 from distill.weights.published import Published, read
 
 PREFLIGHT_TOKENS = 256
@@ -236,7 +236,7 @@ def distil(config: TextConfig, run: Path, world: World) -> Trained:
     with cost(run, _tokens(config.training, config) * each):
         params = fit(run, task, config.training, parallel_config=config.parallel, log=config.log, label="student")
     student = Trained(world.student, world.begin.plain(without_projectors(params)))
-    save(run / "student_hf", *student, world.tokenizer)
+    save(run / STUDENT, *student, world.tokenizer)
     return student
 
 

@@ -106,6 +106,11 @@ def test_a_whole_experiment_and_its_resumption(given, tmp_path):
     names = ("untrained", "student", "control", "teacher")
     assert {n: again[n] for n in names} == {n: summary[n] for n in names}
     assert experiment.evaluate_folder(tmp_path)["student"] == summary["student"]
+    model, params = distill.load(tmp_path)  # what is in RUN/student_hf
+    tokens = experiment.sentences(given)["held_out"][0]
+    teacher = experiment.embeddings(*distill.load(given.teacher), tokens)
+    of_file = experiment.compare(experiment.embeddings(model, params, tokens), teacher)
+    assert of_file["cosine"] == pytest.approx(summary["student"]["cosine"], abs=1e-6)
     rows = experiment.answer(tmp_path, ["w1 w2 w3"])
     assert rows[0].keys() == {"prompt", "teacher", "student"}
     experiment.print_summary(summary, tmp_path)

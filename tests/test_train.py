@@ -13,10 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+import distill
 from distill import survival, train
 from distill.checkpoint import Checkpoints, lock
 from distill.config import KeepConfig, LogConfig, TrainingConfig
 from distill.data import addition
+from distill.data.addition import TOKENIZER
+from distill.experiment import open_run
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
@@ -171,7 +174,8 @@ SMALL = """
     --teacher.training.evaluate-every 50 --teacher.training.save-every 50 --student.training.steps 200
     --student.training.save-every 50 --student.training.evaluate-every 200 --student.model.layers 1
     --baseline.labels 20 --baseline.validation 20 --baseline.steps 20 --baseline.evaluate-every 20
-    --baseline.batch-size 20 --log.no-progress --teacher.training.batch-size 16 --student.training.batch-size 16
+    --baseline.batch-size 20 --student.model.vocab-size 16 --log.no-progress
+    --teacher.training.batch-size 16 --student.training.batch-size 16
 """.split()
 
 
@@ -187,6 +191,20 @@ def finished(tmp_path_factory):
     done = script("distill", "--run", str(run), *SMALL)
     assert done.returncode == 0, done.stderr
     return run, done.stdout
+
+
+def test_the_student_of_a_run_is_read_by_its_folder(finished, tmp_path):
+    run, _ = finished
+    student = open_run(run)[1]["student"]
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    model, params = distill.load(run)
+    words = TOKENIZER.vocab_size
+    want = student.model.logits(student.params, tokens)[..., :words]
+    np.testing.assert_array_equal(model.logits(params, tokens), want)
+    assert model.config.vocab_size == words < student.model.config.vocab_size
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="a run folder without student_hf, which is written when its training ends"):
+        distill.load(tmp_path)
 
 
 def test_distill_writes_what_is_promised(finished):

@@ -28,6 +28,9 @@ from distill.weights.place import Place
 from distill.weights.replace import replacing, there
 from distill.weights.safetensors import SafetensorsSource, is_weights, write
 
+STUDENT = "student_hf"
+"""Where a run folder holds its student, as ``save`` writes it."""
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -60,8 +63,9 @@ def load(
     """A language model from a Hugging Face folder or a GGUF file.
 
     Args:
-      path_or_name: a folder with ``config.json`` and safetensors, a ``.gguf`` file, or a name on the hub such as
-        ``"Qwen/Qwen3-0.6B"``, downloaded once and kept in the hub's cache (``HF_HUB_OFFLINE=1``: from there only).
+      path_or_name: a folder with ``config.json`` and safetensors, a run folder (its student), a ``.gguf`` file, or a
+        name on the hub such as ``"Qwen/Qwen3-0.6B"``, downloaded once and kept in the hub's cache
+        (``HF_HUB_OFFLINE=1``: from there only).
       dtype: of the parameters; None: as in the files; ``int8``: kernels of a decoder's layers as ``models.int8`` holds
         them, one after the other as they are read, all else bfloat16.
       activations: type of activations and matmul operands.
@@ -82,7 +86,7 @@ def load(
       model, params = distill.load("path/to/folder", dtype="bfloat16", activations="bfloat16")
       logits = model.logits(params, tokens)  # [B, L, V] float32
     """
-    path = there(Path(path_or_name))
+    path = located(path_or_name)
     dtype = None if dtype is None else jnp.dtype(dtype)
     whole = dtype == jnp.int8
     dtype = jnp.dtype("bfloat16") if whole else dtype
@@ -105,6 +109,21 @@ def load(
             return held, read(folder, config, family, place, dtype)
     except ValueError as error:
         raise ValueError(f"{path_or_name}: {error}") from error
+
+
+def located(path: str | Path) -> Path:
+    """Where the files are: in the folder itself, or in ``STUDENT`` where it is a run folder.
+
+    Raises:
+      ValueError: a run folder whose student is not there yet.
+    """
+    path = there(Path(path))
+    if (path / "checkpoints").is_dir() and not (path / STUDENT).is_dir():
+        raise ValueError(
+            f"{path}: a run folder without {STUDENT}, which is written when its training ends; give the command that "
+            "made it again."
+        )
+    return path / STUDENT if (path / STUDENT).is_dir() else path
 
 
 def _read_decoder(folder: Path, config: DecoderConfig, family: str, place: Place, dtype: Any) -> Params:
@@ -135,7 +154,7 @@ def read_config(
       FileNotFoundError: no ``config.json``.
       ValueError: one that cannot be read, or is not supported.
     """
-    return dataclasses.replace(_config_of(there(Path(folder)))[0], dtype=activations)
+    return dataclasses.replace(_config_of(located(folder))[0], dtype=activations)
 
 
 def _config_of(folder: Path) -> tuple[NetworkConfig, str]:

@@ -30,7 +30,7 @@ def read(
     """A model and its tokenizer; ids that are no token get no logit.
 
     Args:
-      name: of ``carried.MODELS``, a Hugging Face folder, a GGUF file, or a name on the hub.
+      name: of ``carried.MODELS``, a Hugging Face folder, a run folder (its student), a GGUF file, or a name on the hub.
       dtype: as ``load``.
       activations: as ``load``.
       sharding: as ``load``.
@@ -53,7 +53,7 @@ def _located(name: str) -> Path:
     """Where the files are, fetched if need be."""
     if name in carried.MODELS:
         return carried.fetch(carried.MODELS[name])
-    path = Path(name)
+    path = folder.located(name)
     return path if path.exists() else folder.download(name)
 
 
