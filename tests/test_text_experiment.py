@@ -21,6 +21,7 @@ from distill.objective import RouterTerm
 from distill.report_text import write_report
 from distill.text_config import StudentConfig, TextConfig
 from distill.tokenizer import TextTokenizer
+from distill.weights.published import read
 
 SEED = jax.random.key(0)
 EXPERTS = {"experts": 2, "experts_per_token": 1, "router_loss_weight": 0.02}
@@ -82,7 +83,9 @@ def test_the_exported_student_is_the_student(finished):
     with Checkpoints(run) as checkpoints:
         saved = checkpoints.params(jax.eval_shape(model.init, jax.random.key(0)))
     assert jax.tree.all(jax.tree.map(np.array_equal, params, saved))
-    tokenizer = TextTokenizer.from_folder(run / "student_hf")
+    next_teacher = read(str(run))
+    assert jax.tree.all(jax.tree.map(np.array_equal, next_teacher.params, saved))
+    tokenizer = next_teacher.tokenizer
     assert tokenizer.decode(tokenizer.encode("the cat sat")) == "the cat sat"
 
 
