@@ -1,13 +1,14 @@
 """The layers of a decoder, in Linen, and the functions they are made of."""
 
 import functools
+import math
 from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from distill.models.attention import attend, attention_weights, long_on_cpu, mix, of_whole_text
+from distill.models.attention import as_matrices, attend, attention_weights, mix, of_whole_text
 from distill.models.collect import keep
 from distill.models.config import DecoderConfig
 from distill.models.model import Relations, parameter
@@ -81,12 +82,17 @@ class Projection(nn.Module):
         return jnp.einsum(f"{middle},r{given}->{result}", x_r, right)
 
     def _product(self, x: Array, kernel: Array) -> Array:
-        """The einsum; of long texts on a CPU, heads split off after one plain product, which XLA would turn around."""
-        if self.equation != "bld,dhk->bhlk" or not long_on_cpu(x.shape[1]):
+        """The einsum; on a CPU as a product of two matrices, where XLA multiplies them best."""
+        inputs, result = self.equation.split("->")
+        of_x, of_kernel = inputs.split(",")
+        if of_x[0] != "b" or not as_matrices():
             return jnp.einsum(self.equation, x, kernel)
-        batch, length, width = x.shape
-        y = x.reshape(-1, width) @ kernel.reshape(width, -1)
-        return y.reshape(batch, length, *kernel.shape[1:]).swapaxes(1, 2)
+        x = x.swapaxes(1, 2) if of_x == "bhlk" else x
+        batch, length = x.shape[:2]
+        size = math.prod(x.shape[2:])
+        y = x.reshape(-1, size) @ kernel.reshape(size, -1)
+        y = y.reshape(batch, length, *kernel.shape[len(of_x) - 2 :])
+        return y.swapaxes(1, 2) if result == "bhlk" else y
 
 
 def _as_outputs(values: Array, y: Array) -> Array:
