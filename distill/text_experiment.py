@@ -16,7 +16,7 @@ import collections
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from distill.config import TrainingConfig, read_config, to_dict, write_config, w
 from distill.data import prepared
 from distill.data.loader import Batch, Loader
 from distill.data.packing import Rows
+from distill.data.stream import StreamLoader, blocks, open_rows
 from distill.evaluate import greedy
 from distill.features import feature_terms, projector_shapes, with_projectors, without_projectors
 from distill.metrics import read_metrics
@@ -65,7 +66,8 @@ class World(NamedTuple):
     """The student before its first step, the same of every arm."""
     student: Model
     """The plain student, as it is measured and saved; its ``init`` gives the start."""
-    train: Batch
+    train: Batch | Callable[[int], Batch]
+    """All examples, or batch k of them."""
     heldout: Heldout
     prompts: np.ndarray
     """``[prompts, prompt_tokens]``: how held-out rows begin."""
@@ -92,24 +94,42 @@ def make_world(config: TextConfig) -> World:
     if own is not None:
         teacher = _within(teacher, own.tokenizer)
         align(own.tokenizer.ids(), teacher.tokenizer.ids(), own.model.vocab_size, teacher.model.vocab_size)
-    rows = prepared.prepare(config.data, teacher.tokenizer, config.data_dir)
     if config.vocabulary is not None:
-        uses = collections.Counter(rows["train"].tokens[rows["train"].segments > 0].tolist())
-        pruned = prune_by(teacher.tokenizer, uses, config.vocabulary)
+        pruned = prune_by(teacher.tokenizer, _uses(config, teacher.tokenizer), config.vocabulary)
         teacher, own = (None if one is None else _pruned(one, pruned) for one in (teacher, own))
-        rows = prepared.prepare(config.data, teacher.tokenizer, config.data_dir)
-    tokenizer, network, train = teacher.tokenizer, Trained(teacher.model, teacher.params), rows["train"].batch()
-    begin = _cut_out(config, network, train) if own is None else _started_at(own)
+    tokenizer, network = teacher.tokenizer, Trained(teacher.model, teacher.params)
+    loader, heldout = _text(config, tokenizer)
+    begin = _cut_out(config, network, loader) if own is None else _started_at(own)
     plain = begin.model
     if not config.student.start.plain:
         plain = decoder(plain.config).with_vocabulary(plain.vocab_size)
         plain = dataclasses.replace(plain, init=lambda key: begin.plain(begin.model.init(key)))
     learner(config, begin.model, teacher.model)
-    heldout = rows["heldout"].take(slice(config.heldout_rows))
+    heldout = heldout.take(slice(config.heldout_rows))
     prints = {"tokenizer": tokenizer.fingerprint(), "teacher_weights": fingerprint(teacher.params)}
     prints["text"] = prepared.fingerprint(config.data, tokenizer)
     prompts = _prompts(config, heldout)
+    train = loader.examples if isinstance(loader, Loader) else loader.batch
     return World(network, tokenizer, begin, plain, train, Heldout(*network, heldout.batch()), prompts, prints)
+
+
+def _text(config: TextConfig, tokenizer: TextTokenizer) -> tuple[Loader | StreamLoader, Rows]:
+    """The text to train on, in memory or on the disk, and the held-out rows."""
+    options = config.training.batch_size, config.training.seed
+    if config.streaming:
+        source = open_rows(config.data, tokenizer, "train", config.data_dir)
+        heldout = prepared.prepare(config.data, tokenizer, config.data_dir, ("heldout",))
+        return StreamLoader(source, *options), heldout["heldout"]
+    rows = prepared.prepare(config.data, tokenizer, config.data_dir)
+    return Loader(rows["train"].batch(), *options), rows["heldout"]
+
+
+def _uses(config: TextConfig, tokenizer: TextTokenizer) -> collections.Counter[int]:
+    """How often the text to train on uses each token."""
+    uses: collections.Counter[int] = collections.Counter()
+    for rows in blocks(open_rows(config.data, tokenizer, "train", config.data_dir)):
+        uses.update(rows.tokens[rows.segments > 0].tolist())
+    return uses
 
 
 def _within(teacher: Published, known: TextTokenizer) -> Published:
@@ -133,12 +153,11 @@ def _read(config: TextConfig, name: str, dtype: str, rules: str) -> Published:
     return read(name, dtype=dtype, activations=config.activations, sharding=sharding)
 
 
-def _cut_out(config: TextConfig, teacher: Trained, train: Batch) -> Start:
+def _cut_out(config: TextConfig, teacher: Trained, loader: Loader | StreamLoader) -> Start:
     """The student as a part of its teacher; units are chosen by importance on the training text."""
     asked, whole = config.student, teacher.model.config
     sizes = {name: getattr(asked, name) for name in ("kv_heads", "feed_forward", "width")}
     layers = asked.start.layers or (asked.layers and CHOICES[asked.start.choice](asked.layers, whole.layers))
-    loader = Loader(train, config.training.batch_size, config.training.seed)
 
     def batches() -> Iterator[Batch]:
         return map(loader.batch, range(asked.calibration_batches))

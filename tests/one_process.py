@@ -48,7 +48,7 @@ def train(folder: Path, config, **changes):
     return processes.fetch(fit(folder, task(), training, parallel_config=config, log=LogConfig(progress=False)))
 
 
-def learn_text(folder: Path, config) -> None:
+def learn_text(folder: Path, config, **changes) -> None:
     """A distillation on text into FOLDER/text, from the teacher there."""
     from text_builders import text_config
 
@@ -56,7 +56,7 @@ def learn_text(folder: Path, config) -> None:
     from distill.text_experiment import run_experiment
 
     short = TrainingConfig(steps=2, batch_size=8, steps_per_dispatch=2, evaluate_every=2, save_every=2)
-    few = {"arms": (), "heldout_rows": 4, "curve_rows": 4, "prompts": 1}
+    few = {"arms": (), "heldout_rows": 4, "curve_rows": 4, "prompts": 1} | changes
     run_experiment(text_config(folder, training=short, parallel=config, **few), folder / "text")
 
 
@@ -96,7 +96,7 @@ def main(folder: Path) -> None:
     }
     (folder / f"process{index}.json").write_text(json.dumps(seen))
     print("said by process", index)
-    learn_text(folder, ParallelConfig(fsdp=2))
+    learn_text(folder, ParallelConfig(fsdp=2), streaming=True)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_held_out_measures_are_those_of_whole_logits(finished, config):
     assert summary["teacher"]["nll"] == pytest.approx(-np.take_along_axis(log_p, labels, -1).mean(), rel=1e-4)
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(finished, config, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted_to_the_bit_from_memory_or_disk(finished, config, tmp_path, monkeypatch):
     saves = Checkpoints.save
 
     def save_then_die(self, step, *rest):
@@ -122,8 +122,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(finished, config, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         text_experiment.run_experiment(config, tmp_path)
     monkeypatch.setattr(Checkpoints, "save", saves)
-    alone = dataclasses.replace(config, arms=())
-    text_experiment.run_experiment(alone, tmp_path)
+    text_experiment.run_experiment(dataclasses.replace(config, arms=(), streaming=True), tmp_path)
     like = text_experiment.make_world(config).student
     left, right = (text_experiment.restore(like, run).params for run in (finished[0], tmp_path))
     assert jax.tree.all(jax.tree.map(np.array_equal, left, right))

@@ -6,6 +6,7 @@ The rows are a TFDS data set in array_record, written without TensorFlow.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from distill import processes
 from distill.data import text
 from distill.data.packing import Rows, Summary, pack
-from distill.data.text import SIDES, TextDataConfig
+from distill.data.text import SIDES, Side, TextDataConfig
 from distill.tokenizer import TextTokenizer
 
 VERSION = "1.0.0"
@@ -104,13 +105,19 @@ def _check_some(summary: Summary, config: TextDataConfig, side: str) -> None:
     )
 
 
-def prepare(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> dict[str, Rows]:
-    """The rows of both sides as arrays, prepared on first use.
+def prepare(
+    config: TextDataConfig,
+    tokenizer: TextTokenizer,
+    data_dir: str | Path | None = None,
+    sides: Sequence[Side] = SIDES,
+) -> dict[str, Rows]:
+    """The rows of both sides, or of one, as arrays, prepared on first use.
 
     Args:
       config: which text, and how it becomes rows.
       tokenizer: the one of teacher and student.
       data_dir: where TFDS keeps prepared data; None: its own default (``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``).
+      sides: those that are read; ``stream.py`` reads what does not fit into memory.
 
     Returns:
       ``{"train": Rows, "heldout": Rows}``; ``rows.batch()`` is what a ``Loader`` and the step take.
@@ -124,11 +131,11 @@ def prepare(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
       rows = prepare(TextDataConfig(source="pydoc", length=256), TextTokenizer.from_folder("path/to/model"))
       loader = Loader(rows["train"].batch(), batch_size=32, seed=0)
     """
-    prepared, sides = ready(config, tokenizer, data_dir), {}
-    for side in SIDES:
+    prepared, found = ready(config, tokenizer, data_dir), {}
+    for side in sides:
         source = prepared.as_data_source(split=side)
-        sides[side] = rows_of(source.__getitems__(range(len(source))))
-    return sides
+        found[side] = rows_of(source.__getitems__(range(len(source))))
+    return found
 
 
 def rows_of(records: list[dict[str, np.ndarray]]) -> Rows:

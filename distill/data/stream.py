@@ -4,7 +4,7 @@ The order is that of ``Loader``: batch k is a pure function of k, so a run conti
 batch does not depend on how many processes share it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +73,9 @@ def open_rows(
       FileNotFoundError, ValueError: as ``prepare``.
     """
     return ready(config, tokenizer, data_dir).as_data_source(split=side)
+
+
+def blocks(source: Sequence[Any], size: int = 4096) -> Iterator[Rows]:
+    """All rows of ``open_rows`` in their order, so many at a time."""
+    for start in range(0, len(source), size):
+        yield rows_of(source.__getitems__(range(start, min(start + size, len(source)))))

@@ -84,7 +84,7 @@ class Projection(nn.Module):
     def _product(self, x: Array, kernel: Array) -> Array:
         """The einsum; on a CPU as a product of two matrices, where XLA multiplies them best."""
         inputs, result = self.equation.split("->")
-        of_x, of_kernel = inputs.split(",")
+        of_x = inputs.split(",")[0]
         if of_x[0] != "b" or not as_matrices():
             return jnp.einsum(self.equation, x, kernel)
         x = x.swapaxes(1, 2) if of_x == "bhlk" else x
