@@ -282,6 +282,17 @@ def test_unreadable_run_folder(name, tmp_path, monkeypatch, capsys):
     assert code == 2 and str(tmp_path) in said and "Traceback" not in said
 
 
+def test_compiled_programs_are_kept_and_found_again(tmp_path):
+    code = "from distill import cli; cli.set_up_jax(); import jax; jax.jit(lambda x: x * 2 + 1)(1.0)"
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+        kept.append({file: file.stat().st_mtime_ns for file in (tmp_path / "distill" / "xla").glob("*-cache")})
+    assert kept[0] and kept[0] == kept[1]  # a program compiled again would have been written again
+
+
 def test_changed_config_is_refused_by_the_script(finished):
     done = script("distill", "--run", str(finished[0]), *SMALL, "--objective.temperature", "3")
     assert done.returncode == 2 and "temperature: 1.0 → 3.0" in done.stderr
