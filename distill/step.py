@@ -277,7 +277,8 @@ def _chunks(chunk_size: int | None, student: Model, teacher: Model | None) -> bo
 
 def _beside(student_logits: Array, teacher_logits: Array, labels: Array) -> dict[str, Array]:
     """What is logged of student and teacher side by side, per position; no gradient."""
-    same = jnp.argmax(student_logits, axis=-1) == jnp.argmax(teacher_logits, axis=-1)
+    below = (x - jnp.max(x, axis=-1, keepdims=True) for x in (student_logits, teacher_logits))
+    same = jnp.max(sum(below), axis=-1) >= 0.0  # no argmax: XLA's CPU backend takes four times as long for two of them
     nats = losses.cross_entropy(teacher_logits, labels)
     return {"agreement": same.astype(jnp.float32), "teacher_cross_entropy": nats}
 
