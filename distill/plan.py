@@ -345,7 +345,7 @@ def changes(config: TextConfig, values: dict[str, Any]) -> list[Change]:
         add("parallel.fsdp", 2 * mesh["fsdp"], lying / 2)
     if values["chunk"] >= 256:
         add("training.chunk_size", values["chunk"] // 2, there["head_chunk"] / 2)
-    if config.teacher_dtype != "int8" and config.student.source is not None:
+    if config.teacher_dtype != "int8":
         add("teacher_dtype", "int8", there["teacher"] * (1 - 1 / jnp.dtype(config.teacher_dtype).itemsize))
     return found
 

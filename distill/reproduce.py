@@ -40,7 +40,10 @@ def addition(config: ProtocolConfig, run: Path, page: Path) -> dict[str, Any]:
 
 
 def text(config: TextConfig, run: Path, page: Path, seeds: int = 3) -> list[dict[str, Any]]:
-    """Runs what is missing of an experiment on text with other held-out documents and batches; writes its section."""
+    """Runs what is missing of an experiment on text with other held-out documents and batches.
+
+    Its section is written after every seed and says how many there are, so that a run that is stopped leaves its own.
+    """
     summaries = []
     for seed in range(seeds):
         training = dataclasses.replace(config.training, seed=seed)
@@ -48,7 +51,7 @@ def text(config: TextConfig, run: Path, page: Path, seeds: int = 3) -> list[dict
         one, folder = dataclasses.replace(config, training=training, data=data), run / f"seed{seed}"
         done = folder / "summary.json"
         summaries.append(json.loads(done.read_text()) if done.exists() else text_experiment.run_experiment(one, folder))
-    write_section(page, text_page(config, summaries))
+        write_section(page, text_page(config, summaries))
     return summaries
 
 
@@ -59,7 +62,7 @@ def text_page(config: TextConfig, summaries: list[dict[str, Any]]) -> str:
     lines = [
         f"## {config.teacher} on text: `python scripts/reproduce.py smollm2`",
         "",
-        f"{len(summaries)} seeds, each with its own held-out documents and order of batches; means, in brackets the",
+        f"Seeds: {len(summaries)}, each with its own held-out documents and order of batches; means, in brackets the",
         "smallest and the largest. The arms are described in `distill/text_experiment.py`, the settings stand in",
         "`distill/configs/smollm2_text.py`. KL(teacher‖student) and cross-entropy in nats per held-out token.",
         "",

@@ -77,7 +77,8 @@ class TextConfig:
     activations: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matmul operands of both models; the student's parameters are float32."""
     teacher_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Type in which the teacher's parameters are held; ``int8``: kernels of its layers (``models/int8.py``)."""
+    """Type in which the teacher's parameters are held; ``int8``: kernels of its layers (``models/int8.py``),
+    rounded after the student and the vocabulary are cut out of it, which takes the teacher in bfloat16 until then."""
     heldout_rows: int | None = None
     """Rows of held-out text on which models are compared; None: all."""
     curve_rows: int = 8
@@ -104,10 +105,6 @@ class TextConfig:
             raise ValueError(f"arms={self.arms}; equal_time is timed by equal_tokens, which must come first.")
         if not (self.objective.kd_weight or self.objective.features.used):
             raise ValueError("objective: nothing of the teacher in it; the arms train without one.")
-        if self.teacher_dtype == "int8" and (self.student.source is None or self.vocabulary is not None):
-            raise ValueError(
-                "teacher_dtype=int8: nothing can be cut out of such kernels; give a student.source, and no vocabulary."
-            )
         if self.prompt_tokens > self.data.length:
             raise ValueError(f"prompt_tokens={self.prompt_tokens}; a row has {self.data.length} tokens.")
 

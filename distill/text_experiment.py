@@ -36,6 +36,7 @@ from distill.features import feature_terms, projector_shapes, with_projectors, w
 from distill.metrics import read_metrics
 from distill.models import Model, decoder
 from distill.models.init import CHOICES, part_of
+from distill.models.int8 import int8, quantizer
 from distill.models.start import Calibration, Start, start
 from distill.objective import Terms, router_terms, task_term, terms_of
 from distill.parallel import RULES, make_mesh, param_shardings
@@ -88,8 +89,10 @@ def run_experiment(config: TextConfig, run: Path) -> dict[str, Any]:
 
 def make_world(config: TextConfig) -> World:
     """Teacher, tokenizer, student, text: everything that can be wrong is found here, before any training."""
-    teacher = _read(config, config.teacher, config.teacher_dtype, config.parallel.teacher)
     source, rules = config.student.source, config.parallel.student
+    late = config.teacher_dtype == "int8" and (source is None or config.vocabulary is not None)
+    dtype = "bfloat16" if late else config.teacher_dtype
+    teacher = _read(config, config.teacher, dtype, config.parallel.teacher)
     own = None if source is None else _read(config, source, "float32", rules)
     if own is not None:
         teacher = _within(teacher, own.tokenizer)
@@ -100,13 +103,15 @@ def make_world(config: TextConfig) -> World:
     tokenizer, network = teacher.tokenizer, Trained(teacher.model, teacher.params)
     loader, heldout = _text(config, tokenizer)
     begin = _cut_out(config, network, loader) if own is None else _started_at(own)
+    if late:
+        network, begin = _rounded(network, begin, config.training.seed)
     plain = begin.model
     if not config.student.start.plain:
         plain = decoder(plain.config).with_vocabulary(plain.vocab_size)
         plain = dataclasses.replace(plain, init=lambda key: begin.plain(begin.model.init(key)))
-    learner(config, begin.model, teacher.model)
+    learner(config, begin.model, network.model)
     heldout = heldout.take(slice(config.heldout_rows))
-    prints = {"tokenizer": tokenizer.fingerprint(), "teacher_weights": fingerprint(teacher.params)}
+    prints = {"tokenizer": tokenizer.fingerprint(), "teacher_weights": fingerprint(network.params)}
     prints["text"] = prepared.fingerprint(config.data, tokenizer)
     prompts = _prompts(config, heldout)
     train = loader.examples if isinstance(loader, Loader) else loader.batch
@@ -169,6 +174,14 @@ def _cut_out(config: TextConfig, teacher: Trained, loader: Loader | StreamLoader
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), begin.model.init(key))
 
     return begin._replace(model=dataclasses.replace(begin.model, init=init))
+
+
+def _rounded(teacher: Trained, begin: Start, seed: int) -> tuple[Trained, Start]:
+    """The teacher's kernels as int8, once the student is cut out of it, which keeps no hold on them as they were."""
+    params = begin.model.init(jax.random.key(seed))
+    small = jax.tree_util.tree_map_with_path(quantizer(teacher.model), teacher.params)
+    begin = begin._replace(model=dataclasses.replace(begin.model, init=lambda key: params))
+    return Trained(int8(teacher.model), small), begin
 
 
 def _nll(model: Model, params: Params, batch: Batch) -> Any:

@@ -12,7 +12,6 @@ from distill.models import EncoderConfig, decoder, encoder
 from distill.models.factors import factored
 from distill.models.int8 import held, int8, quantizer
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
-from distill.text_config import StudentConfig, TextConfig
 
 BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 KINDS = {"dense": tiny(**BIASES, vocab_size=12), "experts": tiny(experts=4, experts_per_token=2, vocab_size=12)}
@@ -87,6 +86,3 @@ def test_what_cannot_be_held_so_is_refused():
     for model in (factored(tiny_decoder(), 1), encoder(EncoderConfig(vocab_size=8, layers=1, width=8, heads=2))):
         with pytest.raises(ValueError, match="int8: expected a decoder"):
             int8(model)
-    with pytest.raises(ValueError, match="teacher_dtype=int8: nothing can be cut"):
-        TextConfig(teacher_dtype="int8")
-    assert TextConfig(teacher_dtype="int8", student=StudentConfig(source="small")).teacher_dtype == "int8"

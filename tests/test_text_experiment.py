@@ -256,6 +256,26 @@ def test_bad_configurations_are_refused(make, message):
         make()
 
 
+def test_a_student_is_cut_out_before_its_teacher_is_rounded(config):
+    """The teacher is the one read as int8, the student the one cut out of the teacher in bfloat16; both take a step."""
+    small, wide = (
+        text_experiment.make_world(dataclasses.replace(config, teacher_dtype=dtype)) for dtype in ("int8", "bfloat16")
+    )
+    loaded = read(config.teacher, dtype="int8").params
+    assert jax.tree.all(jax.tree.map(np.array_equal, small.teacher.params, loaded))
+    starts = [world.begin.model.init(SEED) for world in (small, wide)]
+    assert jax.tree.all(jax.tree.map(np.array_equal, *starts))
+    kl, exact = (world.heldout.measure(world.student, starts[0], 2)["kl"] for world in (small, wide))
+    assert kl == pytest.approx(exact, rel=0.1) and kl != exact
+
+
+def test_an_int8_teacher_may_lose_rows_of_its_vocabulary(config, tmp_path):
+    config = dataclasses.replace(config, teacher_dtype="int8", vocabulary=300, arms=())
+    summary = text_experiment.run_experiment(config, tmp_path / "run")
+    assert summary["student"]["kl"] < summary["start"]["kl"]
+    assert text_experiment.evaluate_folder(tmp_path / "run")["student"]["kl"] == summary["student"]["kl"]
+
+
 def test_the_report_shows_arms_texts_and_verdict(finished):
     run, _ = finished
     page = write_report([run]).read_text()
