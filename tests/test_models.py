@@ -12,7 +12,8 @@ from flax import nnx
 
 from distill.data.loader import shift
 from distill.models import DecoderConfig, RopeScaling, decoder
-from distill.models.layers import rms_norm, rotate
+from distill.models.layers import rms_norm
+from distill.models.rope import rotate, turns_of
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
 
 ALL_BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -142,7 +143,7 @@ def test_norm_and_rotation_round_once():
     angle = np.asarray(positions, np.float64)[:, None, :, None] * 1e4 ** (-np.arange(32) / 32)
     first, second = exact[..., :32], exact[..., 32:]
     want = [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
-    assert_rounded_once(rotate(x, positions, 1e4), np.concatenate(want, axis=-1))
+    assert_rounded_once(rotate(x, turns_of(64, positions, 1e4)), np.concatenate(want, axis=-1))
 
 
 def assert_rounded_once(got, exact):

@@ -9,6 +9,7 @@ from distill.models.config import DecoderConfig
 from distill.models.layers import Block, Norm
 from distill.models.model import REMAT, Cache, Collect, Model, Output, from_linen, parameter
 from distill.models.placement import rows_apart
+from distill.models.rope import Turns, turns_of
 from distill.shapes import Array, Params
 
 
@@ -70,7 +71,7 @@ class Decoder(nn.Module):
             kept = empty(self.config, collect, batch, length, segments_BS.shape[1])
             slots = slots_of(collect, self.config.layers)
         (x_BLD, kept), (kv, routing) = self.layers(
-            (embedded_BLD, kept), positions_BL, masks, start, kv, slots, kinds, segments_BL > 0
+            (embedded_BLD, kept), _turns(self.config, positions_BL), masks, start, kv, slots, kinds, segments_BL > 0
         )
         hidden_BLD = self.norm(x_BLD)
         if self.is_initializing():
@@ -103,6 +104,16 @@ def _head(config: DecoderConfig, kernel: Array) -> Head:
 def _check_length(config: DecoderConfig, length: int) -> None:
     if config.positions == "learned" and length > config.max_length:
         raise ValueError(f"decoder: a text of {length} tokens; expected at most {config.max_length} learned positions.")
+
+
+def _turns(config: DecoderConfig, positions_BL: Array) -> tuple[Turns, ...]:
+    """Rotary positions of all layers, and of those with a window where they have a theta of their own."""
+    if config.positions == "learned":
+        return ()
+    turns = turns_of(config.rotary_size, positions_BL, config.rope_theta, config.rope_scaling)
+    if config.rope_theta_local is None:
+        return (turns,)
+    return turns, turns_of(config.rotary_size, positions_BL, config.rope_theta_local)
 
 
 def _by_layer(config: DecoderConfig, mask_BLS: Array, slots_L: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:

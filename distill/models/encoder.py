@@ -17,7 +17,7 @@ from distill.models.collect import collected, empty, keep, slots_of
 from distill.models.layers import Projection, layer_norm
 from distill.models.model import Collect, Model, Output, Relations, from_linen, parameter
 from distill.models.placement import rows_apart
-from distill.models.rope import rotate
+from distill.models.rope import Turns, choose, rotate, turns_of
 from distill.shapes import Array, Params
 
 
@@ -122,7 +122,7 @@ class SelfAttention(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, wanted=(), local=None):
+    def __call__(self, x_BLD: Array, turns: tuple[Turns, ...], mask_BLS: Array, wanted=(), local=None):
         c = self.config
         bias_axes = 2 if c.attention_bias else 0
 
@@ -131,12 +131,7 @@ class SelfAttention(nn.Module):
             return Projection("bld,dhk->bhlk", shape, axes, c.width, bias_axes, name=name)(x_BLD)
 
         def place(x_BHLK: Array) -> Array:
-            if c.positions == "learned":
-                return x_BHLK
-            turned_BHLK = rotate(x_BHLK, positions_BL, c.rope_theta)
-            if local is None:
-                return turned_BHLK
-            return jnp.where(local, rotate(x_BHLK, positions_BL, c.local_theta), turned_BHLK)
+            return rotate(x_BHLK, choose(local, turns)) if turns else x_BHLK
 
         q_BHLK, k_BHLK, v_BHLK = place(project("query", "heads")), place(project("key", "kv")), project("value", "kv")
         seen = {"relations": Relations(q_BHLK, k_BHLK, v_BHLK)} if "relations" in wanted else {}
@@ -178,19 +173,19 @@ class EncoderBlock(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, carry, positions_BL: Array, masks: tuple[Array, ...], slots, kinds):
+    def __call__(self, carry, turns: tuple[Turns, ...], masks: tuple[Array, ...], slots, kinds):
         c = self.config
         (x_BLD, kept), local = carry, kinds.get("local")
         mask_BLS = masks[0] if local is None else jnp.where(local, masks[1], masks[0])
         attention, mlp = SelfAttention(c, name="attention"), FeedForward(c, name="mlp")
         attention_norm, mlp_norm = LayerNorm(c, name="attention_norm"), LayerNorm(c, name="mlp_norm")
         if c.norm == "post":
-            attended_BLD, seen = attention(x_BLD, positions_BL, mask_BLS, kept or (), local)
+            attended_BLD, seen = attention(x_BLD, turns, mask_BLS, kept or (), local)
             x_BLD = attention_norm(x_BLD + attended_BLD)
             x_BLD = mlp_norm(x_BLD + mlp(x_BLD))
         else:
             normed_BLD = jnp.where(kinds["first"], x_BLD, attention_norm(x_BLD))
-            attended_BLD, seen = attention(normed_BLD, positions_BL, mask_BLS, kept or (), local)
+            attended_BLD, seen = attention(normed_BLD, turns, mask_BLS, kept or (), local)
             x_BLD = x_BLD + attended_BLD
             x_BLD = x_BLD + mlp(mlp_norm(x_BLD))
         if kept is not None:
@@ -248,7 +243,7 @@ class Encoder(nn.Module):
         if collect is not None:
             collect.check(c.layers)
             kept, slots = empty(c, collect, batch, length, length), slots_of(collect, c.layers)
-        (x_BLD, kept), _ = self.layers((embedded_BLD, kept), positions_BL, masks, slots, kinds)
+        (x_BLD, kept), _ = self.layers((embedded_BLD, kept), _turns(c, positions_BL), masks, slots, kinds)
         hidden_BLD = self.norm(x_BLD) if c.norm == "pre" else x_BLD
         if self.is_initializing():
             if c.mlm_head:
@@ -271,6 +266,14 @@ class Encoder(nn.Module):
         if not self.config.pooler:
             raise ValueError("encoder: no pooler; use pool(hidden, segments), or weights with a pooler.")
         return jnp.tanh(self.pooler(hidden_BLD[:, 0]))
+
+
+def _turns(config: EncoderConfig, positions_BL: Array) -> tuple[Turns, ...]:
+    """Rotary positions of layers without and, where there are any, with a window."""
+    if config.positions == "learned":
+        return ()
+    thetas = (config.rope_theta, config.local_theta) if config.window_layers else (config.rope_theta,)
+    return tuple(turns_of(config.key_size, positions_BL, theta) for theta in thetas)
 
 
 def _by_layer(config: EncoderConfig, mask_BLS: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:

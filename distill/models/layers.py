@@ -14,7 +14,7 @@ from distill.models.config import DecoderConfig
 from distill.models.model import Relations, parameter
 from distill.models.moe import Experts
 from distill.models.placement import rows_apart
-from distill.models.rope import rotate
+from distill.models.rope import Turns, choose, rotate
 from distill.shapes import Array
 
 ACTIVATIONS = {
@@ -121,13 +121,14 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions (arXiv 2305.13245).
 
-    ``kinds``: what differs by layer: ``rope``, whether queries and keys are rotated, and ``window``.
+    ``turns``: none, those of all layers, or those of layers without and with a window. ``kinds``: what differs by
+    layer: ``rope``, whether queries and keys are rotated, and ``window``, which without an entry all layers have.
     """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BLD: Array, positions_BL: Array, mask_BLS: Array, cache, wanted: Collection[str], kinds):
+    def __call__(self, x_BLD: Array, turns: tuple[Turns, ...], mask_BLS: Array, cache, wanted: Collection[str], kinds):
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -145,11 +146,9 @@ class Attention(nn.Module):
 
         def place(name: str, heads: int, axis: str) -> Array:
             x_BHLK = norm(f"{name}_norm", project(name, heads, axis))
-            if c.positions == "learned":
+            if not turns:
                 return x_BHLK
-            here = kinds.get("window", jnp.bool_(True))  # without an entry, all layers have the window
-            local = None if c.rope_theta_local is None else (c.rope_theta_local, here)
-            turned_BHLK = rotate(x_BHLK, positions_BL, c.rope_theta, c.rope_scaling, size=c.rotary_size, local=local)
+            turned_BHLK = rotate(x_BHLK, choose(kinds.get("window", jnp.bool_(True)), turns))
             return jnp.where(kinds["rope"], turned_BHLK, x_BHLK) if "rope" in kinds else turned_BHLK
 
         q_BHLK, k_BGLK = place("query", c.heads, "heads"), place("key", c.groups, "kv")
@@ -207,7 +206,7 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, carry, positions_BL: Array, masks: tuple[Array, ...], start, cache, slots, kinds, real_BL):
+    def __call__(self, carry, turns, masks: tuple[Array, ...], start, cache, slots, kinds, real_BL):
         c = self.config
         x_BLD, kept = rows_apart(carry[0]), carry[1]
 
@@ -220,7 +219,7 @@ class Block(nn.Module):
         mask_BLS = jnp.where(kinds["window"], masks[1], masks[0]) if "window" in kinds else masks[0]
         cache = None if cache is None else (*cache, start)
         attention = Attention(c, name="attention")
-        y_BLD, kv, seen = attention(read("attention", x_BLD), positions_BL, mask_BLS, cache, kept or (), kinds)
+        y_BLD, kv, seen = attention(read("attention", x_BLD), turns, mask_BLS, cache, kept or (), kinds)
         attended_BLD = x_BLD + give("attention", y_BLD)
         y_BLD, routing = read("mlp", x_BLD if c.parallel else attended_BLD), None
         if c.experts:

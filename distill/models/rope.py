@@ -1,7 +1,10 @@
 """Rotary positions and the ways to stretch them beyond the length a model was trained on."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,40 +15,43 @@ PLAIN = RopeScaling()
 """Not stretched."""
 
 
-def rotate(
-    x_BHLK: Array,
-    positions_BL: Array,
-    theta: float,
-    scaling: RopeScaling = PLAIN,
-    *,
-    size: int | None = None,
-    local: tuple[float, Array] | None = None,
-) -> Array:
-    """Rotary positions (arXiv 2104.09864): the pair (i, i + K/2) turns by position · theta^(−2i/K).
+class Turns(NamedTuple):
+    """Cosine and sine of the angle of every pair at every position, ``[B, 1, L, K/2]``."""
 
-    ``scaling`` slows some pairs down; YaRN and LongRoPE also make queries and keys longer.
+    cos: Array
+    sin: Array
+
+
+def rotate(x_BHLK: Array, turns: Turns) -> Array:
+    """Rotary positions (arXiv 2104.09864): turns the pair (i, i + K/2) by its angle, in float32.
 
     Args:
-      x_BHLK: queries or keys.
-      positions_BL: of their tokens.
-      theta: the base.
-      scaling: how positions are stretched.
-      size: K above: so many numbers of each head are rotated, the others stay; None: all.
-      local: a theta that stands in for ``theta``, without ``scaling``, where the bool beside it is true.
+      x_BHLK: queries or keys. Numbers beyond the K of ``turns`` stay as they are.
+      turns: of their tokens, from ``turns_of``; they are the same for all layers, and computed once.
     """
-    rotated = x_BHLK.shape[-1] if size is None else size
-    half = rotated // 2
-    cos, sin = _turn(half, positions_BL, theta, scaling)
-    if local is not None:
-        cos, sin = jnp.where(local[1], jnp.stack(_turn(half, positions_BL, local[0], PLAIN)), jnp.stack([cos, sin]))
+    rotated = 2 * turns.cos.shape[-1]
     first, second = jnp.split(x_BHLK[..., :rotated].astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
+    turned = [first * turns.cos - second * turns.sin, second * turns.cos + first * turns.sin]
     turned += [x_BHLK[..., rotated:].astype(jnp.float32)] if rotated < x_BHLK.shape[-1] else []
     return jnp.concatenate(turned, axis=-1).astype(x_BHLK.dtype)
 
 
-def _turn(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> tuple[Array, Array]:
-    """Cosine and sine of every pair's angle, ``[B, 1, L, K/2]``, times the factor of queries and keys."""
+def turns_of(size: int, positions_BL: Array, theta: float, scaling: RopeScaling = PLAIN) -> Turns:
+    """The pair (i, i + K/2) turns by position · theta^(−2i/K).
+
+    ``scaling`` slows some pairs down; YaRN and LongRoPE also make queries and keys longer, which is a factor here.
+
+    Args:
+      size: K, how many numbers of each head are rotated.
+      positions_BL: of the tokens.
+      theta: the base.
+      scaling: how positions are stretched.
+
+    Example:
+      >>> turns_of(8, jnp.array([[0, 1, 2]]), 1e4).cos.shape
+      (1, 1, 3, 4)
+    """
+    half = size // 2
     if scaling.kind == "none":
         frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     elif scaling.kind == "dynamic":
@@ -56,8 +62,15 @@ def _turn(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) ->
         frequency = jnp.asarray(slowed(half, theta, scaling), jnp.float32)
     frequency = frequency[None, None, None] if frequency.ndim == 1 else frequency[:, None, None]
     angle = positions_BL[:, None, :, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return (cos, sin) if scaling.magnitude == 1.0 else (cos * scaling.magnitude, sin * scaling.magnitude)
+    turns = Turns(jnp.cos(angle), jnp.sin(angle))
+    return turns if scaling.magnitude == 1.0 else Turns(*(x * scaling.magnitude for x in turns))
+
+
+def choose(local: Array, turns: Sequence[Turns]) -> Turns:
+    """Of one or two ``Turns`` the last where the bool ``local`` is true, else the first."""
+    if len(turns) == 1:
+        return turns[0]
+    return jax.tree.map(lambda far, near: jnp.where(local, near, far), *turns)
 
 
 def _by_length(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> Array:
