@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from distill.objective import ObjectiveConfig, terms_of
 from distill.train import Task, fit
 
 SMALL = (
-    *("--data.digits=1", "--log.no-progress"),
+    *("--data.digits=2", "--data.max-examples=2000", "--data.test-fraction=0.8", "--log.no-progress"),
     *("--teacher.model.layers=1", "--teacher.model.width=32", "--student.model.layers=1"),
     *("--teacher.training.batch-size=16", "--student.training.batch-size=16"),
     *("--teacher.training.steps=200", "--teacher.training.evaluate-every=50", "--teacher.training.save-every=50"),
@@ -42,18 +43,32 @@ SMALL = (
     *("--baseline.labels=20", "--baseline.validation=20", "--baseline.steps=20", "--baseline.evaluate-every=20"),
     "--baseline.batch-size=20",
 )
-"""The experiment."""
+"""The experiment; with 1 600 additions to answer at every evaluation: it lasts long enough to be killed in."""
 
 PHASES = ("start", "data", "compile", "train", "evaluate", "save")
-AIMS = ("anywhere", "save", "evaluate", "compile", "data")
-"""Moments that are waited for, in turn; what was hit is read off the stack of the process, not believed."""
+AIMS = ("anywhere", "save", "evaluate", "compile", "data", "train")
+"""Moments that are waited for, in turn; what was hit is read off the stacks of the process, not believed."""
 
 _LAUNCH = """
-import faulthandler, runpy, signal, sys
-stack, *sys.argv = sys.argv[1:]
-faulthandler.register(signal.SIGUSR1, file=open(stack, "w"), all_threads=True)
+import os, runpy, sys, threading
+
+def stack(frame):
+    while frame is not None:
+        yield f'File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}'
+        frame = frame.f_back
+
+def answer(to):
+    while os.read(0, 1):
+        threads = (stack(frame) for frame in sys._current_frames().values())
+        os.write(to, "\\n\\n".join("\\n".join(lines) for lines in threads).encode() + b"\\0")
+
+threading.Thread(target=answer, args=(os.dup(1),), daemon=True).start()
+os.dup2(2, 1)
+del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+"""A script that answers a byte on stdin with the stacks of its threads, on stdout. A thread of its own reads them,
+while no other runs: a signal handler may find them half changed, and ends the process so."""
 
 
 @dataclasses.dataclass
@@ -64,13 +79,14 @@ class Run:
     overrides: Sequence[str]
     environment: dict[str, str]
 
-    def start(self, stack: Path | None = None, **options: Any) -> subprocess.Popen:
-        """``scripts/distill.py`` in this folder; with ``stack`` it writes its stack there on SIGUSR1."""
+    def start(self, *, asked: bool = False, **options: Any) -> subprocess.Popen:
+        """``scripts/distill.py`` in this folder; ``asked``: it can be asked what it does (``_look``)."""
         script = str(Path(__file__).parents[1] / "scripts" / "distill.py")
-        launch = [script] if stack is None else ["-c", _LAUNCH, str(stack), script]
+        launch = ["-c", _LAUNCH, script] if asked else [script]
         command = [sys.executable, *launch, "--run", str(self.folder), *self.overrides]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
-        return subprocess.Popen(command, env=os.environ | self.environment, **pipes)
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        pipes |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0} if asked else {}
+        return subprocess.Popen(command, env=os.environ | self.environment, **pipes | options)
 
     def finish(self) -> tuple[int, str]:
         """Runs to the end; exit code and what was said."""
@@ -116,12 +132,12 @@ def kills(count: int, folder: Path, straight: Run, rng: np.random.Generator) -> 
     while done < count:
         run = Run(folder / f"killed{equal}", straight.overrides, dict(straight.environment))
         while done < count:
-            aim, stack = next(aims), folder / f"stack{done}"
+            aim = next(aims)
             aimed = dataclasses.replace(run, environment=run.environment | _surroundings(aim, folder, done))
-            process = aimed.start(stack)
-            if not _wait_for(aim, aimed, process, rng):
-                break
-            hit[_kill(process, stack)] += 1
+            with aimed.start(asked=True) as process:
+                if not _wait_for(aim, aimed, process, rng):
+                    break
+                hit[_kill(process)] += 1
             done += 1
             if aim == "data":  # what was half prepared is taken up by those that follow
                 run = aimed
@@ -145,15 +161,10 @@ def _surroundings(aim: str, folder: Path, number: int) -> dict[str, str]:
 def _wait_for(aim: str, run: Run, process: subprocess.Popen, rng: np.random.Generator) -> bool:
     """Waits for a moment, then a little; False when the process ended before."""
     folders, began = (run.folder, run.folder / "teacher"), time.time()
-    evaluations = {folder: 50 if folder.name == "teacher" else 100 for folder in folders}
 
-    def evaluates() -> bool:
-        for folder, every in evaluations.items():
-            fresh = _changed(folder / "metrics.jsonl") > began
-            lines = read_metrics(folder) if fresh else []
-            if lines and lines[-1]["kind"] == "train" and lines[-1]["step"] % every == 0:
-                return True
-        return False
+    def shows() -> bool:
+        trains = any(_changed(folder / "metrics.jsonl") > began for folder in folders)
+        return trains and phase(_look(process)) == aim
 
     def saves() -> bool:
         return any(_changed(path) > began for folder in folders for path in (folder / "checkpoints").glob("*tmp*"))
@@ -166,11 +177,12 @@ def _wait_for(aim: str, run: Run, process: subprocess.Popen, rng: np.random.Gene
     happens, spread = {
         "anywhere": (lambda: True, 12.0),
         "save": (saves, 0.01),
-        "evaluate": (evaluates, 0.03),
+        "evaluate": (shows, 0.03),
+        "train": (shows, 0.005),
         "compile": (fills("JAX_COMPILATION_CACHE_DIR"), 1.0),
         "data": (fills("TFDS_DATA_DIR"), 0.2),
     }[aim]
-    skip = int(rng.integers(4)) if aim in ("save", "evaluate") else 0  # not always the first one
+    skip = int(rng.integers(4)) if aim in ("save", "evaluate", "train") else 0  # not always the first one
     while not (happens() and (skip := skip - 1) < 0):
         while skip >= 0 and happens() and process.poll() is None:
             time.sleep(0.002)
@@ -188,20 +200,30 @@ def _changed(path: Path) -> float:
     return 0.0
 
 
-def _kill(process: subprocess.Popen, stack: Path) -> str:
+def _kill(process: subprocess.Popen) -> str:
     """``kill -9``; returns the phase in which the process was."""
-    if stack.exists():  # it listens
-        process.send_signal(signal.SIGUSR1)
-        end = time.monotonic() + 0.2
-        while not stack.stat().st_size and time.monotonic() < end:
-            time.sleep(0.0002)
+    stacks = _look(process)
     process.kill()
-    process.wait()
-    return phase(stack.read_text() if stack.exists() else "")
+    if process.wait() != -signal.SIGKILL:
+        raise RuntimeError(f"a process ended by itself, with {process.returncode}, when it was to be killed.")
+    return phase(stacks)
+
+
+def _look(process: subprocess.Popen) -> str:
+    """The stacks of all threads of a process now; nothing where it has ended."""
+    answer = b""
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(b"?")
+    while not answer.endswith(b"\0") and select.select([process.stdout], [], [], 10.0)[0]:
+        part = os.read(process.stdout.fileno(), 2**16)
+        if not part:
+            break
+        answer += part
+    return answer.decode().removesuffix("\0")
 
 
 def phase(stacks: str) -> str:
-    """Which of ``PHASES`` a process was in, from the stacks of its threads.
+    """Which of ``PHASES`` a process was in, from the stacks of its threads; one that imports a module starts.
 
     Example:
       >>> phase('File "distill/checkpoint.py", line 1 in _seal')
@@ -214,7 +236,8 @@ def phase(stacks: str) -> str:
         "data": r"distill/data/|tensorflow_datasets|array_record",
         "train": r"in (_loop|train|record)$",
     }
-    found = (name for name, mark in marks.items() if re.search(mark, stacks, re.M))
+    works = "\n".join(thread for thread in stacks.split("\n\n") if "importlib._bootstrap" not in thread)
+    found = (name for name, mark in marks.items() if re.search(mark, works, re.M))
     return next(found, "start")
 
 
@@ -321,7 +344,7 @@ def survive(folder: Path, count: int = 50, overrides: Sequence[str] = SMALL) -> 
     hit, runs = kills(count, folder, straight, np.random.default_rng(0))
     cases = [*announced(folder, straight), *data_failures(folder)]
     return [
-        f"{count} times `kill -9` of `scripts/distill.py` on one-digit addition, each followed by the same command; "
+        f"{count} times `kill -9` of `scripts/distill.py` on two-digit addition, each followed by the same command; "
         f"{runs} runs so",
         "brought to their end, every weight of teacher, student and baseline and every metric equal to those of the",
         "undisturbed run. The phase is read off the stacks of the process in the moment it is killed.",
