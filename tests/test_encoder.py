@@ -87,6 +87,27 @@ def test_what_is_collected_explains_the_states(config):
     assert kept["attention"][3].shape == (2, 2, 6, 6)
 
 
+@BOTH
+def test_remat_keeps_less_and_changes_nothing(config):
+    model = encoder(config)
+    params, collect = random_params(model), Collect(relations=(2,))
+
+    def backward(remat):
+        def total(params):
+            output = model.apply(params, TOKENS, collect=collect, remat=remat)
+            return jnp.sum(jnp.square(output.hidden)) + sum(jnp.sum(x) for x in output.collected["relations"][2])
+
+        return jax.vjp(total, params)[1]
+
+    def kept(remat):
+        residuals = jax.tree.leaves(jax.eval_shape(lambda: backward(remat)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)
+
+    assert kept("none") > kept("dots") > kept("full")
+    want, again = (jax.jit(lambda remat=remat: backward(remat)(1.0))() for remat in ("none", "full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, want)
+
+
 def test_token_types_and_positions_are_added():
     bert = dataclasses.replace(BERT, layers=1)
     types = jnp.asarray([[0, 0, 1, 1, 1, 1]] * 2)

@@ -7,7 +7,7 @@ from distill.head import Head
 from distill.models.collect import collected, empty, slots_of
 from distill.models.config import DecoderConfig
 from distill.models.layers import Block, Norm
-from distill.models.model import REMAT, Cache, Collect, Model, Output, from_linen, parameter
+from distill.models.model import Cache, Collect, Model, Output, from_linen, parameter, remade
 from distill.models.placement import rows_apart
 from distill.models.rope import Turns, turns_of
 from distill.shapes import Array, Params
@@ -31,9 +31,8 @@ class Decoder(nn.Module):
             self.position = self.param("position", parameter(("position", "embed"), std=c.width**-0.5), rows)
         if not c.tied:
             self.head = self.param("head", parameter(("embed", "vocab"), std=c.width**-0.5), table[::-1])
-        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
         self.layers = nn.scan(
-            block,
+            remade(Block, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0, nn.broadcast),

@@ -15,7 +15,7 @@ from distill.head import Head
 from distill.models.attention import attend, attention_weights, mix
 from distill.models.collect import collected, empty, keep, slots_of
 from distill.models.layers import Projection, layer_norm
-from distill.models.model import Collect, Model, Output, Relations, from_linen, parameter
+from distill.models.model import Collect, Model, Output, Relations, from_linen, parameter, remade
 from distill.models.placement import rows_apart
 from distill.models.rope import Turns, choose, rotate, turns_of
 from distill.shapes import Array, Params
@@ -197,6 +197,8 @@ class Encoder(nn.Module):
     """An encoder. Use it through ``encoder(config)``."""
 
     config: EncoderConfig
+    remat: str = "none"
+    """Of ``REMAT``: what a layer does not keep is computed again in the backward pass."""
 
     def setup(self):
         c, std = self.config, self.config.width**-0.5
@@ -207,7 +209,7 @@ class Encoder(nn.Module):
             self.types = self.param("types", parameter(("position", "embed"), std=std), (c.token_types, c.width))
         self.embedding_norm = LayerNorm(c)
         self.layers = nn.scan(
-            EncoderBlock,
+            remade(EncoderBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, 0),

@@ -22,6 +22,11 @@ REMAT = {
 """What a layer keeps from the forward to the backward pass: all of it, its products with weights, its input alone."""
 
 
+def remade(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A layer, for ``nn.scan``, that keeps what ``REMAT`` says; the loop keeps the compiler from undoing it."""
+    return block if remat == "none" else nn.remat(block, policy=REMAT[remat], prevent_cse=False)
+
+
 class Cache(NamedTuple):
     """Keys and values of every layer for the tokens seen so far, and which slots they fill."""
 
