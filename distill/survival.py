@@ -135,9 +135,10 @@ def kills(count: int, folder: Path, straight: Run, rng: np.random.Generator) -> 
             aim = next(aims)
             aimed = dataclasses.replace(run, environment=run.environment | _surroundings(aim, folder, done))
             with aimed.start(asked=True) as process:
-                if not _wait_for(aim, aimed, process, rng):
-                    break
-                hit[_kill(process)] += 1
+                found = _kill(process) if _wait_for(aim, aimed, process, rng) else None
+            if found is None:
+                break
+            hit[found] += 1
             done += 1
             if aim == "data":  # what was half prepared is taken up by those that follow
                 run = aimed
@@ -200,13 +201,11 @@ def _changed(path: Path) -> float:
     return 0.0
 
 
-def _kill(process: subprocess.Popen) -> str:
-    """``kill -9``; returns the phase in which the process was."""
+def _kill(process: subprocess.Popen) -> str | None:
+    """``kill -9``; returns the phase in which the process was, None where it ended by itself just before."""
     stacks = _look(process)
     process.kill()
-    if process.wait() != -signal.SIGKILL:
-        raise RuntimeError(f"a process ended by itself, with {process.returncode}, when it was to be killed.")
-    return phase(stacks)
+    return phase(stacks) if process.wait() == -signal.SIGKILL else None
 
 
 def _look(process: subprocess.Popen) -> str:
