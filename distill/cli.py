@@ -32,7 +32,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def parse_config(doc: str, argv: Sequence[str], **extra: Any) -> tuple[argparse.Namespace, Any]:
-    """``--config NAME --run DIR`` and overrides such as ``--student.model.layers 1``.
+    """``--config NAME --run DIR`` and overrides such as ``--student.model.layers 1``; ``--profile``: ``--log.profile``.
 
     Args:
       doc: the script's docstring.
@@ -55,6 +55,7 @@ def parse_config(doc: str, argv: Sequence[str], **extra: Any) -> tuple[argparse.
     options.add_argument("--config-help", action="store_true", help="list the fields of the configuration")
     known, overrides = options.parse_known_args(argv)
     config = load_config(known.config)
+    overrides = ["--log.profile" if one == "--profile" else one for one in overrides]
     if known.config_help:
         overrides = ["--help"]
     config = tyro.cli(type(config), default=config, args=overrides, prog="overrides", description="Configuration")

@@ -2,6 +2,7 @@
 
 python scripts/distill.py --config addition
 python scripts/distill.py --config addition --run runs/hot --objective.temperature 4
+python scripts/distill.py --config addition --run runs/hot --objective.temperature 4 --profile   # where the time goes
 """
 
 import sys

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from distill import speed, train
+from distill import cli, speed, train
 from distill.checkpoint import Checkpoints
 from distill.config import LogConfig, TrainingConfig
 from distill.data import addition
@@ -239,3 +239,4 @@ def test_a_profile_says_where_the_time_of_a_step_goes(loader, tmp_path, capsys):
     shares = [float(share) for share in re.findall(r"^\S.* ([\d.]+)%$", said.partition("longest")[0], re.M)]
     assert abs(sum(shares) - 100.0) < 1.0
     assert equal_bits(profiled, fit(tmp_path / "b", live, training, **ALONE))
+    assert [cli.parse_config("", given)[1].log.profile for given in (["--profile"], [])] == [True, False]
