@@ -250,6 +250,20 @@ def test_the_plan_has_the_bytes_of_the_step_that_runs(config, values):
     assert values["bytes"]["optimizer"] == pytest.approx(2 * values["bytes"]["parameters"], rel=1e-3)
 
 
+def test_the_program_is_as_long_for_four_layers_as_for_two(config):
+    """Layers are scanned, forward and backward: a deep model is lowered and compiled as fast as a shallow one."""
+
+    def length(layers):
+        folder = Path(config.teacher) / str(layers)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": 2 * layers}))
+        deep = dataclasses.replace(config, teacher=str(folder), student=StudentConfig(layers=layers))
+        lowered, *_ = lower(plan.abstract_task(deep), deep.training, deep.parallel, jax.devices())
+        return len(lowered.as_text().splitlines())
+
+    assert length(2) == length(4)
+
+
 def test_the_plan_is_json_with_every_number_there(values):
     back = json.loads(json.dumps(values, allow_nan=False))
     assert set(back) == {

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax._src.distributed import global_state
 from one_process import learn_text, train
 from text_builders import teacher_and_text
 
@@ -71,6 +72,26 @@ def test_one_process_needs_none_of_it(tmp_path):
     assert processes.from_first(lambda: object) is object
     processes.meet("nobody")
     processes.agree("seed", "1")
+
+
+class Silent:
+    """A key-value store in which nobody writes, and to whose barriers nobody comes."""
+
+    def blocking_key_value_get(self, key, milliseconds):
+        raise RuntimeError(f"DEADLINE_EXCEEDED after {milliseconds} ms")
+
+    def wait_at_barrier(self, name, milliseconds):
+        raise RuntimeError(f"DEADLINE_EXCEEDED after {milliseconds} ms")
+
+
+def test_nobody_is_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "index", lambda: 1)
+    monkeypatch.setattr(global_state, "client", Silent())
+    with pytest.raises(TimeoutError, match=r"process 0 said nothing for 3 s \(.* 3000 ms"):
+        processes.from_first(lambda: 1, seconds=3.0)
+    with pytest.raises(TimeoutError, match=r"not all 2 processes came to: data, in 3 s \(.* 3000 ms"):
+        processes.meet("data", seconds=3.0)
 
 
 def test_only_the_first_writes(tmp_path, monkeypatch):
