@@ -303,16 +303,19 @@ def _curve(model: Model, config: Config, test: Examples):
     return lambda params: {"exact_match": float(evaluate.is_correct(model, params, config.data, test).mean())}
 
 
-def open_run(run: Path) -> tuple[Config, dict[str, Trained]]:
-    """Configuration and trained models (teacher, student, baseline if there is one) of a run folder."""
+def open_run(run: Path, best: str | None = None) -> tuple[Config, dict[str, Trained]]:
+    """Configuration and trained models (teacher, student, baseline if there is one) of a run folder.
+
+    ``best``: of the student, the checkpoint that is best by this metric.
+    """
     config = read_config(run)
     plain = network(config.student)
     models = {"teacher": restore(network(config.teacher), Path(config.teacher_run or run / "teacher"))}
     if config.student_start.plain:
-        models["student"] = restore(plain, run)
+        models["student"] = restore(plain, run, best)
     else:  # what is not in its checkpoint is made again
         begin = started(config, models["teacher"], addition.load(config.data)["train"])
-        models["student"] = Trained(plain, begin.plain(restore(begin.model, run).params))
+        models["student"] = Trained(plain, begin.plain(restore(begin.model, run, best).params))
     if (run / "baseline" / "checkpoints").is_dir():
         models["baseline"] = restore(plain, run / "baseline")
     return config, models
@@ -328,11 +331,11 @@ def evaluate_folder(run: Path) -> dict[str, Any]:
     return evaluate_run(config, run, addition.load(config.data), **models, chosen=chosen)
 
 
-def answer(run: Path, prompts: list[str]) -> list[dict[str, str]]:
-    """What the models of a run folder answer, as rows for a table."""
+def answer(run: Path, prompts: list[str], best: str | None = None) -> list[dict[str, str]]:
+    """What the models of a run folder answer, as rows for a table; ``best`` as for ``open_run``."""
     config = read_config(run)
     operands = [config.data.parse(prompt) for prompt in prompts]
-    _, models = open_run(run)
+    _, models = open_run(run, best)
     examples = addition.encode(config.data, np.array(operands))
     rows = [{"prompt": f"{a}+{b}=", "truth": str(a + b)} for a, b in operands]
     for name, trained in models.items():

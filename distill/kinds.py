@@ -15,7 +15,8 @@ class Kind(NamedTuple):
 
     experiment: str
     """Has ``run_experiment(config, run)``, ``evaluate_folder(run)`` and ``print_summary(summary, run)``, which prints
-    what the two return, and ``answer(run, prompts)``: what the models say, as rows of a table."""
+    what the two return, and ``answer(run, prompts, best=None)``: what the models say, as rows of a table,
+    the student the newest or the best by a metric."""
     report: str
     """Has ``write_report(runs)``; imports no jax."""
 

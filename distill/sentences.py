@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill import losses
-from distill.checkpoint import Checkpoints, fingerprint, lock
+from distill.checkpoint import fingerprint, lock
 from distill.config import SentenceConfig, read_config, to_dict, write_config, write_json
 from distill.data.loader import Batch
 from distill.features import Features, FeatureTerm, feature_terms, projector_shapes, with_projectors, without_projectors
@@ -27,6 +27,7 @@ from distill.models import Collect, EncoderConfig, Model, encoder
 from distill.models.encoder import embed, keep_layers, pool
 from distill.models.layers import layer_norm
 from distill.shapes import Array, Params
+from distill.stages import restore
 from distill.train import Task, fit
 from distill.weights import STUDENT, carried, load, save
 
@@ -200,20 +201,13 @@ def compare(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
     }
 
 
-def _trained(config: SentenceConfig, run: Path, model: Model) -> Params:
-    if not (run / "checkpoints").is_dir():
-        raise FileNotFoundError(f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py.")
-    with Checkpoints(run) as checkpoints:
-        return without_projectors(checkpoints.params(jax.eval_shape(model.init, jax.random.key(0))))
-
-
 def _evaluate(config: SentenceConfig, run: Path, teacher: Model, params: Params, held_out: Sentences) -> dict[str, Any]:
     student = _student(config, teacher, params, True)
     with_extra = with_projectors(student, projector_shapes(config.features, student, teacher))
     models = {
         "untrained": student.init(jax.random.key(0)),
-        "student": _trained(config, run, with_extra),
-        "control": _trained(config, run / "random", with_extra),
+        "student": without_projectors(restore(with_extra, run).params),
+        "control": without_projectors(restore(with_extra, run / "random").params),
     }
     want = embeddings(teacher, params, held_out[0])
     size = {"parameters": student.parameter_count(), "layers": student.config.layers}
@@ -235,8 +229,8 @@ def evaluate_folder(run: Path) -> dict[str, Any]:
     return _evaluate(config, run, *_teacher(config), sentences(config)["held_out"])
 
 
-def answer(run: Path, prompts: list[str]) -> list[dict[str, str]]:
-    """The held-out sentence that teacher and student find nearest to each prompt."""
+def answer(run: Path, prompts: list[str], best: str | None = None) -> list[dict[str, str]]:
+    """The held-out sentence that teacher and student, newest or best by a metric, find nearest to each prompt."""
     from tokenizers import Tokenizer
 
     config = read_config(run, SentenceConfig)
@@ -248,7 +242,8 @@ def answer(run: Path, prompts: list[str]) -> list[dict[str, str]]:
     asked = np.asarray([encoding.ids for encoding in tokenizer.encode_batch(prompts)], np.int32)
     student = _student(config, teacher, params, True)
     with_extra = with_projectors(student, projector_shapes(config.features, student, teacher))
-    both = {"teacher": (teacher, params), "student": (student, _trained(config, run, with_extra))}
+    trained = without_projectors(restore(with_extra, run, best).params)
+    both = {"teacher": (teacher, params), "student": (student, trained)}
     nearest = {
         name: np.argmax(embeddings(*one, asked) @ embeddings(*one, tokens).T, axis=1) for name, one in both.items()
     }

@@ -25,19 +25,20 @@ class Trained(NamedTuple):
     params: Params
 
 
-def restore(model: Model, run: Path) -> Trained:
-    """A trained model from its run folder.
+def restore(model: Model, run: Path, best: str | None = None) -> Trained:
+    """A trained model from its run folder: the newest, or the best by a metric of the evaluation (``KeepConfig.best``).
 
     Raises:
       FileNotFoundError: no checkpoint there.
-      ValueError: the checkpoint holds a model of another shape.
+      ValueError: the checkpoint holds a model of another shape, or none was measured by ``best``.
     """
     if not (run / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py or train.py."
         )
     with Checkpoints(run) as checkpoints:
-        params = checkpoints.params(jax.eval_shape(model.init, jax.random.key(0)))
+        step = None if best is None else checkpoints.best(best)
+        params = checkpoints.params(jax.eval_shape(model.init, jax.random.key(0)), step)
     return Trained(model, params)
 
 

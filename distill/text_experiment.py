@@ -345,10 +345,10 @@ def evaluate_run(config: TextConfig, run: Path, world: World) -> dict[str, Any]:
     return summary
 
 
-def _params_of(config: TextConfig, run: Path, world: World, name: str) -> Params:
+def _params_of(config: TextConfig, run: Path, world: World, name: str, best: str | None = None) -> Params:
     if name == "start":
         return world.student.init(jax.random.key(config.training.seed))
-    return world.begin.plain(restore(world.begin.model, run if name == "student" else run / name).params)
+    return world.begin.plain(restore(world.begin.model, run if name == "student" else run / name, best).params)
 
 
 def _sizes(model: Model, length: int) -> dict[str, float]:
@@ -453,10 +453,10 @@ def evaluate_folder(run: Path) -> dict[str, Any]:
     return evaluate_run(config, run, world)
 
 
-def answer(run: Path, prompts: list[str]) -> list[dict[str, str]]:
-    """How teacher and student of a run folder go on, as rows for a table."""
+def answer(run: Path, prompts: list[str], best: str | None = None) -> list[dict[str, str]]:
+    """How teacher and student of a run folder go on, as rows for a table; the student newest, or best by a metric."""
     config, world = _open(run)
-    student = world.student, _params_of(config, run, world, "student")
+    student = world.student, _params_of(config, run, world, "student", best)
     rows = []
     for prompt in prompts:
         ids = np.asarray([[*world.tokenizer.start, *world.tokenizer.encode(prompt)]], np.int32)

@@ -1,6 +1,7 @@
 """Answers prompts with teacher and student side by side.
 
 python scripts/generate.py --run runs/addition 47+85= 5+7=
+python scripts/generate.py --run runs/addition --best exact_match 47+85=   # not the student's newest checkpoint
 """
 
 import sys
@@ -16,13 +17,14 @@ def main(argv: Sequence[str]) -> None:
     """Parses, answers, prints."""
     options = cli.parser(__doc__)
     options.add_argument("--run", type=Path, required=True, help="a run folder made by scripts/distill.py")
+    options.add_argument("--best", metavar="METRIC", help="the student's best checkpoint by a metric, such as kl")
     options.add_argument("prompts", nargs="+", help="such as 47+85=")
     known = options.parse_args(argv)
     cli.set_up_jax()
     from distill.kinds import experiment_in
     from distill.table import print_answers
 
-    print_answers(experiment_in(known.run).answer(known.run, known.prompts))
+    print_answers(experiment_in(known.run).answer(known.run, known.prompts, known.best))
 
 
 if __name__ == "__main__":

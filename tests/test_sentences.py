@@ -112,6 +112,7 @@ def test_a_whole_experiment_and_its_resumption(given, tmp_path):
     of_file = experiment.compare(experiment.embeddings(model, params, tokens), teacher)
     assert of_file["cosine"] == pytest.approx(summary["student"]["cosine"], abs=1e-6)
     rows = experiment.answer(tmp_path, ["w1 w2 w3"])
+    assert rows == experiment.answer(tmp_path, ["w1 w2 w3"], "max:spearman")
     assert rows[0].keys() == {"prompt", "teacher", "student"}
     experiment.print_summary(summary, tmp_path)
     with pytest.raises(ValueError, match="cosine_weight: 1.0 → 2.0"):

@@ -72,6 +72,7 @@ def test_a_finished_run_is_evaluated_and_answers(finished, config, monkeypatch, 
     for name in ("student", "equal_tokens", "start"):
         assert again[name]["kl"] == summary[name]["kl"]
     row = text_experiment.answer(run, ["the cat"])[0]
+    assert row.keys() == text_experiment.answer(run, ["the cat"], "kl")[0].keys()
     assert row["prompt"] == "the cat" and set(row) == {"prompt", "teacher", "student"}
     text_experiment.print_summary(again, run)
     assert "distilled, at equal tokens: KL" in capsys.readouterr().out

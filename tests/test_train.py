@@ -25,6 +25,7 @@ from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
+from distill.stages import restore
 from distill.train import Stopped, Task, fit
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +98,16 @@ def test_keeping_the_best_of_what_is_not_measured_is_refused_before_the_first_st
     with pytest.raises(ValueError, match="the evaluation measures kl"):
         fit(tmp_path, dataclasses.replace(task, evaluate=lambda params: {"kl": 0.5}), keep, **ALONE)
     assert len(read_metrics(tmp_path)) == 0
+
+
+def test_the_best_is_restored_by_its_metric(task, tmp_path):
+    scores = iter([0.9, 0.2, 0.1, 0.3, 0.4])  # before the first step, then every five
+    often = dataclasses.replace(TRAINING, evaluate_every=5, keep=KeepConfig(last=1, best="kl"))
+    last = fit(tmp_path, dataclasses.replace(task, evaluate=lambda _: {"kl": next(scores)}), often, **ALONE)
+    with Checkpoints(tmp_path) as checkpoints:
+        ten = checkpoints.params(jax.eval_shape(lambda: last), 10)
+    assert equal_bits(restore(task.student, tmp_path, "kl").params, ten) and not equal_bits(ten, last)
+    assert equal_bits(restore(task.student, tmp_path).params, last)
 
 
 def test_two_runs_in_one_folder_are_refused(task, tmp_path):
@@ -226,6 +237,9 @@ def test_evaluate_report_generate(finished):
     assert done.returncode == 0 and (run / "report.html").exists(), done.stderr
     done = script("generate", "--run", str(run), "4+5=")
     assert done.returncode == 0 and "4+5=" in done.stdout and "teacher" in done.stdout, done.stderr
+    best = [script("generate", "--run", str(run), "4+5=", "--best", metric) for metric in ("exact_match", "kl")]
+    assert (best[0].returncode, best[0].stdout) == (0, done.stdout), best[0].stderr  # one evaluation, at the last step
+    assert best[1].returncode == 2 and "no checkpoint measured by 'kl'" in best[1].stderr
 
 
 def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):  # row 55
