@@ -81,13 +81,13 @@ def long_on_cpu(length: int) -> bool:
     return length >= BLOCKED_FROM and platform() == "cpu"
 
 
-def as_matrices(length: int) -> bool:
+def as_matrices() -> bool:
     """Whether products with a kernel are of matrices [B·L, D], rows and positions on one axis; known when tracing.
 
-    So for long texts on a CPU, where XLA's gradient of a product with rows [B, L, D] takes 1.6 times as long. Elsewhere
-    XLA does it itself, and where positions lie over the mesh the two axes have to stay apart.
+    So on a CPU, where XLA's gradient of a product with rows [B, L, D] takes 1.6 times as long. Elsewhere XLA does it
+    itself, and where positions lie over the mesh the two axes have to stay apart.
     """
-    return long_on_cpu(length) and jax.sharding.get_abstract_mesh().shape.get("sequence", 1) == 1
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().shape.get("sequence", 1) == 1
 
 
 def fused_on(platform: str, dtype: Any, length: int, size: int, softcap: float | None) -> bool:

@@ -82,10 +82,10 @@ class Projection(nn.Module):
         return jnp.einsum(f"{middle},r{given}->{result}", x_r, right)
 
     def _product(self, x: Array, kernel: Array) -> Array:
-        """The einsum; of long texts on a CPU as a product of two matrices, which XLA multiplies best there."""
+        """The einsum; on a CPU as a product of two matrices, where XLA multiplies them best."""
         inputs, result = self.equation.split("->")
         of_x = inputs.split(",")[0]
-        if of_x[0] != "b" or not as_matrices(x.shape[-2]):
+        if of_x[0] != "b" or not as_matrices():
             return jnp.einsum(self.equation, x, kernel)
         x = x.swapaxes(1, 2) if of_x == "bhlk" else x
         batch, length = x.shape[:2]
