@@ -23,7 +23,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "addition": Kind("distill.experiment", "distill.report"),
-    "sentences": Kind("distill.sentences", "distill.sentences"),
+    "sentences": Kind("distill.sentences", "distill.report_sentences"),
     "text": Kind("distill.text_experiment", "distill.report_text"),
 }
 

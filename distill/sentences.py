@@ -3,7 +3,7 @@
     RUN/             the student: layers of the teacher, then trained
     RUN/student_hf/  the same, as ``distill.load(RUN)`` and transformers open it
     RUN/random/      the control: the same network from random weights, as many steps on the same batches
-    RUN/evaluation.json, RUN/summary.json
+    RUN/evaluation.json, RUN/summary.json; of scripts/report.py: RUN/report.html
 
 Nobody labels anything: the teacher's embeddings and relations are what is learnt.
 """
@@ -34,6 +34,8 @@ from distill.weights import STUDENT, carried, load, save
 HELD_OUT_DIALOGUES = 700
 SHORTEST = 6
 """Tokens of the shortest sentence."""
+EXAMPLES = 6
+"""Held-out sentences whose nearest neighbours are written down."""
 Sentences = tuple[np.ndarray, list[str]]
 """Ids ``[n, L]`` with 0 for padding, and the texts."""
 
@@ -192,13 +194,17 @@ def compare(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
     cosines = [vectors @ vectors.T for vectors in (student, teacher)]
     pairs = [matrix[np.triu_indices(len(matrix), 1)] for matrix in cosines]
     ranks = [np.argsort(np.argsort(values, kind="stable")) for values in pairs]
-    nearest = [np.argmax(matrix - 3.0 * np.eye(len(matrix)), axis=1) for matrix in cosines]
     return {
         "pearson": float(np.corrcoef(*pairs)[0, 1]),
         "spearman": float(np.corrcoef(*ranks)[0, 1]),
-        "nearest": float(np.mean(nearest[0] == nearest[1])),
+        "nearest": float(np.mean(_nearest(student) == _nearest(teacher))),
         "cosine": float(np.mean(np.sum(student * teacher, axis=1))),
     }
+
+
+def _nearest(vectors: np.ndarray) -> np.ndarray:
+    """Of each of ``[n, D]`` unit vectors, which other one is nearest."""
+    return np.argmax(vectors @ vectors.T - 3.0 * np.eye(len(vectors)), axis=1)
 
 
 def _evaluate(config: SentenceConfig, run: Path, teacher: Model, params: Params, held_out: Sentences) -> dict[str, Any]:
@@ -209,16 +215,18 @@ def _evaluate(config: SentenceConfig, run: Path, teacher: Model, params: Params,
         "student": without_projectors(restore(with_extra, run).params),
         "control": without_projectors(restore(with_extra, run / "random").params),
     }
-    want = embeddings(teacher, params, held_out[0])
+    tokens, texts = held_out
+    vectors = {"teacher": embeddings(teacher, params, tokens)}
+    vectors |= {name: embeddings(student, now, tokens) for name, now in models.items()}
     size = {"parameters": student.parameter_count(), "layers": student.config.layers}
-    evaluation: dict[str, Any] = {
-        name: size | compare(embeddings(student, now, held_out[0]), want) for name, now in models.items()
-    }
+    evaluation: dict[str, Any] = {name: size | compare(vectors[name], vectors["teacher"]) for name in models}
     evaluation["teacher"] = {"parameters": teacher.parameter_count(), "layers": teacher.config.layers}
     cost = run / "cost.json"
     evaluation["cpu_seconds"] = json.loads(cost.read_text())["cpu_seconds"] if cost.is_file() else None
-    evaluation["held_out"] = len(held_out[0])
-    write_json(run / "evaluation.json", evaluation)
+    evaluation["held_out"] = len(tokens)
+    found = {name: [texts[i] for i in _nearest(each)[:EXAMPLES]] for name, each in vectors.items()}
+    rows = [{"sentence": texts[i]} | {name: found[name][i] for name in found} for i in range(min(EXAMPLES, len(texts)))]
+    write_json(run / "evaluation.json", evaluation | {"examples": rows})
     write_json(run / "summary.json", evaluation)
     return evaluation
 
@@ -270,8 +278,3 @@ def print_summary(summary: dict[str, Any], run: Path) -> None:
     console.print(table)
     if summary["cpu_seconds"] is not None:
         console.print(f"{summary['cpu_seconds']:.0f} CPU-seconds of training in the last session", highlight=False)
-
-
-def write_report(runs: list[Path]) -> None:
-    """There is no page for sentence encoders: the table of ``scripts/evaluate.py`` says it all."""
-    raise ValueError(f"{runs[0]}: no report for sentence encoders; see python scripts/evaluate.py --run {runs[0]}.")

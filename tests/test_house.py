@@ -44,6 +44,7 @@ ARROWS = {
     "evaluate": {"processes", "shapes", "models", "data", "step", "sampling", "metrics"},
     "config": {"processes", "metrics", "models", "data", "features", "objective", "optim", "parallel", "configs"},
     "text_config": {"models", "data", "objective", "optim", "parallel", "config"},
+    "report_sentences": {"report"},
     "report_text": {"report"},
     "configs": {"models", "data", "features", "objective", "optim", "parallel", "config", "text_config"},
     "checkpoint": {"processes", "shapes", "config"},

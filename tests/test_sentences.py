@@ -14,7 +14,7 @@ from distill import losses
 from distill import sentences as experiment
 from distill.config import LogConfig, SentenceConfig, TrainingConfig
 from distill.features import FeatureConfig
-from distill.kinds import experiment_of
+from distill.kinds import experiment_of, report_in
 from distill.models import Collect, EncoderConfig, encoder
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
@@ -111,6 +111,14 @@ def test_a_whole_experiment_and_its_resumption(given, tmp_path):
     teacher = experiment.embeddings(*distill.load(given.teacher), tokens)
     of_file = experiment.compare(experiment.embeddings(model, params, tokens), teacher)
     assert of_file["cosine"] == pytest.approx(summary["student"]["cosine"], abs=1e-6)
+    examples = json.loads((tmp_path / "evaluation.json").read_text())["examples"]
+    texts = experiment.sentences(given)["held_out"][1]
+    for i, example in enumerate(examples):
+        cosines = teacher @ teacher[i]
+        cosines[i] = -2.0
+        assert (example["sentence"], example["teacher"]) == (texts[i], texts[int(cosines.argmax())])
+    assert len(examples) == 6 and examples[0].keys() == {"sentence", *names}
+    assert "Learning curves" in report_in(tmp_path).write_report([tmp_path]).read_text()
     rows = experiment.answer(tmp_path, ["w1 w2 w3"])
     assert rows == experiment.answer(tmp_path, ["w1 w2 w3"], "max:spearman")
     assert rows[0].keys() == {"prompt", "teacher", "student"}
