@@ -298,8 +298,23 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_config(run: Path, config: Any) -> None:
-    """RUN/config.json: the configuration of an experiment, and which kind of experiment it is."""
-    write_json(run / "config.json", {"kind": config.kind} | to_dict(config))
+    """RUN/config.json: the configuration of an experiment, and which kind of experiment it is.
+
+    Raises:
+      ValueError: the folder holds an experiment of another kind, whose configuration stays.
+    """
+    file = run / "config.json"
+    if (there := _kind_of(file)) not in (None, config.kind):
+        raise ValueError(f"{run}: holds an experiment of kind {there!r}; this one is {config.kind!r}: another --run.")
+    write_json(file, {"kind": config.kind} | to_dict(config))
+
+
+def _kind_of(file: Path) -> str | None:
+    """The kind of experiment of a config.json; None where none can be read."""
+    try:
+        return json.loads(file.read_text()).get("kind", Config.kind)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def read_config(run: Path, expected: type = Config) -> Any:

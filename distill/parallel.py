@@ -119,6 +119,8 @@ class Wrapping:
     fetch_metrics: Callable[[Any], Any] = lambda metrics: metrics
     places: tuple[Any, Any] | None = None
     """Shardings of the state and of what is frozen; None: they are whole on every device."""
+    parts: int = 1
+    """Into so many a batch is dealt."""
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -256,6 +258,7 @@ def on_mesh(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention asks for it
             return train_step(state, teacher_params, batch)
 
+    parts = math.prod(mesh.shape[axis] for axis in over)
     steps = jax.jit(
         scan_steps(step),
         donate_argnums=0,
@@ -267,9 +270,10 @@ def on_mesh(
         lambda tree: processes.spread(_owned(tree), state),
         lambda tree: processes.spread(tree, frozen),
         lambda tree: processes.spread(_cuttable(tree, mesh.shape.get("sequence", 1)), everywhere),
-        lambda array: processes.spread(_divisible(array, math.prod(mesh.shape[axis] for axis in over)), rows),
+        lambda array: processes.spread(divisible(array, parts), rows),
         lambda tree: tree,
         places=(state, frozen),
+        parts=parts,
     )
 
 
@@ -290,13 +294,15 @@ def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | N
         def parts(x: np.ndarray) -> np.ndarray:
             return np.swapaxes(x.reshape(x.shape[0], len(devices), -1, *x.shape[2:]), 0, 1)
 
-        dealt = jax.tree.map(parts, _divisible(rows, len(devices)))
+        dealt = jax.tree.map(parts, divisible(rows, len(devices)))
         return jax.device_put(dealt, NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data")))
 
-    return Wrapping(steps, replicate, replicate, replicate, place_rows, jax_utils.unreplicate, jax_utils.unreplicate)
+    back = jax_utils.unreplicate
+    return Wrapping(steps, replicate, replicate, replicate, place_rows, back, back, parts=len(devices))
 
 
-def _divisible(rows: Any, devices: int) -> Any:
+def divisible(rows: Any, devices: int) -> Any:
+    """The rows ``[K, B, …]`` as they are; ValueError where B cannot be dealt to so many devices."""
     batch_size = jax.tree.leaves(rows)[0].shape[1]
     if batch_size % devices:
         raise ValueError(f"batch_size={batch_size} cannot be divided over {devices} devices.")

@@ -132,7 +132,7 @@ def lower(
       ``(lowered, state, frozen)``; on a mesh the shapes say how they lie on it.
 
     Raises:
-      ValueError: pmap, whose arrays have one more axis.
+      ValueError: pmap, whose arrays have one more axis; a batch that the devices cannot share.
     """
     if parallel_config.backend == "pmap":
         raise ValueError("lower: backend pmap; expected auto, mesh or one_device.")
@@ -146,7 +146,7 @@ def lower(
         rows = jax.ShapeDtypeStruct((count, training.batch_size), np.dtype("int32"))
     frozen, examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (task.frozen, held))
     wrapping = _wrap(task, training, update, parallel_config, devices)
-    lowered = wrapping.steps.lower(state, frozen, examples, rows)
+    lowered = wrapping.steps.lower(state, frozen, examples, parallel.divisible(rows, wrapping.parts))
     if wrapping.places is not None:
         state, frozen = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, frozen), wrapping.places

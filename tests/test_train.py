@@ -47,6 +47,11 @@ def equal_bits(left, right) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
 
+def test_a_batch_that_the_devices_cannot_share_is_refused_before_anything_is_compiled(task):
+    with pytest.raises(ValueError, match="batch_size=12 cannot be divided over 8 devices"):
+        train.lower(task, dataclasses.replace(TRAINING, batch_size=12), ParallelConfig())
+
+
 def test_resumed_equals_uninterrupted_to_the_bit(task, tmp_path, monkeypatch):  # row 55
     straight = fit(tmp_path / "straight", task, TRAINING, **ALONE)
     saves = Checkpoints.save

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from distill.models import Model
+from distill.models import EncoderConfig, Model
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
 from distill.weights import carried, folder, gguf, gguf_tokenizer
@@ -37,11 +37,13 @@ def read(
 
     Raises:
       FileNotFoundError: nothing there.
-      ValueError: not supported, or more tokens than the embedding has rows.
+      ValueError: not supported, an encoder, or more tokens than the embedding has rows.
     """
     path = _located(name)
     options = {"dtype": dtype, "activations": activations, "sharding": sharding}
     model, params = folder.load(path, **options)
+    if isinstance(model.config, EncoderConfig):
+        raise ValueError(f"{name}: an encoder, which writes no text; expected a language model, such as a Llama.")
     try:
         tokenizer = _tokenizer_at(path).within(model.vocab_size)
     except ValueError as error:
