@@ -38,6 +38,7 @@ from distill.table import print_summary as print_summary  # part of what every k
 from distill.train import Task, fit
 from distill.vocab import align
 from distill.weights import STUDENT, save
+from distill.weights.families import family_of
 
 PREFLIGHT_ROWS = 64
 """Additions on which teacher and student are looked at before the first step."""
@@ -132,11 +133,20 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
 
 
 def export(run: Path, model: Model, params: Params) -> None:
-    """Writes RUN/student_hf, without the rows of the embedding that are no token; says so where no family fits."""
+    """Writes RUN/student_hf, without the rows of the embedding that are no token.
+
+    A decoder that no family of transformers has is said and passed over: the run goes on without the folder.
+
+    Raises:
+      ValueError: it cannot be written, such as for a full disk.
+    """
+    model, params = prune_model(model, params, np.arange(model.vocab_size))
     try:
-        save(run / STUDENT, *prune_model(model, params, np.arange(model.vocab_size)))
+        family = family_of(model.config)
     except ValueError as error:
         print(f"{run / STUDENT}: not written: {error}", file=sys.stderr)
+        return
+    save(run / STUDENT, model, params, family=family)
 
 
 def look_before(config: Config, run: Path, begin: Start, teacher: Trained, sides: dict[str, Examples], terms: Terms):

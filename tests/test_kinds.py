@@ -2,11 +2,16 @@
 
 import importlib
 import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
+from builders import random_params, tiny_decoder
 
-from distill import kinds
-from distill.config import Config, load_config, read_config, write_config
+import distill
+from distill import experiment, kinds
+from distill.config import Config, SentenceConfig, load_config, read_config, write_config
 
 
 def test_a_run_folder_tells_its_kind(tmp_path):
@@ -19,6 +24,39 @@ def test_a_run_folder_tells_its_kind(tmp_path):
     with pytest.raises(ValueError, match="an experiment of kind 'chess'; expected 'addition'"):
         read_config(tmp_path)
     assert kinds.experiment_in(tmp_path / "nowhere").__name__ == "distill.experiment"  # which says what is missing
+
+
+def test_a_run_folder_of_another_kind_is_not_written_over(tmp_path):
+    write_config(tmp_path, SentenceConfig())
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="holds an experiment of kind 'sentences'; this one is 'addition'.*--run"):
+        write_config(tmp_path, Config())
+    assert (tmp_path / "config.json").read_bytes() == before
+    write_config(tmp_path, SentenceConfig(length=9))
+    assert read_config(tmp_path, SentenceConfig).length == 9
+
+
+def test_a_student_no_family_has_is_said_and_passed_over(tmp_path, capsys):
+    model = tiny_decoder(norm="layer", vocab_size=16).with_vocabulary(11)
+    experiment.export(tmp_path, model, random_params(model))
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'student_hf'}: not written: no family among llama" in said and "norm='layer'" in said
+    assert not (tmp_path / "student_hf").exists()
+
+
+def test_a_student_is_exported_without_rows_that_are_no_token(tmp_path, capsys, monkeypatch):
+    model = tiny_decoder(vocab_size=16, tied=True).with_vocabulary(11)
+    params = random_params(model)
+    experiment.export(tmp_path, model, params)
+    small, loaded = distill.load(tmp_path)
+    want = params | {"embedding": params["embedding"][:11]}
+    assert small.vocab_size == 11 and capsys.readouterr().err == ""
+    jax.tree.map(np.testing.assert_array_equal, loaded, want)
+    # A disk that is full is no decoder without a family: the run ends, and says so.
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(ValueError, match="not written .*the disk is full.*as it was"):
+        experiment.export(tmp_path, model, jax.tree.map(lambda leaf: 2 * leaf, params))
+    jax.tree.map(np.testing.assert_array_equal, distill.load(tmp_path)[1], want)
 
 
 def test_what_is_no_experiment_is_refused():
