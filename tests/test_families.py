@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -103,15 +104,20 @@ def test_what_is_written_is_read_as_the_same_decoder(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_file_read_and_written_is_the_same_file(name):
-    """To the bit, tensor by tensor, whatever a family joins or turns."""
-    family = json.loads((DATA / name / "config.json").read_text())["model_type"]
+def test_a_folder_loaded_and_saved_is_the_same_folder(name, tmp_path):
+    """To the bit, tensor by tensor, whatever a family joins or turns; and so is the model that is loaded again."""
     model, params = distill.load(DATA / name, dtype=None)
-    there = load_file(DATA / name / "model.safetensors")
-    again = dict(disassemble(model.config, table_of(model.config, family), params))
-    assert again.keys() == there.keys()
-    for tensor, array in there.items():
-        np.testing.assert_array_equal(again[tensor], array)
+    distill.save(tmp_path, model, params, family=json.loads((DATA / name / "config.json").read_text())["model_type"])
+    there, here = (load_file(folder / "model.safetensors") for folder in (DATA / name, tmp_path))
+    assert {tensor: (x.dtype, x.shape, x.tobytes()) for tensor, x in there.items()} == {
+        tensor: (x.dtype, x.shape, x.tobytes()) for tensor, x in here.items()
+    }
+    again, once_more = distill.load(tmp_path, dtype=None)
+    kept = {"rope_scaling": again.config.rope_scaling}  # its magnitude is written down
+    assert again.config == dataclasses.replace(model.config, **kept)
+    assert again.config.rope_scaling.magnitude == model.config.rope_scaling.magnitude
+    assert jax.tree.structure(once_more) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), params, once_more))
 
 
 # ---- what the options change elsewhere
@@ -366,6 +372,15 @@ def test_keys_are_fields(values, fields):
 def test_what_is_not_supported_is_named(values, message):
     with pytest.raises(ValueError, match=message):
         from_json(values)
+
+
+def test_every_family_names_a_key_it_does_not_know(tmp_path):
+    for folder in [*DATA.iterdir(), *(DATA.parent / "encoders").iterdir()]:
+        values = json.loads((folder / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(values | {"logit_twist": 0.5}))
+        shutil.copyfile(folder / "model.safetensors", tmp_path / "model.safetensors")  # an encoder's tell its head
+        with pytest.raises(ValueError, match=rf"logit_twist=0\.5 of model_type '{values['model_type']}': not known"):
+            read_config(tmp_path)
 
 
 GEMMA = {"norm_plus_one": True, "norm_place": "around", "scaled_embedding": True, "activation": "gelu_tanh"}

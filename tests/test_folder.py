@@ -1,5 +1,6 @@
 """Folders and their files: the same bits back, and everything that must be refused."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import distill
 from distill.models import decoder
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
+from distill.weights import folder as folders
 from distill.weights.safetensors import INDEX, SINGLE, SafetensorsSource
 
 
@@ -74,6 +76,21 @@ def test_each_parameter_goes_onto_its_shards(tmp_path):
     wanted = param_shardings(model, mesh)
     jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding or pytest.fail(str(leaf.sharding)), sharded, wanted)
     assert not sharded["layers"]["mlp"]["up"]["kernel"].sharding.is_fully_replicated
+
+
+def test_loading_tells_its_bar_of_every_number(saved, monkeypatch):
+    folder, model, _ = saved
+    told = []
+
+    @contextlib.contextmanager
+    def loading(label, total):
+        told.append((label, total))
+        yield told.append
+
+    monkeypatch.setattr(folders, "loading", loading)
+    distill.load(folder)
+    (label, total), *steps = told
+    assert (label, total) == ("model", model.parameter_count()) and sum(steps) == total and len(steps) > 10
 
 
 def test_saving_again_replaces_all_of_an_earlier_save(saved):

@@ -227,6 +227,17 @@ def test_distill_load_takes_the_file(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, load(GGUFSource(tmp_path / "tiny.gguf"))[1])
 
 
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_what_is_read_from_gguf_is_saved_as_a_folder_to_the_bit(architecture, tmp_path):
+    config = CONFIGS[architecture]
+    write(tmp_path / "tiny.gguf", config, architecture, tensors_of(config), KINDS)
+    model, params = distill.load(tmp_path / "tiny.gguf")
+    distill.save(tmp_path / "folder", model, params)
+    again, loaded = distill.load(tmp_path / "folder")
+    assert again.config.rope_theta == config.rope_theta and again.config.norm_epsilon == config.norm_epsilon
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
 def test_types_of_parameters_and_activations_can_be_chosen(tmp_path):
     write(tmp_path / "tiny.gguf", LLAMA, "llama", tensors_of(LLAMA), KINDS)
     model, params = load(GGUFSource(tmp_path / "tiny.gguf"), dtype="bfloat16", activations="bfloat16")
