@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from distill import processes
-from distill.config import MAY_CHANGE, KeepConfig, differences, write_json
+from distill.config import MAY_CHANGE, KeepConfig, differences, write_config, write_json
 from distill.shapes import Params
 
 HASHES = "sha256.json"
@@ -307,12 +307,34 @@ def _unused(path: Path) -> Path:
     return next(other for other in others if not other.exists())
 
 
+class Refused(ValueError):
+    """What is asked for is not what stands in the run folder."""
+
+
+@contextlib.contextmanager
+def configured(run: Path, config: Any) -> Iterator[None]:
+    """RUN/config.json holds this configuration, unless the block finds that it is not the run's (``Refused``).
+
+    Then it says again what it said: the scripts that read it must find the configuration that the run was made with.
+    """
+    file, before = run / "config.json", None
+    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
+        before = json.loads(file.read_text())
+    write_config(run, config)
+    try:
+        yield
+    except Refused:
+        if before is not None:
+            write_json(file, before)
+        raise
+
+
 def refuse_changes(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises ValueError with the differences, ``MAY_CHANGE`` aside, when a run would go on as something else."""
+    """Raises Refused with the differences, ``MAY_CHANGE`` aside, when a run would go on as something else."""
     lines = differences(_without(old, MAY_CHANGE), _without(new, MAY_CHANGE))
     if lines:
         changed = "\n  ".join(lines)
-        raise ValueError(
+        raise Refused(
             f"{run}: this run was started with other settings; it cannot go on with these. Changed:\n  {changed}\n"
             "Give the old settings, or another folder with --run."
         )

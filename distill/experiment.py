@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill import arms, evaluate, losses
-from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes, resumed
-from distill.config import Config, Recipe, read_config, to_dict, write_config, write_json
+from distill.checkpoint import Checkpoints, configured, fingerprint, lock, refuse_changes, resumed
+from distill.config import Config, Recipe, read_config, to_dict, write_json
 from distill.data import addition
 from distill.data.addition import TOKENIZER, Examples
 from distill.data.loader import Batch
@@ -46,8 +46,7 @@ PREFLIGHT_ROWS = 64
 
 def run_experiment(config: Config, run: Path) -> dict[str, Any]:
     """Does what is not done yet of an experiment; returns the summary."""
-    with lock(run / ".experiment"):
-        write_config(run, config)
+    with lock(run / ".experiment"), configured(run, config):
         sides = addition.load(config.data)
         labelled(config, sides["train"], 0)  # refuses too many labels, and
         learner(config)  # networks that cannot be compared, before anything is trained

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill import losses
-from distill.checkpoint import fingerprint, lock
-from distill.config import SentenceConfig, read_config, to_dict, write_config, write_json
+from distill.checkpoint import configured, fingerprint, lock
+from distill.config import SentenceConfig, read_config, to_dict, write_json
 from distill.data.loader import Batch
 from distill.features import Features, FeatureTerm, feature_terms, projector_shapes, with_projectors, without_projectors
 from distill.models import Collect, EncoderConfig, Model, encoder
@@ -42,8 +42,7 @@ Sentences = tuple[np.ndarray, list[str]]
 
 def run_experiment(config: SentenceConfig, run: Path) -> dict[str, Any]:
     """Does what is not done yet; returns the summary."""
-    with lock(run / ".experiment"):
-        write_config(run, config)
+    with lock(run / ".experiment"), configured(run, config):
         teacher, params = _teacher(config)
         sides = sentences(config)
         begun = time.process_time()

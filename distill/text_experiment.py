@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill import losses, processes
-from distill.checkpoint import fingerprint, lock
-from distill.config import TrainingConfig, read_config, to_dict, write_config, write_json
+from distill.checkpoint import configured, fingerprint, lock
+from distill.config import TrainingConfig, read_config, to_dict, write_json
 from distill.data import prepared
 from distill.data.loader import Batch, Loader
 from distill.data.packing import Rows
@@ -77,8 +77,7 @@ class World(NamedTuple):
 
 def run_experiment(config: TextConfig, run: Path) -> dict[str, Any]:
     """Does what is not done yet of an experiment; returns the summary."""
-    with lock(run / ".experiment"):
-        write_config(run, config)
+    with lock(run / ".experiment"), configured(run, config):
         world = make_world(config)
         look_before(config, run, world)
         distil(config, run, world)

@@ -1,5 +1,6 @@
 """Checkpoints: which are kept, and that damage is found, said and got round."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill.checkpoint import HASHES, Checkpoints, refuse_changes, resumed
-from distill.config import KeepConfig, TrainingConfig, to_dict
+from distill.checkpoint import HASHES, Checkpoints, Refused, configured, refuse_changes, resumed
+from distill.config import KeepConfig, SentenceConfig, TrainingConfig, read_config, to_dict
 
 STATE = {"params": {"w": jnp.arange(300.0), "b": jnp.ones(7)}, "step": jnp.int32(3)}
 
@@ -137,3 +138,15 @@ def test_what_may_change_is_no_change():
     refuse_changes(Path("run"), old, {"student": {"training": to_dict(keep)}})
     with pytest.raises(ValueError, match="student.training.seed: 0 → 1"):
         refuse_changes(Path("run"), old, {"student": {"training": to_dict(TrainingConfig(seed=1))}})
+
+
+def test_the_configuration_of_a_run_stays_when_another_is_refused(tmp_path):
+    for seed, error in ((0, None), (1, None), (2, KeyboardInterrupt), (3, Refused)):
+        with contextlib.suppress(KeyboardInterrupt, Refused), configured(tmp_path, SentenceConfig(length=9 + seed)):
+            assert read_config(tmp_path, SentenceConfig).length == 9 + seed
+            if error:
+                raise error
+        assert read_config(tmp_path, SentenceConfig).length == 9 + min(seed, 2)
+    with contextlib.suppress(Refused), configured(tmp_path / "new", SentenceConfig()):
+        raise Refused
+    assert read_config(tmp_path / "new", SentenceConfig) == SentenceConfig()

@@ -12,7 +12,7 @@ from scipy import stats
 import distill
 from distill import losses
 from distill import sentences as experiment
-from distill.config import LogConfig, SentenceConfig, TrainingConfig
+from distill.config import LogConfig, SentenceConfig, TrainingConfig, read_config
 from distill.features import FeatureConfig
 from distill.kinds import experiment_of, report_in
 from distill.models import Collect, EncoderConfig, encoder
@@ -125,6 +125,7 @@ def test_a_whole_experiment_and_its_resumption(given, tmp_path):
     experiment.print_summary(summary, tmp_path)
     with pytest.raises(ValueError, match="cosine_weight: 1.0 → 2.0"):
         experiment.run_experiment(dataclasses.replace(given, cosine_weight=2.0), tmp_path)
+    assert read_config(tmp_path, SentenceConfig) == given
 
 
 def test_no_sentence_is_on_both_sides(given):

@@ -12,6 +12,7 @@ from text_builders import teacher_and_text, text_config
 import distill
 from distill import reproduce, text_experiment
 from distill.checkpoint import Checkpoints
+from distill.config import read_config
 from distill.features import FeatureConfig
 from distill.kinds import experiment_in
 from distill.metrics import read_metrics
@@ -135,7 +136,7 @@ def test_a_changed_run_is_refused(finished, config):
     hotter = dataclasses.replace(config, objective=dataclasses.replace(config.objective, temperature=2.0))
     with pytest.raises(ValueError, match=r"objective\.temperature: 1\.0 → 2\.0"):
         text_experiment.run_experiment(hotter, finished[0])
-    text_experiment.write_config(finished[0], config)
+    assert read_config(finished[0], TextConfig) == config  # what the other scripts read is what the run was made with
 
 
 def test_a_start_with_layers_named_fewer_words_and_hidden_states_is_one_line_each(config, tmp_path):
