@@ -21,6 +21,13 @@ NAMES = {  # model -> name on the page, colour, marker; in the order of the tabl
 }
 FIGURES = {"kl": "KL to the teacher (nats)", "nll": "nats per token"}
 
+OVERFLOW = {
+    "split": "they go on in further rows",
+    "keep_start": "their start is kept, their end is cut off",
+    "keep_end": "their end is kept, their start is cut off",
+}
+"""What became of documents longer than a row, by ``data.overflow``."""
+
 
 def write_report(runs: Sequence[Path]) -> Path:
     """Writes ``report.html`` and its PNGs into the first run folder; further ones are columns of the table.
@@ -30,6 +37,7 @@ def write_report(runs: Sequence[Path]) -> Path:
     read = [_read(Path(run)) for run in runs]
     first = read[0]
     context = {"run": first, "others": read[1:], "names": NAMES, "figure": _figure(first)}
+    context["overflow"] = OVERFLOW.get((first["config"].get("data") or {}).get("overflow"), "–")
     context |= {"total": report.total, "config_text": json.dumps(first["config"], indent=2, ensure_ascii=False)}
     path = first["folder"] / "report.html"
     path.write_text(report.template("report_text.html.jinja").render(context), encoding="utf-8")

@@ -335,6 +335,8 @@ def evaluate_run(config: TextConfig, run: Path, world: World) -> dict[str, Any]:
                 evaluation[name] |= _training_of(run if name == "student" else run / name, config)
     evaluation["heldout"] = {"rows": len(world.prompts), "tokens": world.heldout.tokens}
     evaluation["prompts"] = [world.tokenizer.decode(row) for row in world.prompts]
+    packed = prepared.summaries(config.data, world.tokenizer, config.data_dir)
+    evaluation["text"] = {side: dataclasses.asdict(summary) for side, summary in packed.items()}
     evaluation["verdict"] = verdict(evaluation)
     arms = {NAMES[arm]: run / arm for arm in config.arms}
     evaluation["ledger"] = ledger({"distillation": run} | arms | {"evaluation": run / "evaluation"})

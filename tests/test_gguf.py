@@ -367,6 +367,29 @@ def test_a_quantisation_that_cannot_be_undone_is_named(tmp_path):
     refused(tmp_path, "blk.1.ffn_up.weight has type Q8_1.*supported: F32, F16, .*Q4_K", tensors=tensors, raw=raw)
 
 
+def test_every_quantisation_that_the_package_undoes_is_undone(tmp_path):
+    """Random blocks of each: bytes below 0x3c, so that no scale is infinite."""
+    rng, writer, want = np.random.default_rng(0), gguf.GGUFWriter(tmp_path / "all.gguf", "llama"), {}
+    for kind, traits in gguf.quants._type_traits.items():
+        data = rng.integers(0, 0x3C, (3, 2 * traits.type_size), dtype=np.uint8)
+        data = data.view({"F16": np.float16}.get(kind.name, np.uint8))
+        writer.add_tensor(kind.name, data, raw_dtype=kind)
+        want[kind.name] = gguf.quants.dequantize(data, kind)
+    for finish in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        finish()
+    source = GGUFSource(tmp_path / "all.gguf")
+    assert source.names() == want.keys() and len(want) > 20
+    for name, array in want.items():
+        found = source.get(name)
+        assert found.dtype == np.float32 and found.shape == source.shape(name) == array.shape
+        np.testing.assert_array_equal(found, array)
+
+
 def test_one_of_several_parts_is_refused(tmp_path):
     refused(tmp_path, "one of 3 parts", header={"split.count": 3})
 

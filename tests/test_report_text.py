@@ -1,13 +1,18 @@
 """The page of a distillation on text, from a folder written here: its figure whole, its texts as they were written."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 
 from distill import report_text
+from distill.data.text import TextDataConfig
 
 WRITTEN = ["def f(x):\n    return x < 1", "the end"]
 ROW = {"kl": 0.5, "nll": 3.25, "agreement": 0.6, "steps": 100, "training_seconds": 800.0, "written": WRITTEN}
+
+
+TRAIN = {"documents": 60, "tokens": 1200, "cut": 7, "lost": 31, "empty": 2, "rows": 50, "counted": 1100, "fill": 0.96}
 
 
 @pytest.fixture
@@ -15,9 +20,10 @@ def run(tmp_path):
     """A run folder as ``text_experiment.py`` leaves it."""
     names = ("teacher", "student", "equal_tokens", "equal_time", "start")
     evaluation = {name: ROW for name in names} | {"verdict": ["as good"], "prompts": ["import os\n", "Once"]}
+    evaluation["text"] = {"train": TRAIN, "heldout": TRAIN}
     evaluation |= {"heldout": {"tokens": 9}, "ledger": {"rows": [], "watts_per_core": 4.0, "uncertainty": 0.5}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    (tmp_path / "config.json").write_text(json.dumps({"kind": "text", "name": "smollm2_text"}))
+    (tmp_path / "config.json").write_text(json.dumps({"kind": "text", "data": {"overflow": "keep_end"}}))
     for arm in ("", "equal_tokens", "equal_time"):
         (tmp_path / arm).mkdir(exist_ok=True)
         records = [{"kind": "eval", "step": n, "kl": 2 - n / 100, "nll": 4 - n / 100} for n in (0, 50, 100)]
@@ -46,3 +52,16 @@ def test_what_every_model_writes_is_shown_as_it_is(run):
     assert page.count('<td class="said"><pre>def f(x):\n    return x &lt; 1</pre></td>') == 5
     assert '<th scope="col" class="said"><pre>import os\n</pre></th>' in page
     assert ".said { width: 100%; text-align: left; white-space: normal;" in page
+
+
+def test_which_side_of_a_long_document_was_cut_is_said(run):
+    page = report_text.write_report([run]).read_text()
+    assert "1,200 tokens of 60 documents, packed into 50 rows that are 96.0 % full." in page
+    assert (
+        "7 documents are longer than a row: their end is kept, their start is cut off. 31 tokens were left out" in page
+    )
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    del evaluation["text"]  # of a run from before it was written down
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "longer than a row" not in report_text.write_report([run]).read_text()
+    assert report_text.OVERFLOW.keys() == set(get_args(get_type_hints(TextDataConfig)["overflow"]))

@@ -52,6 +52,8 @@ def test_every_arm_is_measured_on_the_same_text(finished, config):
     assert summary["student"]["kl"] < summary["start"]["kl"]  # it has learnt
     assert evaluation["student"]["training_tokens"] == evaluation["equal_tokens"]["training_tokens"] == 8 * 8 * 24
     assert len(evaluation["student"]["written"]) == len(evaluation["prompts"]) == 2
+    train, heldout = (evaluation["text"][side] for side in ("train", "heldout"))
+    assert train["documents"] + heldout["documents"] == 60 and heldout["counted"] == evaluation["heldout"]["tokens"]
     text_experiment.print_summary(summary, run)
 
 
