@@ -18,9 +18,9 @@ def get_config() -> Config:
         teacher=Recipe(
             DecoderConfig(vocab_size=14, layers=2, width=64, heads=4, feed_forward=192),
             TrainingConfig(
-                steps=700,
+                steps=1000,  # after 700, 2 of 10 seeds end below 99.9 %; after 1000, none of 8
                 evaluate_every=100,
-                save_every=700,
+                save_every=1000,
                 optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1),
             ),
         ),

@@ -19,7 +19,7 @@ def get_config() -> ProtocolConfig:
         teacher=base.teacher,
         students={
             "15x": base.student,
-            "30x": student(width=12, feed_forward=28, steps=6000),
+            "30x": student(width=12, feed_forward=28, steps=10_000),
             "70x": student(width=8, feed_forward=16, steps=6000),
         },
         sweep=SweepConfig(),
