@@ -27,7 +27,7 @@ def get_config() -> Config:
         student=Recipe(
             DecoderConfig(vocab_size=14, layers=2, width=16, heads=2, feed_forward=48),
             TrainingConfig(
-                steps=2000,
+                steps=3000,  # after 2000, one of 5 seeds ends at 99.5 %; after 3000, all above 99.9 %
                 evaluate_every=200,
                 save_every=500,
                 optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50),
