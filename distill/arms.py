@@ -4,6 +4,7 @@ Used to tune a student alone, and to run the arms of the addition protocol over 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from distill import sampling
 from distill.data.addition import TOKENIZER, AdditionConfig, Examples
-from distill.data.loader import Batch, Loader
+from distill.data.loader import Batch, rows_of
 from distill.models.model import Model
 from distill.objective import Term
 from distill.optim import OptimizerConfig, optimizer
@@ -102,14 +103,15 @@ def train(
     state = jax.jit(jax.vmap(start))(jnp.asarray(replicas.seeds), *rates)
     advance_all = jax.jit(jax.vmap(advance, in_axes=(0, 0, 0, 0, None)), donate_argnums=0)
     examples = jax.device_put(replicas.examples)
-    loader = Loader(
-        Batch(*(None if f is None else f[0] for f in replicas.examples)), schedule.batch_size, schedule.data_seed
+    indices = functools.partial(
+        _rows, examples.inputs.shape[1], schedule.batch_size, schedule.data_seed, count=schedule.evaluate_every
     )
     judge = None if validation is None else _judge(student, config, validation)
     best, curve, losses = None, [], []
     for first in range(0, schedule.steps, schedule.evaluate_every):
-        rows = jnp.asarray(loader.rows(first, schedule.evaluate_every))
-        state, loss = advance_all(state, *rates, examples, rows)
+        state, loss = advance_all(state, *rates, examples, jnp.asarray(indices(first)))
+        if (after := first + schedule.evaluate_every) < schedule.steps:
+            indices(after)  # while the device computes
         losses.append(np.asarray(loss))
         score = np.full(len(replicas.seeds), np.nan) if judge is None else np.asarray(judge(state.params))
         curve.append(score)
@@ -119,6 +121,10 @@ def train(
             f"replicas {np.flatnonzero(~np.isfinite(losses[-1])).tolist()}: the loss is not finite."
         )
     return Outcome(best[0], np.stack(curve, axis=1), best[2], np.stack(losses, axis=1))
+
+
+_rows = functools.lru_cache(maxsize=64)(rows_of)
+"""Arms with as many examples take the same rows."""
 
 
 def _judge(student: Model, config: AdditionConfig, validation: Sequence[Examples]):
