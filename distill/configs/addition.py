@@ -18,7 +18,7 @@ def get_config() -> Config:
         teacher=Recipe(
             DecoderConfig(vocab_size=14, layers=2, width=64, heads=4, feed_forward=192),
             TrainingConfig(
-                steps=1000,  # after 700, 2 of 10 seeds end below 99.9 %; after 1000, none of 8
+                steps=1000,
                 evaluate_every=100,
                 save_every=1000,
                 optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1),
@@ -27,7 +27,7 @@ def get_config() -> Config:
         student=Recipe(
             DecoderConfig(vocab_size=14, layers=2, width=16, heads=2, feed_forward=48),
             TrainingConfig(
-                steps=3000,  # after 2000, one of 5 seeds ends at 99.5 %; after 3000, all above 99.9 %
+                steps=3000,
                 evaluate_every=200,
                 save_every=500,
                 optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50),
