@@ -16,8 +16,10 @@ RUN/teachers holds the teachers.
 
 import dataclasses
 import json
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,20 +50,55 @@ class World(NamedTuple):
     independent: Params
 
 
-def run_protocol(config: ProtocolConfig, run: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Every arm that isn't in RUN/arms.json yet; returns what stands there at the end."""
+def run_protocol(
+    config: ProtocolConfig, run: Path, say: Callable[[str], None] = print, workers: int = 0
+) -> dict[str, Any]:
+    """Every arm that isn't in RUN/arms.json yet; returns what stands there at the end.
+
+    Args:
+      config: teacher, students, arms, seeds.
+      run: the run folder.
+      say: is told of every row.
+      workers: processes that share the rows between them; 0: this one does them all.
+    """
     with lock(run):
         results = _open_results(config, run)
         worlds = make_worlds(config, run, results)
-        for name, recipe in config.students.items():
-            for arm, labels in _arms_of(config):
-                if not any((r["student"], r["arm"], r["labels"]) == (name, arm, labels) for r in results["rows"]):
-                    row = {"student": name, "arm": arm, "labels": labels} | run_arm(config, recipe, worlds, arm, labels)
-                    results["rows"].append(row)
-                    close_gaps(results, config)
-                    write_json(run / "arms.json", results)
-                    say(f"{name:>5} {arm:<20} n={labels or '-':<5} mean {row['mean']:.4f} worst {row['worst']:.4f}")
+        done = {(row["student"], row["arm"], row["labels"]) for row in results["rows"]}
+        asked = [(name, *arm) for name in config.students for arm in _arms_of(config)]
+        for row in _rows(config, worlds, [one for one in asked if one not in done], workers):
+            results["rows"].append(row)
+            close_gaps(results, config)
+            write_json(run / "arms.json", results)
+            what = f"{row['student']:>5} {row['arm']:<20} n={row['labels'] or '-':<5}"
+            say(f"{what} mean {row['mean']:.4f} worst {row['worst']:.4f}")
     return results
+
+
+def _rows(config: ProtocolConfig, worlds: list[World], missing: list[tuple], workers: int) -> Iterator[dict[str, Any]]:
+    """``run_arm`` of each, in their order."""
+    if not workers:
+        yield from (run_arm(config, worlds, *one) for one in missing)
+        return
+    shared = config, jax.device_get(worlds)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=shared) as pool:
+        yield from pool.map(_in_worker, missing)
+
+
+def _start_worker(config: ProtocolConfig, worlds: list[World]) -> None:
+    from distill import cli
+
+    cli.set_up_jax()
+    _SHARED.append((config, worlds))
+
+
+def _in_worker(one: tuple[str, str, int | None]) -> dict[str, Any]:
+    return run_arm(*_SHARED[-1], *one)
+
+
+_SHARED: list[tuple[ProtocolConfig, list[World]]] = []
+"""Of a worker: what it was started with."""
 
 
 def _arms_of(config: ProtocolConfig) -> list[tuple[str, int | None]]:
@@ -115,16 +152,16 @@ def _score(model: Model, params: Params, config: AdditionConfig, test: Examples)
     return float(evaluate.is_correct(model, params, config, test).mean())
 
 
-def run_arm(
-    config: ProtocolConfig, recipe: Recipe, worlds: list[World], arm: str, labels: int | None
-) -> dict[str, Any]:
-    """One arm of one student over all seeds."""
+def run_arm(config: ProtocolConfig, worlds: list[World], student: str, arm: str, labels: int | None) -> dict[str, Any]:
+    """One arm of one student over all seeds: its row."""
     wall, cpu = time.perf_counter(), time.process_time()
+    recipe = config.students[student]
     model, teacher = network(recipe), network(config.teacher)
     tuned = labels is not None
     train = _train_tuned if tuned else _train_untuned
     params, chosen = train(config, recipe, model, teacher, worlds, arm, labels)
-    row: dict[str, Any] = {"parameters": model.parameter_count(), "runs": config.seeds}
+    row: dict[str, Any] = {"student": student, "arm": arm, "labels": labels}
+    row |= {"parameters": model.parameter_count(), "runs": config.seeds}
     if tuned:
         row |= {"runs": config.seeds * config.sweep.runs, "chosen": chosen}
     scores = [_score(model, params[w.seed], config.data, w.test) for w in worlds]

@@ -3,7 +3,7 @@
     train_step(state, teacher_params, batch) -> (state, metrics)
 
 The teacher is a separate argument: not in the state, the optimizer, the gradient or the checkpoint. ``parallel.py``
-wraps this function for one device, a mesh or ``pmap``; ``vmap`` over it trains several students at once.
+wraps this function for one device, a mesh or ``pmap``; ``vmap`` over it trains several students at once (``arms.py``).
 """
 
 from collections.abc import Callable, Sequence

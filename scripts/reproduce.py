@@ -1,12 +1,13 @@
 """Makes the numbers of REPRODUCE.md again; what is done already is kept in the run folder and not done twice.
 
-python scripts/reproduce.py addition            # every arm, five seeds: about an hour of CPU time
+python scripts/reproduce.py addition            # every arm, five seeds: an hour of CPU time, half that on two cores
 python scripts/reproduce.py survival            # 50 times kill -9 and other failures, then the same bits
 python scripts/reproduce.py conformance         # our losses beside TRL's, Liger's, DistiLLM's: seconds
 python scripts/reproduce.py golden              # a published model on two texts beside transformers: a minute
 python scripts/reproduce.py smollm2             # distilled on text, three seeds: an hour and a half
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--run", type=Path, help="run folder (default: runs/addition_arms, runs/smollm2_seeds)")
     options.add_argument("--page", type=Path, default=Path("REPRODUCE.md"), help="the page to write")
     known = options.parse_args(argv)
+    if known.what == "addition":
+        os.environ.setdefault("NPROC", "1")  # threads of XLA on a CPU, here and in the workers
     cli.set_up_jax()
     from distill import reproduce
     from distill.config import load_config

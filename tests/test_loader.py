@@ -1,11 +1,11 @@
-"""Order and shift: batch k depends on k alone and is Grain's; labels are the next tokens of the same document."""
+"""Order and shift: batch k depends on k alone; labels are the next tokens of the same document."""
 
 import grain
 import jax
 import numpy as np
 import pytest
 
-from distill.data.loader import Batch, Loader, shift
+from distill.data.loader import FEW, Batch, Loader, rows_of, shift
 
 
 def numbered(examples: int) -> Batch:
@@ -18,11 +18,27 @@ def numbered(examples: int) -> Batch:
     ("examples", "batch_size"), [(7, 3), (8, 4), (5, 5), (5, 12), (3, 7), (1, 2), (50, 16)], ids=str
 )
 @pytest.mark.parametrize("seed", [0, 11, 2**32 - 1])
-def test_order_is_that_of_grain(examples, batch_size, seed):
-    pipeline = grain.MapDataset.source(np.arange(examples)).shuffle(seed).repeat().batch(batch_size)
+def test_order_of_few_is_by_the_numbers_of_philox(examples, batch_size, seed):
+    order = []
+    for epoch in range(200):
+        drawn = np.random.Philox([seed, epoch]).random_raw(examples)
+        order += sorted(range(examples), key=drawn.__getitem__)
     loader = Loader(numbered(examples), batch_size, seed)
-    for k in (0, 1, 2, 3, 5, 10, 23, 101):  # over the borders of many epochs
-        np.testing.assert_array_equal(loader.batch(k).inputs[:, 0], pipeline[k])
+    for k in (0, 1, 2, 3, 5, 10, 15):  # over the borders of many epochs
+        np.testing.assert_array_equal(loader.batch(k).inputs[:, 0], order[k * batch_size :][:batch_size])
+
+
+def test_order_of_few_is_the_same_for_good():
+    want = [[0, 2, 5, 1, 4, 6, 3], [3, 0, 5, 1, 2, 4, 6], [0, 2, 5, 6, 3, 4, 1]]
+    np.testing.assert_array_equal(rows_of(7, 7, 11, 0, 3), want)
+
+
+@pytest.mark.parametrize("examples", [FEW, FEW + 1, 100_003])
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_order_of_many_is_that_of_grain(examples, seed):
+    pipeline = grain.MapDataset.source(range(examples)).shuffle(seed).repeat().batch(48)
+    for k in (0, 1, examples // 48 - 1, examples // 48, examples // 48 + 1, 3 * examples // 48):
+        np.testing.assert_array_equal(rows_of(examples, 48, seed, k, 1)[0], pipeline[k])
 
 
 def test_batch_is_a_function_of_its_number():

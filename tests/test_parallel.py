@@ -106,6 +106,18 @@ def test_same_weights_as_on_one_device(runs, name):
     assert min(jax.tree.leaves(moved)) > 0.01
 
 
+@pytest.mark.parametrize("name", ["mesh_2x2x2", "pmap", "chunked_pmap"])
+def test_as_many_rows_on_a_device_as_there_are_devices(arguments, name):
+    state, teacher_params, examples, _ = arguments
+    rows = np.arange(64).reshape(1, 64) % 24
+    params = []
+    for wrapping in (WRAPPINGS["one_device"](), WRAPPINGS[name]()):
+        placed = wrapping.place_state(state), wrapping.place_params(teacher_params)
+        new, _ = wrapping.steps(*placed, wrapping.place_examples(examples), wrapping.place_rows(rows))
+        params.append(jax.device_get(wrapping.fetch_state(new).params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *params)
+
+
 @pytest.mark.parametrize("name", list(WRAPPINGS)[1:])
 def test_same_metrics_as_on_one_device(runs, name):
     one, several = runs("one_device")["metrics"], runs(name)["metrics"]

@@ -100,6 +100,15 @@ def test_taken_up_again_nothing_is_done_twice(finished):
     assert again["rows"][-1]["seeds"] == results["rows"][-1]["seeds"]
 
 
+def test_workers_do_the_same_rows(finished):
+    run, results = finished
+    (run / "arms.json").write_text(json.dumps({**results, "rows": results["rows"][2:]}))
+    again = protocol.run_protocol(CONFIG, run, say=lambda line: None, workers=2)
+    spent = {"seconds_spent", "cpu_seconds"}
+    rows = {row["arm"]: {k: v for k, v in row.items() if k not in spent} for row in again["rows"]}
+    assert rows == {row["arm"]: {k: v for k, v in row.items() if k not in spent} for row in results["rows"]}
+
+
 def test_another_configuration_is_refused(finished):
     with pytest.raises(ValueError, match="seeds: 2 → 3"):
         protocol.run_protocol(dataclasses.replace(CONFIG, seeds=3), finished[0])

@@ -134,11 +134,11 @@ def prepare(
     prepared, found = ready(config, tokenizer, data_dir), {}
     for side in sides:
         source = prepared.as_data_source(split=side)
-        found[side] = rows_of(source.__getitems__(range(len(source))))
+        found[side] = as_rows(source.__getitems__(range(len(source))))
     return found
 
 
-def rows_of(records: list[dict[str, np.ndarray]]) -> Rows:
+def as_rows(records: list[dict[str, np.ndarray]]) -> Rows:
     """Stored rows as arrays."""
     tokens, counts, segments = (np.stack([record[name] for record in records]) for name in Rows._fields)
     return Rows(tokens, counts.astype(bool), segments)

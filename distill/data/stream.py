@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from distill.data.loader import Batch
+from distill.data.loader import Batch, rows_of
 from distill.data.packing import Rows
-from distill.data.prepared import ready, rows_of
+from distill.data.prepared import as_rows, ready
 from distill.data.text import Side, TextDataConfig
 from distill.tokenizer import TextTokenizer
 
@@ -47,21 +47,15 @@ class StreamLoader:
         self._part = slice(process_index * part, (process_index + 1) * part)
 
     def rows(self, k: int) -> np.ndarray:
-        """Numbers ``[B]`` of the rows of batch k, of all processes; computed one by one, whatever the data's size."""
-        from grain.experimental import index_shuffle
-
-        size, found = len(self.source), []
-        for place in range(k * self.batch_size, (k + 1) * self.batch_size):
-            epoch, i = divmod(place, size)
-            found.append(index_shuffle(i, max_index=size - 1, seed=(self.seed + epoch) % 2**32, rounds=4))
-        return np.array(found, np.int64)
+        """Numbers ``[B]`` of the rows of batch k, of all processes."""
+        return rows_of(len(self.source), self.batch_size, self.seed, k, 1)[0]
 
     def batch(self, k: int) -> Batch:
         """This process's part of batch k, ``[B / processes, L]``; together they are batch k."""
         return self._read(k).batch()
 
     def _read(self, k: int) -> Rows:
-        return rows_of(self.source.__getitems__(self.rows(k)[self._part].tolist()))
+        return as_rows(self.source.__getitems__(self.rows(k)[self._part].tolist()))
 
 
 def open_rows(
@@ -78,4 +72,4 @@ def open_rows(
 def blocks(source: Sequence[Any], size: int = 4096) -> Iterator[Rows]:
     """All rows of ``open_rows`` in their order, so many at a time."""
     for start in range(0, len(source), size):
-        yield rows_of(source.__getitems__(range(start, min(start + size, len(source)))))
+        yield as_rows(source.__getitems__(range(start, min(start + size, len(source)))))
