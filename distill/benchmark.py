@@ -46,31 +46,31 @@ TINY = (
 )
 
 
-def ours(case: Tiny, examples: Batch) -> tuple[Run, Run]:
-    """The library, many steps a dispatch, and one step a dispatch with the loss read every time."""
+def ours(case: Tiny, examples: Batch, per_dispatch: int, pmapped: bool = False) -> Run:
+    """The library: so many steps a dispatch; of one, the loss is read every time. On one device, or pmapped on all."""
+    teacher, student = decoder(case.teacher), decoder(case.student)
+    update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
 
-    def contestant(per_dispatch: int) -> Run:
-        teacher, student = decoder(case.teacher), decoder(case.student)
-        update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
-        step = make_train_step(student, terms_of(ObjectiveConfig(temperature=2.0)), update, teacher=teacher)
-        wrapping = parallel.one_device(step)
-        state = wrapping.place_state(init_state(student.init(jax.random.key(0)), update))
-        teacher_params, data = teacher.init(jax.random.key(1)), wrapping.place_examples(examples)
-        loader, done = Loader(examples, case.batch_size, 0), 0
+    def step(axis_name: str | None):
+        terms = terms_of(ObjectiveConfig(temperature=2.0))
+        return make_train_step(student, terms, update, teacher=teacher, axis_name=axis_name)
 
-        def run(steps: int) -> None:
-            nonlocal state, done
-            for _ in range(steps // per_dispatch):
-                rows = wrapping.place_rows(loader.rows(done, per_dispatch))
-                state, metrics = wrapping.steps(state, teacher_params, data, rows)
-                done += per_dispatch
-                if per_dispatch == 1:
-                    float(metrics["loss"][0][0])
-            jax.block_until_ready(state)
+    wrapping = parallel.pmapped(step) if pmapped else parallel.one_device(step(None))
+    state = wrapping.place_state(init_state(student.init(jax.random.key(0)), update))
+    frozen, data = wrapping.place_params(teacher.init(jax.random.key(1))), wrapping.place_examples(examples)
+    loader, done = Loader(examples, case.batch_size, 0), 0
 
-        return run
+    def run(steps: int) -> None:
+        nonlocal state, done
+        for _ in range(steps // per_dispatch):
+            rows = wrapping.place_rows(loader.rows(done, per_dispatch))
+            state, metrics = wrapping.steps(state, frozen, data, rows)
+            done += per_dispatch
+            if per_dispatch == 1:
+                float(metrics["loss"][0][0])
+        jax.block_until_ready(state)
 
-    return contestant(case.steps), contestant(1)
+    return run
 
 
 def in_turn(contestants: dict[str, Run], steps: int, rounds: int = 7) -> dict[str, list[float]]:
@@ -95,12 +95,17 @@ def tiny(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
     examples = addition.load(data)["train"].batch(data)
     lines = []
     for case in TINY:
-        scan, single = ours(case, examples)
+        mine = {"distill": ours(case, examples, case.steps), "one step a call": ours(case, examples, 1)}
+        if jax.device_count() > 1:
+            mine[f"pmap, {jax.device_count()} devices"] = ours(case, examples, case.steps, pmapped=True)
         others = {name: peer(case, examples) for name, peer in peers.items()}
-        speeds = in_turn({"distill": scan, "one step a call": single} | others, case.steps)
+        speeds = in_turn(mine | others, case.steps)
         lines += [f"batch {case.batch_size}: {_speed(name, values)}" for name, values in speeds.items()]
-        for name in peers:
-            lines.append(f"batch {case.batch_size}: distill / {name} = {spread(ratio(speeds, 'distill', name))}")
+        lines += [
+            f"batch {case.batch_size}: {name} / {other} = {spread(ratio(speeds, name, other))}"
+            for name in mine
+            for other in peers
+        ]
     return lines + start_up()
 
 
@@ -143,8 +148,7 @@ def first_step() -> None:
 
     cli.set_up_jax()
     data, case = addition.AdditionConfig(), TINY[0]
-    scan, _ = ours(dataclasses.replace(case, steps=1), addition.load(data)["train"].batch(data))
-    scan(1)
+    ours(case, addition.load(data)["train"].batch(data), per_dispatch=1)(1)
 
 
 def time_data(steps: int = 1000, batch_size: int = 256) -> float:

@@ -34,7 +34,12 @@ def main(argv: Sequence[str]) -> None:
     )
     chosen = options.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
+    import jax
+
     from distill import benchmark, benchmark_head, benchmark_scaling, benchmark_step, benchmark_tpu
+
+    if chosen.what == "tiny":
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))  # a device of a CPU for every core
 
     lines = {
         "tiny": lambda: [*benchmark.tiny(peers_of("torch_tiny", "bench")), benchmark.data_line()],

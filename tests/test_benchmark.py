@@ -33,7 +33,7 @@ def test_in_turn_leaves_out_the_first_round():
 
 
 def test_tiny(addition, monkeypatch):
-    case = benchmark.Tiny(benchmark._model(1, 16), benchmark._model(1, 8), batch_size=4, steps=2)
+    case = benchmark.Tiny(benchmark._model(1, 16), benchmark._model(1, 8), batch_size=8, steps=2)
     monkeypatch.setattr(benchmark, "TINY", (case,))
     monkeypatch.setattr(benchmark.addition, "load", lambda data: {"train": addition[1]["train"]})
     monkeypatch.setattr(benchmark.addition, "AdditionConfig", lambda: addition[0])
@@ -41,11 +41,12 @@ def test_tiny(addition, monkeypatch):
     calls = []
     lines = benchmark.tiny({"a peer": lambda case, examples: calls.append})
     assert calls == [2] * 8
-    assert [line.partition(":")[0] for line in lines] == ["batch 4"] * 4 + [
+    assert [line.partition(":")[0] for line in lines] == ["batch 8"] * 7 + [
         "start-up to the first step, cold",
         "start-up to the first step, with the compilation cache",
     ]
-    assert lines[3].startswith("batch 4: distill / a peer = ")
+    assert lines[4].startswith("batch 8: distill / a peer = ")
+    assert lines[2].startswith("batch 8: pmap, 8 devices ") and lines[6].startswith("batch 8: pmap, 8 devices / a peer")
     assert benchmark.time_data(steps=3) > 0
 
 

@@ -168,6 +168,32 @@ def test_sigterm_is_heard_while_the_source_hangs(loader, straight, tmp_path):
     assert equal_bits(fit(tmp_path, task(loader.batch), TRAINING, **ALONE), straight[0])
 
 
+def test_batches_are_on_the_devices_before_they_are_asked_for(loader):
+    placed = threading.Event()
+
+    def place(batches):
+        assert threading.current_thread() is not threading.main_thread()
+        found = jax.device_put(batches)
+        placed.set()
+        return found
+
+    feed = Ahead(loader.batch, range(0, 8, 2), place, timeout=9.0)
+    assert placed.wait(9.0)
+    _, batches = feed(0)
+    assert isinstance(batches.inputs, jax.Array) and feed.length == batches.inputs.shape[-1]
+    feed.close()
+
+
+def test_what_cannot_be_placed_is_said_where_it_is_asked_for(loader):
+    def place(batches):
+        raise RuntimeError("no room")
+
+    feed = Ahead(loader.batch, range(0, 8, 2), place, timeout=9.0)
+    with pytest.raises(RuntimeError, match="no room"):
+        feed(0)
+    feed.close()
+
+
 def test_a_source_that_fails_names_the_batch(loader):
     def fails(k):
         if k == 3:

@@ -1,8 +1,8 @@
 """What the loop hands to the next dispatch, ready before it is asked for.
 
 Two forms, one interface: ``feed(step)`` gives the last two arguments of the compiled steps, on the devices, for the
-batches from ``step`` on. ``InMemory`` places all examples once and then rows of indices; ``Ahead`` reads batches in a
-thread, for data larger than memory, and gives up on a source from which nothing comes.
+batches from ``step`` on. ``InMemory`` places all examples once and then rows of indices; ``Ahead`` reads batches and
+sends them to the devices in a thread, for data larger than memory, and gives up on a source from which nothing comes.
 """
 
 import queue
@@ -45,7 +45,7 @@ class InMemory:
 
 
 class Ahead:
-    """Batches read in a thread while the device computes.
+    """Batches read, and sent to the devices, in a thread while these compute.
 
     Args:
       batch: ``k -> batch k``, a pure function, such as ``StreamLoader.batch``.
@@ -53,7 +53,7 @@ class Ahead:
       place: puts batches, stacked ``[count, B, …]``, onto the devices.
       timeout: seconds after which a batch that does not come is given up.
       stopped: whether the run was asked to stop; then nothing is waited for any more.
-      ahead: dispatches kept ready.
+      ahead: dispatches kept ready, on the devices.
 
     Example:
       >>> from distill.data.loader import shift
@@ -87,11 +87,7 @@ class Ahead:
     def _read(self) -> None:
         for step in self._steps:
             try:
-                batches = []
-                for k in range(step, step + self._steps.step):
-                    self._reading, self._since = k, time.monotonic()
-                    batches.append(self._batch(k))
-                found = jax.tree.map(lambda *fields: np.stack(fields), *batches)
+                found = self._place(self._stacked(range(step, step + self._steps.step)))
             except Exception as error:  # said where the batch is asked for
                 found = error
             while not self._closed:
@@ -102,6 +98,16 @@ class Ahead:
                     pass
             if self._closed or isinstance(found, Exception):
                 return
+
+    def _stacked(self, numbers: range) -> Batch:
+        batches = []
+        for self._reading in numbers:
+            self._since = time.monotonic()
+            try:
+                batches.append(self._batch(self._reading))
+            except Exception as error:
+                raise ValueError(f"batch {self._reading}: the data cannot be read: {error}") from error
+        return jax.tree.map(lambda *fields: np.stack(fields), *batches)
 
     def __call__(self, step: int) -> tuple[None, Batch] | None:
         """``(None, batches [count, B, …])``, or None if the run was asked to stop while the source gave nothing.
@@ -123,9 +129,9 @@ class Ahead:
                 if time.monotonic() - max(asked, self._since) > self._timeout:
                     raise DataTimeout(f"batch {self._reading}: nothing from the data for {self._timeout:g} s") from None
         if isinstance(found, Exception):
-            raise ValueError(f"batch {self._reading}: the data cannot be read: {found}") from found
-        self._next, self.length = step + self._steps.step, found.inputs.shape[2]
-        return None, self._place(found)
+            raise found
+        self._next, self.length = step + self._steps.step, found.inputs.shape[-1]
+        return None, found
 
     def close(self) -> None:
         """Ends the thread, once it comes back from the source."""
