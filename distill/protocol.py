@@ -15,6 +15,7 @@ RUN/teachers holds the teachers.
 """
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import time
@@ -77,28 +78,14 @@ def run_protocol(
 
 def _rows(config: ProtocolConfig, worlds: list[World], missing: list[tuple], workers: int) -> Iterator[dict[str, Any]]:
     """``run_arm`` of each, in their order."""
-    if not workers:
+    if not workers or not missing:
         yield from (run_arm(config, worlds, *one) for one in missing)
         return
-    shared = config, jax.device_get(worlds)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=shared) as pool:
-        yield from pool.map(_in_worker, missing)
-
-
-def _start_worker(config: ProtocolConfig, worlds: list[World]) -> None:
     from distill import cli
 
-    cli.set_up_jax()
-    _SHARED.append((config, worlds))
-
-
-def _in_worker(one: tuple[str, str, int | None]) -> dict[str, Any]:
-    return run_arm(*_SHARED[-1], *one)
-
-
-_SHARED: list[tuple[ProtocolConfig, list[World]]] = []
-"""Of a worker: what it was started with."""
+    one = functools.partial(run_arm, config, jax.device_get(worlds))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=cli.set_up_jax) as pool:
+        yield from pool.map(one, *zip(*missing, strict=True))
 
 
 def _arms_of(config: ProtocolConfig) -> list[tuple[str, int | None]]:
