@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 
 # All of this must stand before the first import of jax.
-DEVICES = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
+"""Eight devices; and what is compiled here runs once or twice: LLVM's optimisation costs more time than it saves."""
+for _flag, _value in FLAGS.items():
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 os.environ.setdefault("NPROC", "16")  # a larger thread pool: 8 devices on few cores can otherwise dead-lock
 os.environ["JAX_PLATFORMS"] = "cpu"
 
