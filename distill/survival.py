@@ -122,7 +122,7 @@ def kills(count: int, folder: Path, straight: Run, rng: np.random.Generator) -> 
       rng: draws the moments.
 
     Returns:
-      Kills in each of ``PHASES``, and runs that were killed on their way and ended equal to ``straight``.
+      Kills in each of ``PHASES``, and runs: all ended equal to ``straight``, the last ones perhaps never hit.
 
     Raises:
       RuntimeError: a run ends otherwise, or cannot be taken up.
@@ -343,9 +343,9 @@ def survive(folder: Path, count: int = 50, overrides: Sequence[str] = SMALL) -> 
     hit, runs = kills(count, folder, straight, np.random.default_rng(0))
     cases = [*announced(folder, straight), *data_failures(folder)]
     return [
-        f"{count} times `kill -9` of `scripts/distill.py` on two-digit addition, each followed by the same command; "
-        f"{runs} runs so",
-        "brought to their end, every weight of teacher, student and baseline and every metric equal to those of the",
+        f"{count} times `kill -9` of `scripts/distill.py` on two-digit addition, each followed by the same command, in "
+        f"{runs} runs;",
+        "all came to their end, every weight of teacher, student and baseline and every metric equal to those of the",
         "undisturbed run. The phase is read off the stacks of the process in the moment it is killed.",
         "",
         "| " + " | ".join(hit) + " |",

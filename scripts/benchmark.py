@@ -29,18 +29,13 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("what", choices=("tiny", "head", "step", "scaling", "tpu", "liger"))
     options.add_argument("--vocab", type=int, default=512, help="step: words")
     options.add_argument("--rounds", type=int, default=7, help="step, scaling: measured, after the warm-up")
-    options.add_argument(
-        "--python", nargs="*", default=[], metavar="NAME=PATH", help="step: a contestant's interpreter"
-    )
+    options.add_argument("--python", nargs="*", default=[], metavar="NAME=PATH", help="step: interpreters of others")
     chosen = options.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
-    import jax
-
     from distill import benchmark, benchmark_head, benchmark_scaling, benchmark_step, benchmark_tpu
 
     if chosen.what == "tiny":
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))  # a device of a CPU for every core
-
+        benchmark.a_device_for_every_core()
     lines = {
         "tiny": lambda: [*benchmark.tiny(peers_of("torch_tiny", "bench")), benchmark.data_line()],
         "head": lambda: benchmark_head.head(Path("runs/benchmark_head.png")),
