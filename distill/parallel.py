@@ -286,16 +286,17 @@ def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | N
     """
     devices = jax.devices() if devices is None else devices
     steps = jax.pmap(scan_steps(make_step("data")), axis_name="data", devices=devices, donate_argnums=0)
+    place = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
 
-    def replicate(tree):
-        return jax_utils.replicate(tree, devices)
+    def replicate(tree):  # as the steps give it back: they are compiled once
+        return jax.device_put(jax_utils.replicate(tree, devices), place)
 
     def place_rows(rows):
         def parts(x: np.ndarray) -> np.ndarray:
             return np.swapaxes(x.reshape(x.shape[0], len(devices), -1, *x.shape[2:]), 0, 1)
 
         dealt = jax.tree.map(parts, divisible(rows, len(devices)))
-        return jax.device_put(dealt, NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data")))
+        return jax.device_put(dealt, place)
 
     back = jax_utils.unreplicate
     return Wrapping(steps, replicate, replicate, replicate, place_rows, back, back, parts=len(devices))

@@ -118,6 +118,16 @@ def test_as_many_rows_on_a_device_as_there_are_devices(arguments, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *params)
 
 
+def test_pmap_gives_the_state_back_as_it_was_placed(arguments):  # or a run would compile its steps twice
+    state, teacher_params, examples, rows = arguments
+    wrapping = WRAPPINGS["pmap"]()
+    placed = wrapping.place_state(state)
+    before = [leaf.sharding for leaf in jax.tree.leaves(placed)]
+    others = wrapping.place_params(teacher_params), wrapping.place_examples(examples), wrapping.place_rows(rows)
+    new, _ = wrapping.steps(placed, *others)
+    assert [leaf.sharding for leaf in jax.tree.leaves(new)] == before
+
+
 @pytest.mark.parametrize("name", list(WRAPPINGS)[1:])
 def test_same_metrics_as_on_one_device(runs, name):
     one, several = runs("one_device")["metrics"], runs(name)["metrics"]
