@@ -65,8 +65,8 @@ def stack(batches: Sequence[Batch]) -> Batch:
 def each(function: Callable, shared: int = 0) -> Callable:
     """``function`` of every replica: all arguments but the last ``shared`` have a leading axis of replicas.
 
-    Under ``vmap`` on accelerators, which one small replica leaves idle; one after the other on CPUs, which need a tenth
-    to a half less time for it: a cache holds one replica, and products are not batched.
+    Under ``vmap`` on accelerators, which one small replica leaves idle; one after the other on CPUs, which need less
+    time for it: a cache holds one replica, and products are not batched.
     """
 
     def mapped(*arguments):

@@ -35,10 +35,10 @@ COLUMNS = (
 def addition(config: ProtocolConfig, run: Path, page: Path) -> dict[str, Any]:
     """Runs what is missing of the addition protocol and writes the page; returns arms.json's contents.
 
-    On a CPU its models are too small for more than one thread: a second one takes 40 % more CPU time and saves none.
-    So every core takes rows of its own.
+    On a CPU its models are too small for more than one thread: a second one costs CPU time and saves none. So
+    every core takes rows of its own.
     """
-    results = run_protocol(config, run, workers=len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 0)
+    results = run_protocol(config, run, workers=os.cpu_count() if jax.default_backend() == "cpu" else 0)
     write_section(page, addition_page(results))
     return results
 

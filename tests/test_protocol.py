@@ -64,6 +64,20 @@ def test_a_replica_is_a_run_of_its_own(tmp_path):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
+def test_replicas_side_by_side_are_those_one_by_one(monkeypatch):
+    def function(x, y, shared):
+        return x * shared, x + y
+
+    x, y, shared = np.arange(3.0), np.arange(3.0) ** 2, np.float32(7.0)
+    got = []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        got.append(jax.device_get(arms.each(function, shared=1)(x, y, shared)))
+    for a, b, want in zip(*got, (x * 7.0, x + y), strict=True):
+        np.testing.assert_array_equal(a, want)
+        np.testing.assert_array_equal(b, want)
+
+
 def test_steps_are_chosen_by_exact_match_on_validation_only():  # row 60
     params = {"w": np.arange(2.0)}
     best = arms._keep_best(None, params, np.array([0.5, 0.5]), 10)

@@ -250,7 +250,7 @@ def test_evaluate_report_generate(finished):
 def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):  # row 55
     straight = survival.Run(finished[0], SMALL, {"XLA_FLAGS": ""})
     hit, equal = survival.kills(1, tmp_path, straight, np.random.default_rng(0))
-    assert sum(hit.values()) == 1 <= equal  # a run may be too fast to be hit
+    assert sum(hit.values()) == equal == 1
 
 
 BAD = {
