@@ -3,11 +3,13 @@
 pip install -e ".[bench]"              # PyTorch, the peer
 python scripts/benchmark.py tiny       # steps per second against eager PyTorch; start-up; about 3 minutes
 python scripts/benchmark.py head       # memory and time of the loss head, chunked against plain; about 4 minutes
+python scripts/benchmark.py attention  # the form of this platform against all scores at once, by length
 python scripts/benchmark.py step       # a whole step against PyTorch, TRL, Tunix and EasyDeL; about 2 minutes
                                        # --vocab 8192 --python TRL=PATH Tunix=PATH: interpreters that have them
 python scripts/benchmark.py scaling    # 1 to 8 devices of the CPU, and two processes: losses, bytes; what sizes cost
 python scripts/benchmark.py tpu        # the head compiled for v5e slices, by .[tpu] without one; about 2 minutes
 pip install -e ".[cuda,conformance]"   # on a machine with a GPU
+python scripts/benchmark.py pair       # a published pair at its size, weights drawn: seconds, memory; and PyTorch's
 python scripts/benchmark.py liger      # the head against Liger's: milliseconds, peak memory
 """
 
@@ -26,22 +28,35 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, measures, prints."""
     options = cli.parser(__doc__)
-    options.add_argument("what", choices=("tiny", "head", "step", "scaling", "tpu", "liger"))
+    options.add_argument("what", choices=("tiny", "head", "attention", "step", "scaling", "tpu", "liger", "pair"))
     options.add_argument("--vocab", type=int, default=512, help="step: words")
     options.add_argument("--rounds", type=int, default=7, help="step, scaling: measured, after the warm-up")
     options.add_argument("--python", nargs="*", default=[], metavar="NAME=PATH", help="step: interpreters of others")
+    options.add_argument("--pair", default="qwen3_8b_to_0p6b", help="pair: the configuration that names both models")
+    options.add_argument("--batch", type=int, default=8, help="pair: rows")
+    options.add_argument("--length", type=int, default=2048, help="pair: tokens of a row")
     chosen = options.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
-    from distill import benchmark, benchmark_head, benchmark_scaling, benchmark_step, benchmark_tpu
+    from distill import (
+        benchmark,
+        benchmark_attention,
+        benchmark_head,
+        benchmark_pair,
+        benchmark_scaling,
+        benchmark_step,
+        benchmark_tpu,
+    )
 
     if chosen.what == "tiny":
         benchmark.a_device_for_every_core()
     lines = {
         "tiny": lambda: [*benchmark.tiny(peers_of("torch_tiny", "bench")), benchmark.data_line()],
         "head": lambda: benchmark_head.head(Path("runs/benchmark_head.png")),
+        "attention": benchmark_attention.attention,
         "step": lambda: benchmark_step.step(chosen.vocab, chosen.rounds, PEERS, chosen.python),
         "scaling": lambda: benchmark_scaling.scaling(chosen.rounds),
         "tpu": benchmark_tpu.tpu,
+        "pair": lambda: benchmark_pair.pair(chosen.pair, chosen.batch, chosen.length, PEERS / "torch_pair.py"),
         "liger": lambda: benchmark_head.liger(lambda: peers_of("torch_liger", "conformance")),
     }
     print("\n".join(lines[chosen.what]()))

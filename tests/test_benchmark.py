@@ -1,7 +1,9 @@
 """Every benchmark at shapes so small that it takes a second: what it prints and what it compares."""
 
+import dataclasses
 import functools
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distill import benchmark, benchmark_head, benchmark_scaling, benchmark_step, benchmark_tpu
+from distill import (
+    benchmark,
+    benchmark_attention,
+    benchmark_head,
+    benchmark_pair,
+    benchmark_scaling,
+    benchmark_step,
+    benchmark_tpu,
+    config,
+)
 from distill.head import Head
 from distill.losses import divide, masked_sum
 from distill.parallel import ParallelConfig, make_mesh
@@ -169,6 +180,57 @@ def test_beside_another_head(monkeypatch):
     assert len(lines) == 2
     assert lines[0].startswith("24 tokens, V=40, D=8/12, bfloat16, JSD + cross-entropy: distill ")
     assert "another 0.00 [" in lines[1] and "ms, peak 0.00 GB; distill 0.00 [" in lines[1]
+
+
+# ---- attention, and a published pair
+
+
+def test_forms_of_attention_beside_the_plain_one(monkeypatch):
+    case = benchmark_attention.CPU._replace(tokens=256, heads=2, groups=1, size=8, lengths=(64,))
+    assert benchmark_attention.far(case, 64) < 1e-5
+    shifted = case._replace(form=lambda q, k, v, mask: 1.01 * benchmark_attention.plain(q, k, v, mask))
+    assert 5e-3 < benchmark_attention.far(shifted, 64) < 2e-2
+    (line,) = benchmark_attention.attention(case, steps=1, rounds=1)
+    assert re.match(r"256 tokens, 2 heads of 8, 1 groups, float32, texts of 64: blocks [\d.]+ ", line)
+    assert re.search(r"[\d.]+ \[.*\] times as fast as plain, off by \de-0\d$", line)
+
+
+def test_a_pair_at_its_size(tmp_path, monkeypatch):
+    """Two small models in place of published ones; the peer's answer is read, and what it dies of is said."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes |= {"intermediate_size": 64, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True}
+    for layers in (2, 3):
+        (tmp_path / str(layers)).mkdir()
+        values = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": layers} | sizes
+        (tmp_path / str(layers) / "config.json").write_text(json.dumps(values))
+    published = config.load_config("qwen3_8b_to_0p6b")
+    student = dataclasses.replace(published.student, source=str(tmp_path / "2"))
+    small = dataclasses.replace(published, teacher=str(tmp_path / "3"), student=student)
+    monkeypatch.setattr(config, "load_config", lambda name: small if name == "small" else published)
+    monkeypatch.setattr(benchmark_pair, "CASES", benchmark_pair.CASES[2:])
+    peer = tmp_path / "peer.py"
+    peer.write_text(
+        "import json, sys\ntask = json.loads(sys.argv[1])\nassert task['teacher_config']['num_hidden_layers']"
+        " == 3\nprint('noise')\nprint(json.dumps([[2.0, 1.0, 4.0], 7.0, 'NVIDIA H100 80GB HBM3']))\n"
+    )
+    title, int8, alone, beside = benchmark_pair.pair("small", 2, 16, peer, steps=1)
+    assert title.endswith("2 x 16 tokens, activations in bfloat16")
+    assert re.match(r"teacher in int8: [\d.]+ .* s, [\d,]+ tokens/s, [\d.]+ TFLOP/s, [\d.]+ GB, cpu$", int8), int8
+    assert re.match(r"cross-entropy alone, no teacher: [\d.]+ ", alone) and alone.endswith("cpu")
+    assert (
+        beside
+        == "PyTorch: 2.00 [1.00, 4.00] s, 16 tokens/s, 0.00 TFLOP/s, 0% of its peak, 7.0 GB, NVIDIA H100 80GB HBM3"
+    )
+    peer.write_text("raise SystemExit('CUDA out of memory')\n")
+    monkeypatch.setattr(benchmark_pair, "CASES", ())
+    assert benchmark_pair.pair("small", 2, 16, peer)[-1] == "PyTorch: CUDA out of memory"
+    with pytest.raises(ValueError, match="at least 1 of each"):
+        benchmark_pair.pair("small", 0, 16, peer)
+
+
+def test_only_published_pairs_are_measured():
+    with pytest.raises(ValueError, match="addition names no two published models; expected one such as qwen3_8b"):
+        benchmark_pair.pair("addition", 1, 8, Path("peer.py"))
 
 
 def test_without_a_gpu_it_ends_with_2():

@@ -145,15 +145,18 @@ def _platform(mesh: Mesh | None) -> str:
 
 
 def default_chunk_size(vocab_size: int, platform: str | None = None) -> int:
-    """Positions at a time: 256 on CPU, the fastest there; on an accelerator as many as 256 MiB of logits hold.
+    """Positions at a time: 256 on CPU, the fastest there; else as many as 512 (GPU) or 256 (TPU) MiB of logits hold.
 
     ``vocab_size`` counts the words that one device has. On an accelerator the gradient of the head, ``[D, V]`` in
-    float32, is read and written once per chunk, so that few large chunks are wanted: at V = 128k, 512 positions, and
-    never more than 1024, where the products take longer than that traffic. ``platform``: None is the default backend.
+    float32, is read and written once per chunk, so that few large chunks are wanted, but never more than 1024
+    positions, where the products take longer than that traffic. On an H100 at V = 128k, 1024 positions take 15 % less
+    time than 512, and 2048 another 4 % for 1.6 to 2.6 GB more. ``platform``: None is the default backend.
     """
-    if (platform or jax.default_backend()) == "cpu":
+    platform = platform or jax.default_backend()
+    if platform == "cpu":
         return 256
-    return int(np.clip(2 ** round(math.log2(2**26 / vocab_size)), 128, 1024))
+    logits = 2**26 if platform == "tpu" else 2**27
+    return int(np.clip(2 ** round(math.log2(logits / vocab_size)), 128, 1024))
 
 
 def _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, chunk_size):
