@@ -1,6 +1,7 @@
 """Measurements: contestants in turn in one process, medians and ratios with their spread, start-up from outside."""
 
 import dataclasses
+import importlib
 import os
 import statistics
 import subprocess
@@ -112,6 +113,19 @@ def tiny(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
             for other in peers
         ]
     return lines + start_up()
+
+
+def peers_of(folder: Path, module: str, extra: str) -> dict[str, Callable]:
+    """``PEERS`` of a module of scripts/peers.
+
+    Raises:
+      ValueError: what it needs is not installed; ``extra`` would install it.
+    """
+    sys.path.append(str(folder))
+    try:
+        return importlib.import_module(module).PEERS
+    except ImportError as error:
+        raise ValueError(f"{error}: the peer is missing; pip install -e '.[{extra}]'.") from error
 
 
 def _speed(name: str, values: list[float]) -> str:

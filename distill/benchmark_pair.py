@@ -46,7 +46,7 @@ def pair(name: str, batch: int, length: int, peer: Path, steps: int = 8) -> list
     if not isinstance(config, TextConfig) or config.student.source is None:
         raise ValueError(f"pair: {name} names no two published models; expected one such as qwen3_8b_to_0p6b.")
     if min(batch, length, steps) < 1:
-        raise ValueError(f"pair: --batch {batch} --length {length}: at least 1 of each is needed.")
+        raise ValueError(f"pair: --shape {batch} {length}: at least 1 of each is needed.")
     task = {"teacher": config.teacher, "student": config.student.source, "batch": batch, "length": length}
     task |= {"steps": steps} | {f"{side}_config": _hub(task[side]) for side in ("teacher", "student")}
     own = [sys.executable, "-c", "import sys; from distill import benchmark_pair; benchmark_pair.main(sys.argv[1])"]

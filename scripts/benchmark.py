@@ -33,42 +33,27 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--rounds", type=int, default=7, help="step, scaling: measured, after the warm-up")
     options.add_argument("--python", nargs="*", default=[], metavar="NAME=PATH", help="step: interpreters of others")
     options.add_argument("--pair", default="qwen3_8b_to_0p6b", help="pair: the configuration that names both models")
-    options.add_argument("--batch", type=int, default=8, help="pair: rows")
-    options.add_argument("--length", type=int, default=2048, help="pair: tokens of a row")
+    options.add_argument("--shape", type=int, nargs=2, default=(4, 2048), help="pair: rows, tokens of a row")
     chosen = options.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
-    from distill import (
-        benchmark,
-        benchmark_attention,
-        benchmark_head,
-        benchmark_pair,
-        benchmark_scaling,
-        benchmark_step,
-        benchmark_tpu,
-    )
+    from distill import benchmark
+
+    def of(name):
+        return importlib.import_module(f"distill.benchmark_{name}")
 
     if chosen.what == "tiny":
         benchmark.a_device_for_every_core()
     lines = {
-        "tiny": lambda: [*benchmark.tiny(peers_of("torch_tiny", "bench")), benchmark.data_line()],
-        "head": lambda: benchmark_head.head(Path("runs/benchmark_head.png")),
-        "attention": benchmark_attention.attention,
-        "step": lambda: benchmark_step.step(chosen.vocab, chosen.rounds, PEERS, chosen.python),
-        "scaling": lambda: benchmark_scaling.scaling(chosen.rounds),
-        "tpu": benchmark_tpu.tpu,
-        "pair": lambda: benchmark_pair.pair(chosen.pair, chosen.batch, chosen.length, PEERS / "torch_pair.py"),
-        "liger": lambda: benchmark_head.liger(lambda: peers_of("torch_liger", "conformance")),
+        "tiny": lambda: [*benchmark.tiny(benchmark.peers_of(PEERS, "torch_tiny", "bench")), benchmark.data_line()],
+        "head": lambda: of("head").head(Path("runs/benchmark_head.png")),
+        "attention": lambda: of("attention").attention(),
+        "step": lambda: of("step").step(chosen.vocab, chosen.rounds, PEERS, chosen.python),
+        "scaling": lambda: of("scaling").scaling(chosen.rounds),
+        "tpu": lambda: of("tpu").tpu(),
+        "pair": lambda: of("pair").pair(chosen.pair, *chosen.shape, PEERS / "torch_pair.py"),
+        "liger": lambda: of("head").liger(lambda: benchmark.peers_of(PEERS, "torch_liger", "conformance")),
     }
     print("\n".join(lines[chosen.what]()))
-
-
-def peers_of(module: str, extra: str) -> dict:
-    """``PEERS`` of a module of scripts/peers."""
-    sys.path.append(str(PEERS))
-    try:
-        return importlib.import_module(module).PEERS
-    except ImportError as error:
-        raise ValueError(f"{error}: the peer is missing; pip install -e '.[{extra}]'.") from error
 
 
 if __name__ == "__main__":

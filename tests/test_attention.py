@@ -151,3 +151,12 @@ def test_keys_are_gathered_where_positions_lie_over_a_mesh():
     assert placed.sharding.shard_shape(placed.shape) == (1, 1, 3, 4)
     assert gathered(placed).sharding.shard_shape(placed.shape) == (1, 1, 6, 4)
     assert of_whole_text(placed) is placed
+
+
+def test_a_lone_layer_computes_its_cosines_once():
+    """Not once for every head, forwards and backwards."""
+    model = decoder(DecoderConfig(vocab_size=7, layers=1, width=8, heads=2, feed_forward=8))
+    params = model.init(jax.random.key(0))
+    tokens = jnp.ones((2, 5), jnp.int32)
+    program = jax.jit(jax.grad(lambda params: model.apply(params, tokens).hidden.sum())).lower(params).compile()
+    assert program.as_text().count(" cosine(") == 1

@@ -41,7 +41,9 @@ def attention_weights(
     scores = scores * (size**-0.5 if scale is None else scale)
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1)
+    # With one axis fewer the gradient of a short text takes a third of the time on a CPU.
+    rows = scores.reshape(batch, groups, -1, scores.shape[-1]) if as_matrices() else scores
+    return jax.nn.softmax(rows, axis=-1).reshape(scores.shape)
 
 
 def mix(weights_BGRLS: Array, v_BGSK: Array) -> Array:
