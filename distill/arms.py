@@ -18,6 +18,7 @@ from distill.data.loader import Batch, rows_of
 from distill.models.model import Model
 from distill.objective import Term
 from distill.optim import OptimizerConfig, optimizer
+from distill.parallel import compiler_options
 from distill.shapes import Array, Params
 from distill.step import init_state, make_train_step, scan_steps
 
@@ -117,7 +118,7 @@ def train(
 
     rates = jnp.asarray(replicas.learning_rates, jnp.float32), jnp.asarray(replicas.weight_decays, jnp.float32)
     state = jax.jit(each(start))(jnp.asarray(replicas.seeds), *rates)
-    advance_all = jax.jit(each(advance, shared=1), donate_argnums=0)
+    advance_all = jax.jit(each(advance, shared=1), donate_argnums=0, compiler_options=compiler_options())
     examples = jax.device_put(replicas.examples)
     indices = functools.partial(
         rows_of, examples.inputs.shape[1], schedule.batch_size, schedule.data_seed, count=schedule.evaluate_every

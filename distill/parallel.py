@@ -13,6 +13,7 @@ will live (``draw_state``, ``abstract_state``): no device ever holds all of it.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -225,9 +226,18 @@ def abstract_state(student: Model, optimizer: optax.GradientTransformation, wrap
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
+def compiler_options() -> dict[str, int] | None:
+    """For ``jax.jit``: on a CPU the second level of LLVM, whose programs are as fast and ready a quarter sooner.
+
+    Where XLA_FLAGS names a level, that one.
+    """
+    named = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    return None if named or jax.default_backend() != "cpu" else {"xla_backend_optimization_level": 2}
+
+
 def one_device(train_step: TrainStep) -> Wrapping:
     """jit on the default device."""
-    steps = jax.jit(scan_steps(train_step), donate_argnums=0)
+    steps = jax.jit(scan_steps(train_step), donate_argnums=0, compiler_options=compiler_options())
     place = jax.device_put
     return Wrapping(steps, _owned, place, place, place, lambda state: state)
 

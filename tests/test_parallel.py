@@ -345,3 +345,11 @@ def test_wrap_gives_the_backend_asked_for(backend, devices):
     assert len(rows.sharding.device_set) == devices
     assert rows.shape == ((8, 2, 2) if backend == "pmap" else (2, 16))
     np.testing.assert_array_equal(np.sort(np.ravel(rows)), np.arange(32))
+
+
+def test_on_a_cpu_programs_are_compiled_in_less_time(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert parallel.compiler_options() == {"xla_backend_optimization_level": 2}
+    jax.jit(lambda x: x + 1, compiler_options=parallel.compiler_options())(1)  # an option this JAX knows
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert parallel.compiler_options() is None

@@ -216,16 +216,13 @@ def load(config: AdditionConfig, data_dir: str | Path | None = None) -> dict[str
     Returns:
       ``{"train": Examples, "test": Examples}``, disjoint as unordered pairs (asserted).
     """
-    import grain
-
     with processes.first_goes_first("data"):  # a builder made before the rows are there does not find them
         builder = _builder(config, data_dir)
         builder.download_and_prepare()
     sides = {}
     for side in ("train", "test"):
         source = builder.as_data_source(split=side)
-        rows = grain.MapDataset.source(source)
-        everything = [rows[i] for i in range(len(rows))]
+        everything = source.__getitems__(range(len(source)))  # what Grain reads one by one, in half the time
         tokens = np.stack([row["tokens"] for row in everything])
         sides[side] = Examples(tokens, np.array([row["carries"] for row in everything], np.int32))
     assert_disjoint(config, sides["train"], sides["test"])
