@@ -185,7 +185,7 @@ def test_beside_another_head(monkeypatch):
 # ---- attention, and a published pair
 
 
-def test_forms_of_attention_beside_the_plain_one(monkeypatch):
+def test_forms_of_attention_beside_the_plain_one():
     case = benchmark_attention.CPU._replace(tokens=256, heads=2, groups=1, size=8, lengths=(64,))
     assert benchmark_attention.far(case, 64) < 1e-5
     shifted = case._replace(form=lambda q, k, v, mask: 1.01 * benchmark_attention.plain(q, k, v, mask))

@@ -16,6 +16,7 @@ from distill.benchmark_head import chunked_head, head_shapes
 from distill.benchmark_tpu import compiled_on
 from distill.hlo import collectives
 from distill.losses import Head, chunked
+from distill.losses.chunked import default_chunk_size
 from distill.parallel import ParallelConfig, make_mesh
 
 TOKENS, D, E, V = (4, 6), 8, 12, 19
@@ -364,3 +365,12 @@ def test_every_head_is_its_definition():
         want = want * scale
         want = want if softcap is None else softcap * np.tanh(want / softcap)
         np.testing.assert_allclose(one.logits(jnp.asarray(hidden, jnp.float32)), want, rtol=1e-5, atol=1e-5)
+
+
+def test_how_many_positions_a_chunk_has():
+    """All that half a GiB of logits holds on a GPU, half of it on a TPU; 128 to 1024."""
+    size = default_chunk_size
+    assert size(128_256, "cpu") == size(512, "cpu") == 256
+    assert size(128_256, "gpu") == 1024 and size(128_256, "tpu") == 512
+    assert size(512, "gpu") == size(512, "tpu") == 1024
+    assert size(10**7, "gpu") == size(10**7, "tpu") == 128

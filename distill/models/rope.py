@@ -71,7 +71,7 @@ def _apart(x: Array) -> Array:
     """x to the bit, as an array of its own on a CPU: a product with the identity, which XLA merges into nothing.
 
     Where a lone layer is no loop, cosines and sines would else be computed again in every head, forwards and backwards:
-    a fifth of the step of a tiny student.
+    a sixth of the step of a tiny student.
     """
     return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if platform() == "cpu" else x
 
