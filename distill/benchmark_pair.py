@@ -1,8 +1,8 @@
 """The step of a published pair at its real size, on this device, beside a plain PyTorch loop; weights are drawn.
 
 Time and memory depend on shapes alone, so no weight is fetched. Ours runs first and PyTorch after it, each in a process
-of its own: both would not fit in one device's memory at once. Memory is what the compiler states of our program, and the
-peak of PyTorch's allocator.
+of its own: both would not fit in one device's memory at once. Memory is what the compiler states of our program, and
+the peak of PyTorch's allocator.
 """
 
 import json
