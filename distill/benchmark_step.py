@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,9 @@ SCRIPTS = {
     "matmul": ("matmul_step", ()),
 }
 """Contestant → its script in scripts/peers and the modules it cannot do without."""
+
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""For every contestant, where the caller has not set it: XLA and PyTorch ask for memory anew in every step."""
 
 FILE = Path("runs/benchmark_step.json")
 
@@ -90,7 +94,8 @@ def race(commands: Mapping[str, list[str]], rounds: int) -> dict[str, list[list[
       RuntimeError: a contestant ended before it answered.
     """
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    workers = {name: subprocess.Popen(command, **pipes) for name, command in commands.items()}
+    environment = LARGE_PAGES | os.environ
+    workers = {name: subprocess.Popen(command, env=environment, **pipes) for name, command in commands.items()}
     answers: dict[str, list[list[float]]] = {name: [] for name in commands}
     try:
         for i in range(rounds + 2):

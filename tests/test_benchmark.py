@@ -248,6 +248,15 @@ def test_contestants_of_a_step_take_turns(tmp_path):
         benchmark_step.race({"c": [sys.executable, "-c", ""]}, rounds=1)
 
 
+def test_every_contestant_gets_large_pages_unless_the_caller_says_otherwise(monkeypatch):
+    show = "import json, os; input(); print(json.dumps([len(os.environ['GLIBC_TUNABLES']), 0]))\n" * 3
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    command = {"a": [sys.executable, "-uc", show]}
+    assert benchmark_step.race(command, rounds=1)["a"][0][0] == len("glibc.malloc.hugetlb=1")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0:")
+    assert benchmark_step.race(command, rounds=1)["a"][0][0] == len("glibc.malloc.hugetlb=0:")
+
+
 def test_a_step_reports_what_is_missing_and_refuses_unknown_names(tmp_path, monkeypatch):
     monkeypatch.setattr(
         benchmark_step, "SCRIPTS", {"us": ("us", ()), "here": ("here_step", ("json",)), "gone": ("b", ("no_such",))}

@@ -298,3 +298,32 @@ def test_shapes_are_checked_by_a_machine(divergence):
         function(jnp.zeros((2, 3)), jnp.zeros((2, 4)))
     with pytest.raises(Exception, match="(?i)type-check"):
         function(jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("divergence", [losses.forward_kl, losses.reverse_kl])
+def test_the_derivative_that_is_written_down_is_the_chain_through_both_softmaxes(divergence):
+    """By both arguments and the temperature, of the first and the second order, with words of −inf."""
+
+    def chain(student, teacher, temperature):
+        logs = [jax.nn.log_softmax(x / temperature, axis=-1) for x in (student, teacher)]
+        (p, q) = logs if divergence is losses.reverse_kl else logs[::-1]
+        return jnp.sum(jnp.where(p == -jnp.inf, 0.0, jnp.exp(p) * (jnp.where(p == -jnp.inf, 0.0, p - q))), axis=-1)
+
+    def ours(student, teacher, temperature):
+        return divergence(student, teacher, temperature=temperature)
+
+    rng = np.random.default_rng(7)
+    arguments = *(jnp.asarray(rng.normal(0, 2, (3, 11)), jnp.float32) for _ in range(2)), jnp.float32(1.7)
+    along = *(jnp.asarray(rng.normal(0, 1, (3, 11)), jnp.float32) for _ in range(2)), jnp.float32(0.3)
+    both = []
+    for f in (ours, chain):
+        gradient = jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2))
+        both.append(jax.jvp(gradient, arguments, along))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), *both)
+    impossible = [x.at[:, 4].set(-jnp.inf) for x in arguments[:2]]
+    gradients = jax.grad(lambda s, t: jnp.sum(ours(s, t, 2.0)), (0, 1))(*impossible)
+    possible = [jnp.delete(x, 4, axis=1) for x in arguments[:2]]
+    wanted = jax.grad(lambda s, t: jnp.sum(chain(s, t, 2.0)), (0, 1))(*possible)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert not jnp.any(gradient[:, 4])
+        np.testing.assert_allclose(jnp.delete(gradient, 4, axis=1), want, rtol=1e-4, atol=1e-6)

@@ -11,7 +11,7 @@ from builders import VOCAB, handmade, nnx_model, on_device, random_params, rows_
 from jax.extend.core import jaxprs_in_params
 
 from distill.data.loader import shift
-from distill.models import decoder
+from distill.models import decoder, model
 from distill.models.model import from_linen, parameter
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig, optimizer
@@ -295,6 +295,26 @@ def test_remat_keeps_less(state, batch):
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     none, dots, full = (kept(STUDENT, state.params, batch, name) - weights for name in ("none", "dots", "full"))
     assert none > 1.5 * dots and dots > 1.5 * full
+
+
+def test_few_layers_of_a_cpu_are_no_loop_and_the_same(batch, monkeypatch):
+    """Written out one after the other, but where they are computed again, which the compiler would undo."""
+
+    student = tiny_decoder(layers=2, feed_forward=14)
+    params = random_params(student)
+
+    def gradient(remat="none"):
+        def loss(params):
+            return jnp.sum(jnp.square(student.apply(params, batch.inputs, remat=remat).hidden))
+
+        return jax.jit(jax.grad(loss)).lower(params)
+
+    apart, again = gradient(), gradient("full")
+    assert "stablehlo.while" not in apart.as_text() and "stablehlo.while" in again.as_text()
+    monkeypatch.setattr(model, "UNROLLED", 1)
+    loop = gradient()
+    assert "stablehlo.while" in loop.as_text()
+    assert_close(apart.compile()(params), loop.compile()(params))
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

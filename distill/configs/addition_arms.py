@@ -20,7 +20,7 @@ def get_config() -> ProtocolConfig:
         students={
             "15x": base.student,
             "30x": student(width=12, feed_forward=28, steps=10_000),
-            "70x": student(width=8, feed_forward=16, steps=6000),
+            "70x": student(width=8, feed_forward=16, steps=10_000),
         },
         sweep=SweepConfig(),
         # Of temperatures 1, 4, 8 (forward KL) and 4 (reverse KL) on 300 labels of the largest student, 8 was the best.

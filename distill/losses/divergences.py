@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from distill.shapes import Array, Logits, Nats, Scalar
 
@@ -35,6 +36,36 @@ def _kl(log_p: Logits, log_q: Logits) -> Nats:
     return jnp.sum(jnp.where(missing, jnp.inf, terms), axis=-1)
 
 
+@jax.custom_jvp
+def _kl_of_logits(a: Logits, b: Logits) -> Nats:
+    """KL(P‖Q) of P = softmax(a) and Q = softmax(b).
+
+    Its derivative is written down, Σ_v (Q_v − P_v) db_v + P_v (e_v − Σ_w P_w e_w) da_v with e = log P − log Q + 1, and
+    so computed in one pass over the words, where the chain through both log-softmaxes takes half a dozen.
+    """
+    log_p, log_q = (jax.nn.log_softmax(logits, axis=-1) for logits in (a, b))
+    terms = jnp.where(log_q == -jnp.inf, jnp.inf, jnp.exp(log_p) * (log_p - log_q))
+    return jnp.sum(jnp.where(log_p == -jnp.inf, 0.0, terms), axis=-1)
+
+
+def _derivative_of_kl(primals, tangents):
+    """Infinite words have none: those of −inf in a or b."""
+    (a, b), (da, db) = primals, tangents
+    log_p, log_q = (jax.nn.log_softmax(logits, axis=-1) for logits in (a, b))
+    impossible, p = log_q == -jnp.inf, jnp.exp(log_p)
+    nats = _kl_of_logits(a, b)
+    change = jnp.zeros_like(nats)
+    if not isinstance(db, SymbolicZero):
+        change += jnp.sum(jnp.where(impossible, 0.0, jnp.exp(log_q) - p) * db, axis=-1)
+    if not isinstance(da, SymbolicZero):  # of a teacher in training, which costs nothing
+        e = jnp.where(impossible | (log_p == -jnp.inf), 0.0, log_p - log_q + 1.0)
+        change += jnp.sum(p * (e - jnp.sum(p * e, axis=-1, keepdims=True)) * da, axis=-1)
+    return nats, change
+
+
+_kl_of_logits.defjvp(_derivative_of_kl, symbolic_zeros=True)
+
+
 def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
     """Forward KL, teacher first: KL(P‖Q) = Σ_v P_v (log P_v − log Q_v). Mode covering.
 
@@ -54,7 +85,7 @@ def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: S
       >>> round(float(forward_kl(student, teacher)), 4)  # .75 log(.75/.5) + .25 log(.25/.5)
       0.1308
     """
-    return _kl(_log_probs(teacher_logits, temperature), _log_probs(student_logits, temperature))
+    return _kl_of_logits(*(x.astype(jnp.float32) / temperature for x in (teacher_logits, student_logits)))
 
 
 def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
@@ -75,7 +106,7 @@ def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: S
       >>> round(float(reverse_kl(student, teacher)), 4)  # .5 log(.5/.75) + .5 log(.5/.25)
       0.1438
     """
-    return _kl(_log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature))
+    return _kl_of_logits(*(x.astype(jnp.float32) / temperature for x in (student_logits, teacher_logits)))
 
 
 def generalized_jsd(

@@ -157,7 +157,8 @@ def in_blocks(
     block = max(64, 8 * -(-length // 32)) if block is None else block
     # One leading axis: XLA's CPU backend multiplies [N, l, k] x [N, k, s] faster than any other form of it.
     q_NRLK = (q_BHLK * jnp.asarray(scale, q_BHLK.dtype)).reshape(batch * groups, heads // groups, length, size)
-    k_NKS = k_BGSK.reshape(batch * groups, length, size).swapaxes(1, 2)
+    # The barrier is for its gradient: the blocks' parts are added up before they are turned back, not after.
+    k_NKS = jax.lax.optimization_barrier(k_BGSK.reshape(batch * groups, length, size).swapaxes(1, 2))
     v_NSK = v_BGSK.reshape(batch * groups, length, size)
 
     def one(start: int, end: int) -> Array:

@@ -7,7 +7,7 @@ from distill.head import Head
 from distill.models.collect import collected, empty, slots_of
 from distill.models.config import DecoderConfig
 from distill.models.layers import Block, Norm
-from distill.models.model import Cache, Collect, Model, Output, from_linen, parameter, remade
+from distill.models.model import Cache, Collect, Model, Output, from_linen, in_a_row, parameter, remade
 from distill.models.placement import rows_apart
 from distill.models.rope import Turns, turns_of
 from distill.shapes import Array, Params
@@ -37,6 +37,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0, nn.broadcast),
             length=c.layers,
+            unroll=in_a_row(c.layers, self.remat),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.norm = Norm(c)

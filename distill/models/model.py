@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from distill.head import Head
+from distill.models.attention import platform
 from distill.shapes import Array, Float, Int, Params
 
 REMAT = {
@@ -22,9 +23,22 @@ REMAT = {
 """What a layer keeps from the forward to the backward pass: all of it, its products with weights, its input alone."""
 
 
+UNROLLED = 8
+"""Layers: a step of 4 takes a tenth less so than as a loop, one of 2 tiny layers an eighth less; compiling, as long."""
+
+
 def remade(block: type[nn.Module], remat: str) -> type[nn.Module]:
     """A layer, for ``nn.scan``, that keeps what ``REMAT`` says; the loop keeps the compiler from undoing it."""
     return block if remat == "none" else nn.remat(block, policy=REMAT[remat], prevent_cse=False)
+
+
+def in_a_row(layers: int, remat: str = "none") -> int:
+    """For ``nn.scan``, its ``unroll``: on a CPU up to ``UNROLLED`` layers are written out one after the other.
+
+    A loop fills the stacks of what its backward pass wants with zeros first, and copies into and out of them. Layers
+    that are computed again stay a loop (``remade``); on accelerators it is untried.
+    """
+    return layers if platform() == "cpu" and remat == "none" and layers <= UNROLLED else 1
 
 
 class Cache(NamedTuple):

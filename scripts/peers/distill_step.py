@@ -26,7 +26,7 @@ def main():
     """A step in every turn."""
     student, teacher = model(*TASK["student"]), model(*TASK["teacher"])
     update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
-    step = make_train_step(student, terms_of(ObjectiveConfig(temperature=2.0)), update, teacher=teacher, remat="dots")
+    step = make_train_step(student, terms_of(ObjectiveConfig(temperature=2.0)), update, teacher=teacher)
     ids = np.load(TASK["ids"])
     shape = ids.shape[0], ids.shape[1] - 1
     batch = Batch(
