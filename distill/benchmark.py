@@ -34,7 +34,7 @@ class Tiny:
     student: DecoderConfig
     batch_size: int
     steps: int
-    """Steps of one round."""
+    """Steps of one dispatch; four dispatches are a round."""
 
 
 def _model(layers: int, width: int) -> DecoderConfig:
@@ -105,7 +105,7 @@ def tiny(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
         if jax.device_count() > 1:
             mine[f"pmap, {jax.device_count()} devices"] = ours(case, examples, case.steps, pmapped=True)
         others = {name: peer(case, examples) for name, peer in peers.items()}
-        speeds = in_turn(mine | others, case.steps)
+        speeds = in_turn(mine | others, 4 * case.steps)
         lines += [f"batch {case.batch_size}: {_speed(name, values)}" for name, values in speeds.items()]
         lines += [
             f"batch {case.batch_size}: {name} / {other} = {spread(ratio(speeds, name, other))}"

@@ -1,7 +1,7 @@
 """Measurements, contestants in turn in one run: medians with [least, most].
 
 pip install -e ".[bench]"              # PyTorch, the peer
-python scripts/benchmark.py tiny       # steps per second against eager PyTorch; start-up; about 3 minutes
+python scripts/benchmark.py tiny       # steps per second against eager PyTorch; start-up; about 4 minutes
 python scripts/benchmark.py head       # memory and time of the loss head, chunked against plain; about 4 minutes
 python scripts/benchmark.py attention  # the form of this platform against all scores at once, by length
 python scripts/benchmark.py step       # a whole step against PyTorch, TRL, Tunix and EasyDeL; about 2 minutes

@@ -51,7 +51,7 @@ def test_tiny(addition, monkeypatch):
     monkeypatch.setattr(benchmark, "_process_seconds", lambda cache: 1.5)
     calls = []
     lines = benchmark.tiny({"a peer": lambda case, examples: calls.append})
-    assert calls == [2] * 8
+    assert calls == [8] * 8  # four dispatches a round
     assert [line.partition(":")[0] for line in lines] == ["batch 8"] * 7 + [
         "start-up to the first step, cold",
         "start-up to the first step, with the compilation cache",

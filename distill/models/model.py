@@ -36,9 +36,11 @@ def in_a_row(layers: int, remat: str = "none") -> int:
     """For ``nn.scan``, its ``unroll``: on a CPU up to ``UNROLLED`` layers are written out one after the other.
 
     A loop fills the stacks of what its backward pass wants with zeros first, and copies into and out of them. Layers
-    that are computed again stay a loop (``remade``); on accelerators it is untried.
+    that are computed again stay a loop (``remade``), and those on a mesh, whose parameters are gathered when used. On
+    accelerators it is untried.
     """
-    return layers if platform() == "cpu" and remat == "none" and layers <= UNROLLED else 1
+    few = remat == "none" and layers <= UNROLLED and jax.sharding.get_abstract_mesh().empty
+    return layers if few and platform() == "cpu" else 1
 
 
 class Cache(NamedTuple):
