@@ -248,19 +248,6 @@ def test_contestants_of_a_step_take_turns(tmp_path):
         benchmark_step.race({"c": [sys.executable, "-c", ""]}, rounds=1)
 
 
-def test_of_two_steps_in_a_turn_the_second_is_timed():
-    peers = str(ROOT / "scripts/peers")
-    worker = f"""
-import sys, time
-sys.path.insert(0, {peers!r})
-from step_worker import turns
-for i, _ in enumerate(turns()):
-    time.sleep(0.3 * (1 - i % 2))
-"""
-    answers = benchmark_step.race({"a": [sys.executable, "-c", worker, "{}"]}, rounds=2)
-    assert max(seconds for seconds, _ in answers["a"]) < 0.2
-
-
 def test_every_contestant_gets_large_pages_unless_the_caller_says_otherwise(monkeypatch):
     show = "import json, os; input(); print(json.dumps([len(os.environ['GLIBC_TUNABLES']), 0]))\n" * 3
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)

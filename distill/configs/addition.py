@@ -27,8 +27,8 @@ def get_config() -> Config:
         student=Recipe(
             DecoderConfig(vocab_size=14, layers=2, width=16, heads=2, feed_forward=48),
             TrainingConfig(
-                steps=3000,
-                evaluate_every=200,
+                steps=5000,
+                evaluate_every=500,
                 save_every=500,
                 optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50),
             ),

@@ -14,14 +14,11 @@ os.dup2(2, 1)  # what a library prints must not mix with the answers
 
 
 def turns(wait=lambda: None):
-    """Yields twice for every line of stdin; then answers seconds and the peak of resident memory in MB.
+    """Yields for every line of stdin; when asked for the next, answers seconds and the peak of resident memory in MB.
 
-    The seconds are of the second time: at the first, caches are full of what the others left. ``wait`` returns once
-    everything that was dispatched is computed.
+    ``wait`` returns once everything that was dispatched is computed.
     """
     for _ in sys.stdin:
-        yield
-        wait()
         start = time.perf_counter()
         yield
         wait()
