@@ -27,10 +27,10 @@ def get_config() -> Config:
         student=Recipe(
             DecoderConfig(vocab_size=14, layers=2, width=16, heads=2, feed_forward=48),
             TrainingConfig(
-                steps=5000,
-                evaluate_every=500,
+                steps=3000,
+                evaluate_every=200,
                 save_every=500,
-                optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50),
+                optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50, weight_decay=0.1),
             ),
         ),
         objective=ObjectiveConfig(divergence="forward_kl", temperature=1.0, kd_weight=1.0),
