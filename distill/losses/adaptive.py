@@ -7,7 +7,7 @@ a constant to the gradient.
 import jax
 import jax.numpy as jnp
 
-from distill.losses.divergences import _kl, _log_probs
+from distill.losses.divergences import _kl, _log_probs, forward_kl
 from distill.shapes import Logits, Nats, Scalar
 
 
@@ -130,4 +130,4 @@ def taid(
     student, teacher = student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
     from_student = jnp.where(t < 1.0, (1.0 - t) * jax.lax.stop_gradient(student), 0.0)  # 0·(−inf) is NaN
     target = from_student + jnp.where(t > 0.0, t * teacher, 0.0)
-    return _kl(_log_probs(target, temperature), _log_probs(student, temperature))
+    return forward_kl(student, target, temperature=temperature)

@@ -57,7 +57,7 @@ def _derivative_of_kl(primals, tangents):
     change = jnp.zeros_like(nats)
     if not isinstance(db, SymbolicZero):
         change += jnp.sum(jnp.where(impossible, 0.0, jnp.exp(log_q) - p) * db, axis=-1)
-    if not isinstance(da, SymbolicZero):  # of a teacher in training, which costs nothing
+    if not isinstance(da, SymbolicZero):  # never in training: the teacher is frozen
         e = jnp.where(impossible | (log_p == -jnp.inf), 0.0, log_p - log_q + 1.0)
         change += jnp.sum(p * (e - jnp.sum(p * e, axis=-1, keepdims=True)) * da, axis=-1)
     return nats, change
@@ -106,7 +106,7 @@ def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: S
       >>> round(float(reverse_kl(student, teacher)), 4)  # .5 log(.5/.75) + .5 log(.5/.25)
       0.1438
     """
-    return _kl_of_logits(*(x.astype(jnp.float32) / temperature for x in (student_logits, teacher_logits)))
+    return forward_kl(teacher_logits, student_logits, temperature=temperature)
 
 
 def generalized_jsd(

@@ -32,7 +32,7 @@ def remade(block: type[nn.Module], remat: str) -> type[nn.Module]:
     return block if remat == "none" else nn.remat(block, policy=REMAT[remat], prevent_cse=False)
 
 
-def in_a_row(layers: int, remat: str = "none") -> int:
+def in_a_row(layers: int, remat: str) -> int:
     """For ``nn.scan``, its ``unroll``: on a CPU up to ``UNROLLED`` layers are written out one after the other.
 
     A loop fills the stacks of what its backward pass wants with zeros first, and copies into and out of them. Layers
