@@ -90,6 +90,8 @@ def commands(folder: Path, pythons: Sequence[str], task: str) -> tuple[dict[str,
 def race(commands: Mapping[str, list[str]], rounds: int) -> dict[str, list[list[float]]]:
     """Seconds and memory of every contestant in every round, in turn; two rounds of warm-up.
 
+    A turn is two steps, of which the second counts (scripts/peers/step_worker.py).
+
     Raises:
       RuntimeError: a contestant ended before it answered.
     """

@@ -18,15 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import jax_utils
+from flax import jax_utils, struct
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from distill import processes
 from distill.data.loader import Batch
-from distill.models.model import Model
+from distill.models.model import Model, in_a_row
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params
 from distill.step import Frozen, TrainState, TrainStep, init_state, scan_steps
@@ -237,9 +238,43 @@ def compiler_options() -> dict[str, int] | None:
 
 def one_device(train_step: TrainStep) -> Wrapping:
     """jit on the default device."""
-    steps = jax.jit(scan_steps(train_step), donate_argnums=0, compiler_options=compiler_options())
+
+    def step(state: TrainState, frozen: Params | Frozen | None, batch: Batch):
+        return train_step(state, _stacked(frozen), batch)
+
+    steps = jax.jit(scan_steps(step), donate_argnums=0, compiler_options=compiler_options())
     place = jax.device_put
-    return Wrapping(steps, _owned, place, place, place, lambda state: state)
+    return Wrapping(steps, _owned, lambda frozen: place(_one_by_one(frozen)), place, place, lambda state: state)
+
+
+@struct.dataclass
+class _Layers:
+    """A parameter of every layer, each an array of its own."""
+
+    each: tuple[Array, ...]
+
+
+def _one_by_one(frozen: Params | Frozen | None) -> Any:
+    """The teacher with its layers apart, where they will be written out one after the other (``in_a_row``).
+
+    XLA's CPU backend copies a layer out of a stack before it multiplies by it, all of the teacher in every step.
+    ``_stacked`` puts them together again: of that nothing is left in the compiled step.
+    """
+    if isinstance(frozen, Frozen):
+        return frozen._replace(teacher=_one_by_one(frozen.teacher))
+
+    def apart(path, x: Array):
+        inside = any(getattr(key, "key", None) == "layers" for key in path)
+        return _Layers(tuple(np.asarray(x))) if inside and in_a_row(x.shape[0], "none") > 1 else x
+
+    return jax.tree_util.tree_map_with_path(apart, frozen)
+
+
+def _stacked(frozen: Any) -> Params | Frozen | None:
+    def together(x):
+        return jnp.stack(x.each) if isinstance(x, _Layers) else x
+
+    return jax.tree.map(together, frozen, is_leaf=lambda x: isinstance(x, _Layers))
 
 
 def on_mesh(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -246,6 +247,15 @@ def test_contestants_of_a_step_take_turns(tmp_path):
     assert answers == {name: [[3.0, 7.0], [4.0, 7.0]] for name in "ab"}  # two rounds of warm-up
     with pytest.raises(RuntimeError, match="step: c ended without an answer"):
         benchmark_step.race({"c": [sys.executable, "-c", ""]}, rounds=1)
+
+
+def test_the_second_step_of_a_turn_counts():
+    script = "import time; from step_worker import turns; [time.sleep(1.0 - i % 2) for i, _ in enumerate(turns())]"
+    command = [sys.executable, "-c", script, "{}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts/peers")}
+    done = subprocess.run(command, env=environment, input="go\ngo\n", capture_output=True, text=True, timeout=60)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 2 and max(seconds for seconds, _ in answers) < 0.5 and min(mb for _, mb in answers) > 1
 
 
 def test_every_contestant_gets_large_pages_unless_the_caller_says_otherwise(monkeypatch):

@@ -17,7 +17,7 @@ from distill.models.factors import factored
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import MESH_AXES, RULES, ParallelConfig, make_mesh, param_shardings, state_shardings
-from distill.step import init_state, make_train_step
+from distill.step import Frozen, init_state, make_train_step
 
 STEPS, BATCH = 20, 16
 TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))
@@ -104,6 +104,22 @@ def test_same_weights_as_on_one_device(runs, name):
     assert max(jax.tree.leaves(apart)) < 1e-6
     moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), one.params, STUDENT.init(jax.random.key(0)))
     assert min(jax.tree.leaves(moved)) > 0.01
+
+
+def test_on_one_cpu_no_layer_of_the_teacher_is_copied_out_of_a_stack(arguments):
+    state, _, examples, rows = arguments
+    teacher = tiny_decoder(layers=3, vocab_size=12, width=12, head_dim=4, feed_forward=20)
+    params = random_params(teacher, seed=1)
+    wrapping = parallel.one_device(make_train_step(STUDENT, TERMS, UPDATE, teacher=teacher))
+    placed = wrapping.place_params(params)
+    after = []
+    for frozen, stacked in ((params, True), (placed, False)):  # ``train.lower`` hands them over as they come
+        text = wrapping.steps.lower(state, frozen, examples, rows[:3]).compile().as_text()
+        assert ("f32[3,12,20]" in text) == stacked
+        after.append(wrapping.steps(wrapping.place_state(state), frozen, examples, rows[:3])[0].params)
+    jax.tree.map(np.testing.assert_array_equal, *after)
+    both = wrapping.place_params(Frozen(params, params))
+    assert jax.tree.structure(both) == jax.tree.structure(Frozen(placed, params))
 
 
 @pytest.mark.parametrize("name", ["mesh_2x2x2", "pmap", "chunked_pmap"])

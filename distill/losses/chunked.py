@@ -191,10 +191,10 @@ def _total(loss, sizes, hidden, head, teacher, labels, mask):
         return _sums(loss(head.finish(s), t, of_labels), counts)
 
     def one(total, h, *rest):
-        def rows(total, inputs):
-            return _add(total, part(*inputs)), None
+        def rows(total, s, *inputs):
+            return _add(total, part(s, *inputs)), None
 
-        return _by_rows(rows, sizes, total, (product(h, kernel), *rest))[0]
+        return _by_rows(rows, sizes, total, product(h, kernel), rest)[0]
 
     return _loop(one, lambda h, *rest: part(product(h, kernel), *rest), sizes[0], hidden, teacher, labels, mask)
 
@@ -211,16 +211,17 @@ def _forward(loss, sizes, hidden, head, teacher, labels, mask):
 
         total, pullback, aux = jax.vjp(finish, s, head.bias, has_aux=True)
         gradient, bias = pullback(jnp.float32(1.0))
-        return ((total, aux), bias), gradient.astype(hidden.dtype)
+        return ((total, aux), bias), gradient
 
     def one(carry, h, t, of_labels, counts, index):
         sums, by_hidden, by_kernel = carry
 
-        def rows(total, inputs):
-            values, gradient = part(*inputs)
+        def rows(total, s, *inputs):
+            values, gradient = part(s, *inputs)
             return _add(total, values), gradient
 
-        sums, gradient = _by_rows(rows, sizes, sums, (product(h, kernel), t, of_labels, counts))
+        sums, gradient = _by_rows(rows, sizes, sums, product(h, kernel), (t, of_labels, counts))
+        gradient = gradient.astype(h.dtype)
         by_h = jnp.einsum("nv,dv->nd", gradient, kernel, preferred_element_type=jnp.float32)
         by_hidden = by_hidden.at[index].set(by_h.astype(hidden.dtype), mode="drop", unique_indices=True)
         transposed = jax.lax.optimization_barrier(h.T)  # a copy of h alone: XLA's CPU products are a fifth faster
@@ -236,14 +237,21 @@ def _forward(loss, sizes, hidden, head, teacher, labels, mask):
     return sums, (by_hidden, gradient, jax.tree.map(lambda x: x[:0], head))
 
 
-def _by_rows(function, sizes, carry, inputs):
-    """``carry, outputs = function(carry, inputs)`` over the rows of a chunk, some at a time."""
+def _by_rows(function, sizes, carry, s, inputs):
+    """``carry, new = function(carry, s, *inputs)`` over a chunk, some rows at a time; new takes the place of s."""
     chunk_size, rows = sizes
     if rows == chunk_size:
-        return function(carry, inputs)
+        return function(carry, s, *inputs)
     parts = jax.tree.map(lambda x: x.reshape(chunk_size // rows, rows, *x.shape[1:]), inputs)
-    carry, outputs = jax.lax.scan(function, carry, parts)
-    return carry, jax.tree.map(lambda x: x.reshape(chunk_size, *x.shape[2:]), outputs)
+
+    def some(state, part):
+        (carry, s), (i, inputs) = state, part
+        # the barrier: one copy of the rows, near, for all that read them
+        rows_of_s, inputs = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(s, i * rows, rows), inputs))
+        carry, new = function(carry, rows_of_s, *inputs)
+        return (carry, s if new is None else jax.lax.dynamic_update_slice_in_dim(s, new, i * rows, axis=0)), None
+
+    return jax.lax.scan(some, (carry, s), (jnp.arange(chunk_size // rows), parts))[0]
 
 
 def _backward(loss, sizes, kept, cotangent):

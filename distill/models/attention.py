@@ -155,27 +155,25 @@ def in_blocks(
     groups = k_BGSK.shape[1]
     scale = size**-0.5 if scale is None else scale
     block = max(64, 8 * -(-length // 32)) if block is None else block
-    # One leading axis: XLA's CPU backend multiplies [N, l, k] x [N, k, s] faster than any other form of it.
+    # One leading axis; keys as they are, since XLA's CPU backend turns them itself and their gradient needs no turn.
     q_NRLK = (q_BHLK * jnp.asarray(scale, q_BHLK.dtype)).reshape(batch * groups, heads // groups, length, size)
-    # The barrier is for its gradient: the blocks' parts are added up before they are turned back, not after.
-    k_NKS = jax.lax.optimization_barrier(k_BGSK.reshape(batch * groups, length, size).swapaxes(1, 2))
-    v_NSK = v_BGSK.reshape(batch * groups, length, size)
+    k_NSK, v_NSK = (x.reshape(batch * groups, length, size) for x in (k_BGSK, v_BGSK))
 
     def one(start: int, end: int) -> Array:
         """The values of queries ``start … end``."""
         rows = q_NRLK[:, :, start:end].reshape(batch * groups, -1, size)
-        scores = _dot(rows, k_NKS[:, :, :end]).reshape(batch, heads, end - start, end)
+        scores = _dot(rows, k_NSK[:, :end], summed=2).reshape(batch, heads, end - start, end)
         scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
         scores = jnp.where(mask_BLS[:, None, start:end, :end], scores, jnp.finfo(jnp.float32).min)
         scores = scores.reshape(batch * groups, -1, end)
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        mixed = _dot(weights.astype(v_NSK.dtype), v_NSK[:, :end]) / jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = _dot(weights.astype(v_NSK.dtype), v_NSK[:, :end], summed=1) / jnp.sum(weights, axis=-1, keepdims=True)
         return mixed.astype(v_NSK.dtype).reshape(batch * groups, -1, end - start, size)
 
     blocks = [one(start, min(start + block, length)) for start in range(0, length, block)]
     return jnp.concatenate(blocks, axis=2).reshape(batch, heads, length, size)
 
 
-def _dot(a_NMK: Array, b_NKS: Array) -> Array:
-    """The batched product, accumulated in float32."""
-    return jax.lax.dot_general(a_NMK, b_NKS, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+def _dot(a_NMK: Array, b: Array, summed: int) -> Array:
+    """The batched product over the last axis of a and axis ``summed`` of b, accumulated in float32."""
+    return jax.lax.dot_general(a_NMK, b, (((2,), (summed,)), ((0,), (0,))), preferred_element_type=jnp.float32)

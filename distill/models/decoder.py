@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from distill.head import Head
+from distill.models.attention import as_matrices
 from distill.models.collect import collected, empty, slots_of
 from distill.models.config import DecoderConfig
 from distill.models.layers import Block, Norm
@@ -94,7 +95,10 @@ class Decoder(nn.Module):
 
     def unembed(self, hidden_BLD: Array) -> Array:
         """Logits ``[..., V]``; the matmul accumulates in float32."""
-        return _head(self.config, self.embedding.T if self.config.tied else self.head).logits(hidden_BLD)
+        head = _head(self.config, self.embedding.T if self.config.tied else self.head)
+        if not as_matrices():
+            return head.logits(hidden_BLD)
+        return head.logits(hidden_BLD.reshape(-1, self.config.width)).reshape(*hidden_BLD.shape[:-1], -1)
 
 
 def _head(config: DecoderConfig, kernel: Array) -> Head:

@@ -189,7 +189,11 @@ class MLP(nn.Module):
             shape, axes = (c.width, c.feed_forward), ("embed", "mlp")
             return Projection("bld,df->blf", shape, axes, c.width, bias_axes, name=name)(x_BLD)
 
-        y_BLF = activation(widen("gate")) * widen("up") if c.gated else activation(widen("up"))
+        names, inner = ("up",), activation
+        if c.gated:
+            names, inner = ("gate", "up"), lambda gate, up: activation(gate) * up
+        # again in the backward pass: sooner done than writing down what the activation keeps, and reading it
+        y_BLF = jax.checkpoint(inner)(*map(widen, names))
         shape, axes = (c.feed_forward, c.width), ("mlp", "embed")
         return Projection("blf,fd->bld", shape, axes, c.feed_forward, bias_axes, name="down")(y_BLF)
 

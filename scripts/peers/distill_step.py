@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from step_worker import TASK, turns
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from distill import parallel
 from distill.data.loader import Batch
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, terms_of
@@ -23,7 +23,7 @@ def model(layers, width):
 
 
 def main():
-    """A step in every turn."""
+    """Two steps in every turn."""
     student, teacher = model(*TASK["student"]), model(*TASK["teacher"])
     update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
     step = make_train_step(student, terms_of(ObjectiveConfig(temperature=2.0)), update, teacher=teacher)
@@ -36,11 +36,12 @@ def main():
         positions=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
         segments=np.ones(shape, np.int32),
     )
-    batch = jax.tree.map(jnp.asarray, batch)
-    state = init_state(student.init(jax.random.key(0)), update)
-    teacher_params, program = teacher.init(jax.random.key(1)), jax.jit(step, donate_argnums=0)
+    wrapping = parallel.one_device(step)
+    batches = wrapping.place_rows(jax.tree.map(lambda x: x[None], batch))
+    state = wrapping.place_state(init_state(student.init(jax.random.key(0)), update))
+    teacher_params = wrapping.place_params(teacher.init(jax.random.key(1)))
     for _ in turns():
-        state, _ = program(state, teacher_params, batch)
+        state, _ = wrapping.steps(state, teacher_params, None, batches)
         jax.block_until_ready(state)
 
 

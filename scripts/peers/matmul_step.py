@@ -6,7 +6,7 @@ from step_worker import turns
 
 
 def main():
-    """The products in every turn."""
+    """The products, twice in every turn."""
     a, b = jnp.ones((2048, 512)), jnp.ones((512, 1536))
     product = jax.jit(jnp.matmul)
     for _ in turns():

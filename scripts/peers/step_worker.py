@@ -14,11 +14,15 @@ os.dup2(2, 1)  # what a library prints must not mix with the answers
 
 
 def turns(wait=lambda: None):
-    """Yields for every line of stdin; when asked for the next, answers seconds and the peak of resident memory in MB.
+    """Yields twice for every line of stdin; answers the second's seconds and the peak of resident memory in MB.
 
-    ``wait`` returns once everything that was dispatched is computed.
+    The first is a warm-up: while others had their turns, a machine may have taken back the memory that was free, and a
+    training does not pause for seconds between two steps. ``wait`` returns once everything that was dispatched is
+    computed.
     """
     for _ in sys.stdin:
+        yield
+        wait()
         start = time.perf_counter()
         yield
         wait()

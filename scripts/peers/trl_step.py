@@ -25,7 +25,7 @@ class Turns(TrainerCallback):
 
 
 def main():
-    """A step in every turn."""
+    """Two steps in every turn."""
     ids = torch.from_numpy(np.load(TASK["ids"])).long()[:, :-1]
     config = GKDConfig(
         output_dir=tempfile.mkdtemp(),

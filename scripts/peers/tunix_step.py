@@ -40,7 +40,7 @@ def labels(input_tokens, input_mask):
 
 
 def main():
-    """A step in every turn."""
+    """Two steps in every turn."""
     student, teacher = llama(*TASK["student"], 0), llama(*TASK["teacher"], 1)
     update = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.99, weight_decay=0.0))
     strategy = LogitStrategy(logits, logits, labels, temperature=2.0, alpha=0.5)
