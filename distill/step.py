@@ -116,7 +116,8 @@ def make_train_step(
         student_logits, teacher_logits = sides.logits(student, teacher, batch)
         pairs = evaluate_terms(terms, student_logits, teacher_logits, batch, weights)
         if teacher_logits is not None:
-            beside = _beside(student_logits, teacher_logits, jnp.where(batch.mask, batch.labels, 0))
+            both = (losses.select(x, batch.mask) for x in (student_logits, teacher_logits))  # as the terms do
+            beside = _beside(*both, jnp.where(batch.mask, batch.labels, 0))
             pairs |= {name: masked_sum(values, batch.mask, weights) for name, values in beside.items()}
         return total(terms, {name: value for name, (value, _) in pairs.items()}), pairs
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import sys
 
 import jax
 import jax.extend
@@ -20,6 +21,13 @@ from distill.losses.chunked import default_chunk_size
 from distill.parallel import ParallelConfig, make_mesh
 
 TOKENS, D, E, V = (4, 6), 8, 12, 19
+MODULE = sys.modules["distill.losses.chunked"]  # the package gives this name to its function
+
+
+@pytest.fixture(autouse=True)
+def few_logits_at_a_time(monkeypatch):
+    """As with many words: on a CPU the loss goes through a chunk by eight rows, where eight divide it."""
+    monkeypatch.setattr(MODULE, "CPU_LOGITS", 1)
 
 
 def task_and_kl(s, t, labels):
@@ -365,6 +373,13 @@ def test_every_head_is_its_definition():
         want = want * scale
         want = want if softcap is None else softcap * np.tanh(want / softcap)
         np.testing.assert_allclose(one.logits(jnp.asarray(hidden, jnp.float32)), want, rtol=1e-5, atol=1e-5)
+
+
+def test_how_many_rows_the_loss_takes_on_a_cpu(monkeypatch):
+    assert [MODULE._rows(size, V) for size in (512, 24, 20, 5)] == [8, 8, 20, 5]
+    monkeypatch.setattr(MODULE, "CPU_LOGITS", 2**18)
+    assert [MODULE._rows(512, words) for words in (49_152, 10**7, 32_000, 8_192, 512)] == [8, 8, 8, 32, 512]
+    assert MODULE._rows(48, 8_192) == 16
 
 
 def test_how_many_positions_a_chunk_has():

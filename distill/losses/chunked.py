@@ -12,7 +12,7 @@ no logit is computed twice: 6·D + 2·D' operations per token and word, the leas
 backward pass (``jax.checkpoint``, chunked losses of other libraries) costs 8·D + 4·D'.
 
 Matrix products want a whole chunk; what lies between them, the loss and its gradient, is a dozen passes over the logits
-and wants them in a cache. So on CPU the loss takes the rows of a chunk ``CPU_ROWS`` at a time.
+and wants them in a cache. So on CPU the loss takes a chunk some rows at a time, ``CPU_LOGITS`` of them.
 
 Tokens that do not count are sorted behind those that do, and the loop ends where counting ends: a batch that is half
 prompt costs half.
@@ -34,8 +34,8 @@ from distill.shapes import Array, Float, Mask
 
 PerPosition = Callable[[Any, Any, Any], Any]
 
-CPU_ROWS = 8
-"""Rows of logits in the loss at a time on CPU: the fastest at 49 152 words, and as fast as 16 at 8 192."""
+CPU_LOGITS = 2**18
+"""Logits of each side that are in the loss at a time on CPU: 32 rows of 8 192 words, 8 of 32 000 and more."""
 
 
 def chunked(
@@ -111,7 +111,7 @@ def chunked(
 
         teacher = None if teacher_hidden is None else (flat(teacher_hidden), teacher_head)
         size = min(chunk_size, max(tokens, 1))
-        rows = CPU_ROWS if platform == "cpu" and size % CPU_ROWS == 0 else size
+        rows = _rows(size, student_head.kernel.shape[1]) if platform == "cpu" else size
         return _total(loss, (size, rows), flat(student_hidden), student_head, teacher, flat(labels), flat(mask))
 
     if mesh is not None:
@@ -158,6 +158,12 @@ def default_chunk_size(vocab_size: int, platform: str | None = None) -> int:
     return int(np.clip(2 ** round(math.log2(logits / vocab_size)), least, most))
 
 
+def _rows(size: int, vocab_size: int) -> int:
+    """Of a chunk, how many rows the loss takes at a time on CPU; they divide it, and are eight at least."""
+    rows = math.gcd(size, max(8, 2 ** int(math.log2(CPU_LOGITS / vocab_size))))
+    return rows if rows >= 8 else size
+
+
 def _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, chunk_size):
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunked: chunk_size={chunk_size}; expected at least 1, or None.")
@@ -191,10 +197,10 @@ def _total(loss, sizes, hidden, head, teacher, labels, mask):
         return _sums(loss(head.finish(s), t, of_labels), counts)
 
     def one(total, h, *rest):
-        def rows(total, s, *inputs):
-            return _add(total, part(s, *inputs)), None
+        def rows(total, inputs):
+            return _add(total, part(*inputs)), None
 
-        return _by_rows(rows, sizes, total, product(h, kernel), rest)[0]
+        return _by_rows(rows, sizes, total, (product(h, kernel), *rest))[0]
 
     return _loop(one, lambda h, *rest: part(product(h, kernel), *rest), sizes[0], hidden, teacher, labels, mask)
 
@@ -211,17 +217,16 @@ def _forward(loss, sizes, hidden, head, teacher, labels, mask):
 
         total, pullback, aux = jax.vjp(finish, s, head.bias, has_aux=True)
         gradient, bias = pullback(jnp.float32(1.0))
-        return ((total, aux), bias), gradient
+        return ((total, aux), bias), gradient.astype(hidden.dtype)
 
     def one(carry, h, t, of_labels, counts, index):
         sums, by_hidden, by_kernel = carry
 
-        def rows(total, s, *inputs):
-            values, gradient = part(s, *inputs)
+        def rows(total, inputs):
+            values, gradient = part(*inputs)
             return _add(total, values), gradient
 
-        sums, gradient = _by_rows(rows, sizes, sums, product(h, kernel), (t, of_labels, counts))
-        gradient = gradient.astype(h.dtype)
+        sums, gradient = _by_rows(rows, sizes, sums, (product(h, kernel), t, of_labels, counts))
         by_h = jnp.einsum("nv,dv->nd", gradient, kernel, preferred_element_type=jnp.float32)
         by_hidden = by_hidden.at[index].set(by_h.astype(hidden.dtype), mode="drop", unique_indices=True)
         transposed = jax.lax.optimization_barrier(h.T)  # a copy of h alone: XLA's CPU products are a fifth faster
@@ -237,21 +242,14 @@ def _forward(loss, sizes, hidden, head, teacher, labels, mask):
     return sums, (by_hidden, gradient, jax.tree.map(lambda x: x[:0], head))
 
 
-def _by_rows(function, sizes, carry, s, inputs):
-    """``carry, new = function(carry, s, *inputs)`` over a chunk, some rows at a time; new takes the place of s."""
+def _by_rows(function, sizes, carry, inputs):
+    """``carry, outputs = function(carry, inputs)`` over the rows of a chunk, some at a time."""
     chunk_size, rows = sizes
     if rows == chunk_size:
-        return function(carry, s, *inputs)
+        return function(carry, inputs)
     parts = jax.tree.map(lambda x: x.reshape(chunk_size // rows, rows, *x.shape[1:]), inputs)
-
-    def some(state, part):
-        (carry, s), (i, inputs) = state, part
-        # the barrier: one copy of the rows, near, for all that read them
-        rows_of_s, inputs = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(s, i * rows, rows), inputs))
-        carry, new = function(carry, rows_of_s, *inputs)
-        return (carry, s if new is None else jax.lax.dynamic_update_slice_in_dim(s, new, i * rows, axis=0)), None
-
-    return jax.lax.scan(some, (carry, s), (jnp.arange(chunk_size // rows), parts))[0]
+    carry, outputs = jax.lax.scan(function, carry, parts)
+    return carry, jax.tree.map(lambda x: x.reshape(chunk_size, *x.shape[2:]), outputs)
 
 
 def _backward(loss, sizes, kept, cotangent):
