@@ -265,7 +265,7 @@ def _one_by_one(frozen: Params | Frozen | None) -> Any:
 
     def apart(path, x: Array):
         inside = any(getattr(key, "key", None) == "layers" for key in path)
-        return _Layers(tuple(np.asarray(x))) if inside and in_a_row(x.shape[0], "none") > 1 else x
+        return _Layers(tuple(np.asarray(x))) if inside and x.ndim and in_a_row(x.shape[0], "none") > 1 else x
 
     return jax.tree_util.tree_map_with_path(apart, frozen)
 

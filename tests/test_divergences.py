@@ -231,6 +231,7 @@ def test_one_sided_zero():
     whole, part = jnp.array([0.3, -0.2, 1.0]), jnp.array([0.5, 0.1, -jnp.inf])
     assert losses.forward_kl(part, whole) == jnp.inf
     assert losses.reverse_kl(whole, part) == jnp.inf
+    assert losses.forward_kl(part, whole.at[2].set(-200.0)) == jnp.inf  # a probability below any float, and not none
     assert np.all(np.isfinite(gradient(losses.forward_kl, part, whole)))
     pairs = (
         (losses.forward_kl, reference.forward_kl, whole, part),

@@ -51,7 +51,8 @@ def _kl_and_probs(a: Logits, b: Logits) -> tuple[Nats, Array, Array, Array]:
     exp_a, exp_b = jnp.exp(a), jnp.exp(b)
     sum_a, sum_b = (jnp.sum(x, axis=-1, keepdims=True) for x in (exp_a, exp_b))
     difference = jnp.where(a == -jnp.inf, 0.0, a - b)
-    mean = jnp.sum(exp_a * difference, axis=-1) / sum_a[..., 0]
+    terms = jnp.where(difference == jnp.inf, jnp.inf, exp_a * difference)  # also where exp_a is too small for a float
+    mean = jnp.sum(terms, axis=-1) / sum_a[..., 0]
     return mean + jnp.log(sum_b / sum_a)[..., 0], exp_a / sum_a, exp_b / sum_b, difference
 
 
