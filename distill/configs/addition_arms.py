@@ -31,5 +31,5 @@ def get_config() -> ProtocolConfig:
 def student(width: int, feed_forward: int, steps: int) -> Recipe:
     """A two-layer student and its training."""
     model = DecoderConfig(vocab_size=14, layers=2, width=width, heads=2, feed_forward=feed_forward)
-    rate = OptimizerConfig(learning_rate=1e-2, warmup_steps=100)
+    rate = OptimizerConfig(learning_rate=5e-3, warmup_steps=100, weight_decay=0.1)
     return Recipe(model, TrainingConfig(steps=steps, evaluate_every=500, save_every=steps, optimizer=rate))
