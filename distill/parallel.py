@@ -258,7 +258,8 @@ def _one_by_one(frozen: Params | Frozen | None) -> Any:
     """The teacher with its layers apart, where they will be written out one after the other (``in_a_row``).
 
     XLA's CPU backend copies a layer out of a stack before it multiplies by it, all of the teacher in every step.
-    ``_stacked`` puts them together again: of that nothing is left in the compiled step.
+    ``_stacked`` puts them together again: of that nothing is left in the compiled step. A student's frozen part stays
+    as it is: its layers may be computed again (remat), and are then a loop.
     """
     if isinstance(frozen, Frozen):
         return frozen._replace(teacher=_one_by_one(frozen.teacher))
