@@ -1,5 +1,6 @@
 """The addition data: every pair once, never on both sides, loss on the answer and nothing else."""
 
+import concurrent.futures
 import dataclasses
 import os
 import subprocess
@@ -203,6 +204,15 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
     assert first == second
     module.load(config, tmp_path / "first")  # a third time only reads
     assert contents(tmp_path / "first") == second
+
+
+def test_several_may_prepare_at_once(tmp_path):
+    """Two runs started together on a new machine: one writes the examples, the others wait for them."""
+    config = AdditionConfig(digits=1)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: module.load(config, tmp_path)["train"].tokens, range(4)))
+    for tokens in found:
+        np.testing.assert_array_equal(tokens, encode(config, pairs(config)["train"]).tokens)
 
 
 def test_other_settings_are_stored_elsewhere(tmp_path):

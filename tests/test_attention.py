@@ -64,6 +64,17 @@ def test_blocks_are_the_whole(options):
         assert np.abs(ours - whole).max() < 5e-6 * np.abs(whole).max()
 
 
+def test_a_hidden_key_has_no_part_however_large_its_score():
+    q, k, v, mask = drawn(length=8)
+    k[1, :, 3], mask = k[1, :, 3] * 1e6, np.array(mask)
+    mask[1, 4:, 3], mask[0, 5] = False, False
+    out = in_blocks(q, k, v, jnp.asarray(mask), block=4)
+    want = plain(q[1:, :, 4:], k[1:], v[1:], mask[1:, 4:])
+    assert np.abs(out[1:, :, 4:] - want).max() < 2e-6
+    mean = np.repeat(v[0].mean(axis=1), 2, axis=0)  # a query that sees nothing: all keys alike, and no NaN
+    assert np.abs(out[0, :, 5] - mean).max() < 1e-6
+
+
 def test_blocks_see_no_later_key():
     q, k, v, _ = drawn(length=8)
     k[:, :, 4:], v[:, :, 4:] = np.nan, np.nan

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill import processes
+from distill.data import once
 from distill.data.loader import Batch, shift
 from distill.tokenizer import CharacterTokenizer
 
@@ -216,10 +216,7 @@ def load(config: AdditionConfig, data_dir: str | Path | None = None) -> dict[str
     Returns:
       ``{"train": Examples, "test": Examples}``, disjoint as unordered pairs (asserted).
     """
-    with processes.first_goes_first("data"):  # a builder made before the rows are there does not find them
-        builder = _builder(config, data_dir)
-        builder.download_and_prepare()
-    sides = {}
+    builder, sides = once.prepared(lambda: _builder(config, data_dir)), {}
     for side in ("train", "test"):
         source = builder.as_data_source(split=side)
         everything = source.__getitems__(range(len(source)))  # what Grain reads one by one, in half the time

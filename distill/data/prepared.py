@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from distill import processes
-from distill.data import text
+from distill.data import once, text
 from distill.data.packing import Rows, Summary, pack
 from distill.data.text import SIDES, Side, TextDataConfig
 from distill.tokenizer import TextTokenizer
@@ -83,10 +82,7 @@ def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
 
 def ready(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
     """The builder, its rows written: by the first process, or by each where they share no folder."""
-    with processes.first_goes_first("data"):  # a builder made before the rows are there does not find them
-        prepared = builder(config, tokenizer, data_dir)
-        prepared.download_and_prepare()
-    return prepared
+    return once.prepared(lambda: builder(config, tokenizer, data_dir))
 
 
 def _check_some(summary: Summary, config: TextDataConfig, side: str) -> None:

@@ -8,9 +8,12 @@ from jax.sharding import PartitionSpec
 
 from distill.shapes import Array
 
-BLOCKED_FROM = 128
-"""Tokens from which on, on a CPU, causal attention goes block by block: there 1.4 to 3 times as fast, with gradients,
-as all scores at once; at 64 the gain is small, at 32 there is none (``scripts/benchmark.py attention``)."""
+BLOCKED_FROM = 32
+"""Tokens from which on, on a CPU, causal attention goes block by block: with gradients 1.1 times as fast as all scores
+at once there, 1.4 times at 128, twice at 512 (``scripts/benchmark.py attention``); an addition's 9 take longer."""
+
+HIDDEN = -1e30
+"""What is added to the score of a key that is not to be seen: nothing is left of the score, and of the exponential."""
 
 FUSED_FROM = 256
 """Tokens from which on, on a GPU, causal attention is one kernel: on an H100, with gradients, 1.14 times as fast as all
@@ -149,29 +152,37 @@ def in_blocks(
 
     For n blocks, (n + 1) / 2n of the multiplications. Exponentials go into the product with the values as they are;
     the sum divides what comes out, K numbers a query instead of S. No gradient flows through the subtracted maximum:
-    the quotient does not depend on it. ``block`` None: four blocks, of at least 64 queries and whole eights.
+    the quotient does not depend on it. The mask is added, not selected by: then XLA's CPU backend makes one kernel of
+    products, mask and softmax, and without gradients no score is ever written. ``block`` None: eight blocks, of at
+    least 128 queries and whole eights.
     """
     batch, heads, length, size = q_BHLK.shape
     groups = k_BGSK.shape[1]
     scale = size**-0.5 if scale is None else scale
-    block = max(64, 8 * -(-length // 32)) if block is None else block
+    block = max(128, 8 * -(-length // 64)) if block is None else block
     # One leading axis; keys as they are, since XLA's CPU backend turns them itself and their gradient needs no turn.
     q_NRLK = (q_BHLK * jnp.asarray(scale, q_BHLK.dtype)).reshape(batch * groups, heads // groups, length, size)
     k_NSK, v_NSK = (x.reshape(batch * groups, length, size) for x in (k_BGSK, v_BGSK))
+    hidden_BLS = jnp.where(mask_BLS, 0.0, HIDDEN)
 
     def one(start: int, end: int) -> Array:
         """The values of queries ``start … end``."""
         rows = q_NRLK[:, :, start:end].reshape(batch * groups, -1, size)
-        scores = _dot(rows, k_NSK[:, :end], summed=2).reshape(batch, heads, end - start, end)
+        scores = _dot(rows, k_NSK[:, :end], summed=2)
         scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-        scores = jnp.where(mask_BLS[:, None, start:end, :end], scores, jnp.finfo(jnp.float32).min)
-        scores = scores.reshape(batch * groups, -1, end)
+        scores = scores + _for_every_head(hidden_BLS[:, start:end, :end], heads, groups)
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         mixed = _dot(weights.astype(v_NSK.dtype), v_NSK[:, :end], summed=1) / jnp.sum(weights, axis=-1, keepdims=True)
         return mixed.astype(v_NSK.dtype).reshape(batch * groups, -1, end - start, size)
 
     blocks = [one(start, min(start + block, length)) for start in range(0, length, block)]
     return jnp.concatenate(blocks, axis=2).reshape(batch, heads, length, size)
+
+
+def _for_every_head(x_BLS: Array, heads: int, groups: int) -> Array:
+    """``[B·G, R·L, S]``: the same for all heads, in the shape that scores have when they come out of a product."""
+    batch, *shape = x_BLS.shape
+    return jnp.broadcast_to(x_BLS[:, None], (batch, heads, *shape)).reshape(batch * groups, -1, shape[-1])
 
 
 def _dot(a_NMK: Array, b: Array, summed: int) -> Array:

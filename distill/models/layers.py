@@ -184,10 +184,12 @@ class MLP(nn.Module):
     def __call__(self, x_BLD: Array) -> Array:
         c = self.config
         bias_axes, activation = int(c.mlp_bias), ACTIVATIONS[c.activation]
+        rows = "n" if as_matrices() else "bl"
+        x = x_BLD.reshape(-1, c.width) if as_matrices() else x_BLD
 
         def widen(name: str) -> Array:
             shape, axes = (c.width, c.feed_forward), ("embed", "mlp")
-            return Projection("bld,df->blf", shape, axes, c.width, bias_axes, name=name)(x_BLD)
+            return Projection(f"{rows}d,df->{rows}f", shape, axes, c.width, bias_axes, name=name)(x)
 
         names, inner = ("up",), activation
         if c.gated:
@@ -195,7 +197,8 @@ class MLP(nn.Module):
         # again in the backward pass: sooner done than writing down what the activation keeps, and reading it
         y_BLF = jax.checkpoint(inner)(*map(widen, names))
         shape, axes = (c.feed_forward, c.width), ("mlp", "embed")
-        return Projection("blf,fd->bld", shape, axes, c.feed_forward, bias_axes, name="down")(y_BLF)
+        y = Projection(f"{rows}f,fd->{rows}d", shape, axes, c.feed_forward, bias_axes, name="down")(y_BLF)
+        return y.reshape(x_BLD.shape)
 
 
 class Block(nn.Module):
