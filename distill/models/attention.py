@@ -10,7 +10,7 @@ from distill.shapes import Array
 
 BLOCKED_FROM = 32
 """Tokens from which on, on a CPU, causal attention goes block by block: with gradients 1.1 times as fast as all scores
-at once there, 1.4 times at 128, twice at 512 (``scripts/benchmark.py attention``); an addition's 9 take longer."""
+at once there, 1.4 times at 128, twice at 512 (``scripts/benchmark.py attention``)."""
 
 HIDDEN = -1e30
 """What is added to the score of a key that is not to be seen: nothing is left of the score, and of the exponential."""
