@@ -19,6 +19,7 @@ from distill.data.loader import Batch
 from distill.features import FeatureTerm, collect_of
 from distill.losses.reduce import Pair, masked_sum
 from distill.models import EncoderConfig
+from distill.models.attention import as_matrices
 from distill.models.factors import joined
 from distill.models.model import Collect, Model, Output, Routing
 from distill.objective import (
@@ -26,7 +27,6 @@ from distill.objective import (
     RouterTerm,
     Term,
     Terms,
-    evaluate_terms,
     per_position,
     position_weights,
     terms_at,
@@ -114,11 +114,11 @@ def make_train_step(
     def whole(terms, sides: _Sides, batch: Batch, weights: Array | None) -> tuple[Array, Metrics]:
         """Σ weight · sum of the terms, and sums, from all logits at once."""
         student_logits, teacher_logits = sides.logits(student, teacher, batch)
-        pairs = evaluate_terms(terms, student_logits, teacher_logits, batch, weights)
-        if teacher_logits is not None:
-            both = (losses.select(x, batch.mask) for x in (student_logits, teacher_logits))  # as the terms do
-            beside = _beside(*both, jnp.where(batch.mask, batch.labels, 0))
-            pairs |= {name: masked_sum(values, batch.mask, weights) for name, values in beside.items()}
+        mask, labels = _in_a_row(batch.mask), _in_a_row(jnp.where(batch.mask, batch.labels, 0))
+        nats = per_position(terms, student_logits, teacher_logits, labels)
+        nats |= {} if teacher_logits is None else _beside(student_logits, teacher_logits, labels)
+        weights = None if weights is None else _in_a_row(weights)
+        pairs = {name: masked_sum(values, mask, weights) for name, values in nats.items()}
         return total(terms, {name: value for name, (value, _) in pairs.items()}), pairs
 
     def in_chunks(terms, sides: _Sides, batch: Batch, weights: Array | None) -> tuple[Array, Metrics]:
@@ -203,11 +203,23 @@ class _Sides(NamedTuple):
     of_teacher: Output | None
 
     def logits(self, student: Model, teacher: Model | None, batch: Batch) -> tuple[Array, Array | None]:
-        """All logits of the student, and of the teacher: live, stored, or none."""
-        of_student = student.unembed(self.student_params, self.of_student.hidden)
-        if self.of_teacher is None:
-            return of_student, batch.teacher_logits
-        return of_student, teacher.unembed(self.teacher_params, self.of_teacher.hidden)
+        """All logits of the student, and of the teacher: live, stored, or none; finite where nothing counts."""
+
+        def of(model: Model, params: Params, hidden: Array) -> Array:
+            if model.head is None:
+                return _in_a_row(losses.select(model.unembed(params, hidden), batch.mask))
+            return model.unembed(params, _in_a_row(losses.select(hidden, batch.mask)))  # a head is finite at 0
+
+        of_student = of(student, self.student_params, self.of_student.hidden)
+        if self.of_teacher is not None:
+            return of_student, of(teacher, self.teacher_params, self.of_teacher.hidden)
+        stored = batch.teacher_logits
+        return of_student, None if stored is None else _in_a_row(losses.select(stored, batch.mask))
+
+
+def _in_a_row(x: Array) -> Array:
+    """``[B, L, …] -> [B·L, …]`` on a CPU, where losses of a few words then take two thirds of the time."""
+    return x.reshape(-1, *x.shape[2:]) if as_matrices() else x
 
 
 def _forward(

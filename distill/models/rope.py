@@ -54,7 +54,7 @@ def turns_of(size: int, positions_BL: Array, theta: float, scaling: RopeScaling 
     """
     half = size // 2
     if scaling.kind == "none":
-        frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        frequency = jnp.asarray(theta ** (-np.arange(half) / half), jnp.float32)
     elif scaling.kind == "dynamic":
         frequency = _dynamic(half, positions_BL, theta, scaling)
     elif scaling.kind == "longrope":
@@ -73,7 +73,7 @@ def _apart(x: Array) -> Array:
     Where a lone layer is no loop, cosines and sines would else be computed again in every head, forwards and backwards:
     a sixth of the step of a tiny student.
     """
-    return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if platform() == "cpu" else x
+    return x @ np.eye(x.shape[-1], dtype=x.dtype) if platform() == "cpu" else x
 
 
 def choose(local: Array, turns: Sequence[Turns]) -> Turns:
