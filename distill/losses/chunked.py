@@ -200,7 +200,7 @@ def _total(loss, sizes, hidden, head, teacher, labels, mask):
         def rows(total, inputs):
             return _add(total, part(*inputs)), None
 
-        return _by_rows(rows, sizes, total, product(h, kernel), *rest)[0]
+        return _by_rows(rows, sizes, total, (product(h, kernel), *rest))[0]
 
     return _loop(one, lambda h, *rest: part(product(h, kernel), *rest), sizes[0], hidden, teacher, labels, mask)
 
@@ -226,8 +226,7 @@ def _forward(loss, sizes, hidden, head, teacher, labels, mask):
             values, gradient = part(*inputs)
             return _add(total, values), gradient
 
-        sums, gradient = _by_rows(rows, sizes, sums, product(h, kernel), t, of_labels, counts)
-        gradient = gradient.astype(h.dtype)
+        sums, gradient = _by_rows(rows, sizes, sums, (product(h, kernel), t, of_labels, counts))
         by_h = jnp.einsum("nv,dv->nd", gradient, kernel, preferred_element_type=jnp.float32)
         by_hidden = by_hidden.at[index].set(by_h.astype(hidden.dtype), mode="drop", unique_indices=True)
         transposed = jax.lax.optimization_barrier(h.T)  # a copy of h alone: XLA's CPU products are a fifth faster
@@ -243,25 +242,14 @@ def _forward(loss, sizes, hidden, head, teacher, labels, mask):
     return sums, (by_hidden, gradient, jax.tree.map(lambda x: x[:0], head))
 
 
-def _by_rows(function, sizes, carry, logits, *rest):
-    """``carry, outputs = function(carry, (logits, *rest))`` over the rows of a chunk, some at a time.
-
-    Outputs, if any, take the place of the logits they come from: no second array is filled, with zeros first.
-    """
+def _by_rows(function, sizes, carry, inputs):
+    """``carry, outputs = function(carry, inputs)`` over the rows of a chunk, some at a time."""
     chunk_size, rows = sizes
     if rows == chunk_size:
-        return function(carry, (logits, *rest))
-
-    def some(i, both):
-        carry, written = both
-        parts = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * rows, rows), (written, *rest))
-        carry, outputs = function(carry, parts)
-        if outputs is None:
-            return carry, written
-        outputs = outputs.astype(written.dtype)
-        return carry, jax.lax.dynamic_update_slice_in_dim(written, outputs, i * rows, axis=0)
-
-    return jax.lax.fori_loop(0, chunk_size // rows, some, (carry, logits))
+        return function(carry, inputs)
+    parts = jax.tree.map(lambda x: x.reshape(chunk_size // rows, rows, *x.shape[1:]), inputs)
+    carry, outputs = jax.lax.scan(function, carry, parts)
+    return carry, jax.tree.map(lambda x: x.reshape(chunk_size, *x.shape[2:]), outputs)
 
 
 def _backward(loss, sizes, kept, cotangent):
