@@ -206,9 +206,10 @@ class _Sides(NamedTuple):
         """All logits of the student, and of the teacher: live, stored, or none; finite where nothing counts."""
 
         def of(model: Model, params: Params, hidden: Array) -> Array:
-            if model.head is None:
-                return _in_a_row(losses.select(model.unembed(params, hidden), batch.mask))
-            return model.unembed(params, _in_a_row(losses.select(hidden, batch.mask)))  # a head is finite at 0
+            if model.head is not None:
+                return model.unembed(params, _in_a_row(losses.select(hidden, batch.mask)))
+            hidden = jnp.where(batch.mask[..., None], hidden, 1.0)  # not 0, where dividing by a norm has no slope
+            return _in_a_row(losses.select(model.unembed(params, hidden), batch.mask))
 
         of_student = of(student, self.student_params, self.of_student.hidden)
         if self.of_teacher is not None:

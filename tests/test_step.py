@@ -1,5 +1,7 @@
 """The train step: what it averages over, what it never sees, and that the teacher stays as it was."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -180,6 +182,21 @@ def test_garbage_in_padding_changes_nothing(step, state, teacher_params, filler)
     clean, dirty = padded_rows(), padded_rows(filler=filler)
     assert np.any(clean.inputs != dirty.inputs) and np.any(clean.labels != dirty.labels)
     assert_same_bits(step(state, teacher_params, dirty), step(state, teacher_params, clean))
+
+
+# Before the head, or behind it where the head is not known: 0 · NaN would be NaN in the head's gradient.
+@pytest.mark.parametrize("known_head", [True, False])
+def test_states_that_are_nan_where_nothing_counts_change_nothing(step, state, teacher_params, batch, known_head):
+    def spoilt(model):
+        def apply(*args, **options):
+            output = model.apply(*args, **options)
+            return output._replace(hidden=jnp.where(batch.mask[..., None], output.hidden, jnp.nan))
+
+        return dataclasses.replace(model, apply=apply, head=model.head if known_head else None)
+
+    assert not batch.mask.all()
+    dirty = jax.jit(make_train_step(spoilt(STUDENT), TERMS, SGD, teacher=spoilt(TEACHER)))
+    assert_close(dirty(state, teacher_params, batch), step(state, teacher_params, batch), rtol=1e-6, atol=1e-7)
 
 
 def test_masked_labels_may_be_anything(step, state, teacher_params, batch):
