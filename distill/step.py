@@ -114,10 +114,10 @@ def make_train_step(
     def whole(terms, sides: _Sides, batch: Batch, weights: Array | None) -> tuple[Array, Metrics]:
         """Σ weight · sum of the terms, and sums, from all logits at once."""
         student_logits, teacher_logits = sides.logits(student, teacher, batch)
-        mask, labels = _in_a_row(batch.mask), _in_a_row(jnp.where(batch.mask, batch.labels, 0))
+        mask, labels = _as_rows(batch.mask), _as_rows(jnp.where(batch.mask, batch.labels, 0))
         nats = per_position(terms, student_logits, teacher_logits, labels)
         nats |= {} if teacher_logits is None else _beside(student_logits, teacher_logits, labels)
-        weights = None if weights is None else _in_a_row(weights)
+        weights = None if weights is None else _as_rows(weights)
         pairs = {name: masked_sum(values, mask, weights) for name, values in nats.items()}
         return total(terms, {name: value for name, (value, _) in pairs.items()}), pairs
 
@@ -207,19 +207,19 @@ class _Sides(NamedTuple):
 
         def of(model: Model, params: Params, hidden: Array) -> Array:
             if model.head is not None:
-                return model.unembed(params, _in_a_row(losses.select(hidden, batch.mask)))
+                return model.unembed(params, _as_rows(losses.select(hidden, batch.mask)))
             hidden = jnp.where(batch.mask[..., None], hidden, 1.0)  # not 0, where dividing by a norm has no slope
-            return _in_a_row(losses.select(model.unembed(params, hidden), batch.mask))
+            return _as_rows(losses.select(model.unembed(params, hidden), batch.mask))
 
         of_student = of(student, self.student_params, self.of_student.hidden)
         if self.of_teacher is not None:
             return of_student, of(teacher, self.teacher_params, self.of_teacher.hidden)
         stored = batch.teacher_logits
-        return of_student, None if stored is None else _in_a_row(losses.select(stored, batch.mask))
+        return of_student, None if stored is None else _as_rows(losses.select(stored, batch.mask))
 
 
-def _in_a_row(x: Array) -> Array:
-    """``[B, L, …] -> [B·L, …]`` on a CPU, where losses of a few words then take two thirds of the time."""
+def _as_rows(x: Array) -> Array:
+    """``[B, L, …] -> [B·L, …]`` on a CPU, where losses of few words are quicker on matrices (``as_matrices``)."""
     return x.reshape(-1, *x.shape[2:]) if as_matrices() else x
 
 

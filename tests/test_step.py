@@ -184,7 +184,7 @@ def test_garbage_in_padding_changes_nothing(step, state, teacher_params, filler)
     assert_same_bits(step(state, teacher_params, dirty), step(state, teacher_params, clean))
 
 
-# Before the head, or behind it where the head is not known: 0 · NaN would be NaN in the head's gradient.
+# Chosen before the head, known or not: 0 · NaN would be NaN in the head's gradient.
 @pytest.mark.parametrize("known_head", [True, False])
 def test_states_that_are_nan_where_nothing_counts_change_nothing(step, state, teacher_params, batch, known_head):
     def spoilt(model):
