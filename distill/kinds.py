@@ -48,9 +48,21 @@ def experiment_in(run: Path) -> ModuleType:
     return importlib.import_module(_kind_in(run).experiment)
 
 
-def report_in(run: Path) -> ModuleType:
-    """The module that reports on a run folder."""
-    return importlib.import_module(_kind_in(run).report)
+def report_in(*runs: Path) -> ModuleType:
+    """The module that reports on run folders, which are all of one kind.
+
+    Raises:
+      ValueError: folders of two kinds, which no one page compares.
+    """
+    modules = {run: _kind_in(run).report for run in runs}
+    first, *others = modules
+    for run in others:
+        if modules[run] != modules[first]:
+            raise ValueError(
+                f"{first} and {run} are runs of two kinds ({modules[first]}, {modules[run]}); expected runs of one "
+                "kind, which a page can compare. Write a report of each: two commands."
+            )
+    return importlib.import_module(modules[first])
 
 
 def _kind_in(run: Path) -> Kind:

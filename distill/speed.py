@@ -51,3 +51,13 @@ def utilisation(flops_per_second: float, devices: int) -> dict[str, float]:
     """``flops_per_second`` and, where the devices' peak is known, ``mfu``, its share of that (arXiv 2204.02311)."""
     most = peak(jax.devices()[0].device_kind)
     return {"flops_per_second": flops_per_second} | ({"mfu": flops_per_second / (devices * most)} if most else {})
+
+
+def shown_share(share: float) -> str:
+    """As per cent; what one decimal rounds to nothing is said to be less than it.
+
+    Example:
+      >>> shown_share(0.453), shown_share(0.00002)
+      ('45.3%', '<0.1%')
+    """
+    return f"{share:.1%}" if share >= 0.001 else "<0.1%"

@@ -30,7 +30,7 @@ from distill.parallel import ParallelConfig, Wrapping
 from distill.profiling import Profile
 from distill.progress import Progress
 from distill.shapes import Params
-from distill.speed import flops_per_token, utilisation
+from distill.speed import flops_per_token, shown_share, utilisation
 from distill.step import Frozen, TrainState, init_state, make_train_step
 
 Evaluate = Callable[[Params], dict[str, float]]
@@ -274,7 +274,7 @@ class _Recorder:
         step = first + self.training.steps_per_dispatch
         speed = self._speed()
         self.writer.write("train", step, values | speed)
-        notes = f"{speed['mfu']:.1%} MFU" if "mfu" in speed else ""
+        notes = shown_share(speed["mfu"]) + " MFU" if "mfu" in speed else ""
         notes += f"  {self.skips.in_all} skipped" if self.skips.in_all else ""
         shown = {"loss": values.get("loss", np.nan), "tokens_per_second": speed["tokens_per_second"], "notes": notes}
         self.progress.update(step, **shown)

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     runs = options.parse_args(argv).run
     from distill.kinds import report_in
 
-    print(f"report: {report_in(runs[0]).write_report(runs)}")
+    print(f"report: {report_in(*runs).write_report(runs)}")
 
 
 if __name__ == "__main__":

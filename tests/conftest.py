@@ -20,7 +20,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiled programs outlive the session. One folder for each xdist worker: JAX writes entries in place, and a
 # neighbour could read half of one.
-CACHE = Path.home() / ".cache" / "distill" / "xla" / f"tests-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "xla"
+CACHE = _cache / f"tests-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

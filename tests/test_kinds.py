@@ -26,6 +26,16 @@ def test_a_run_folder_tells_its_kind(tmp_path):
     assert kinds.experiment_in(tmp_path / "nowhere").__name__ == "distill.experiment"  # which says what is missing
 
 
+def test_one_page_reports_on_runs_of_one_kind(tmp_path):
+    for name, config in (("a", Config()), ("b", Config()), ("c", SentenceConfig())):
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name, config)
+    a, b, c = (tmp_path / name for name in "abc")
+    assert kinds.report_in(a, b).__name__ == "distill.report" and kinds.report_in(c).__name__ != "distill.report"
+    with pytest.raises(ValueError, match="a and .*c are runs of two kinds .*Write a report of each"):
+        kinds.report_in(a, b, c)
+
+
 def test_a_run_folder_of_another_kind_is_not_written_over(tmp_path):
     write_config(tmp_path, SentenceConfig())
     before = (tmp_path / "config.json").read_bytes()
