@@ -95,6 +95,29 @@ def test_label_outside_the_vocabulary_is_loud(label):
     assert np.all(np.isnan(losses.cross_entropy(logits, jnp.full((2, 3), label))))
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16])
+def test_labels_of_few_bits_are_those_of_many(dtype):
+    logits, _ = case("large", jnp.float32, (4, 300))
+    labels = jnp.array([0, 7, 99, 127])
+    few = labels.astype(dtype)
+    np.testing.assert_array_equal(losses.cross_entropy(logits, few), losses.cross_entropy(logits, labels))
+    np.testing.assert_array_equal(gradient(logits, few), gradient(logits, labels))
+    assert np.all(np.isnan(losses.cross_entropy(logits, jnp.full(4, -1, dtype))))
+
+
+def test_derivatives_write_nothing_anew():
+    logits, labels = case("large", jnp.float32, (4, 32))
+    program = jax.jit(gradient).lower(logits, labels).compile().as_text()
+    assert "exponential" in program and "scatter" not in program
+    # forward mode, and the second order: diag(q) − q qᵀ, whatever the label
+    tangent = jnp.cos(logits)
+    slope = jax.jvp(lambda x: losses.cross_entropy(x, labels), (logits,), (tangent,))[1]
+    np.testing.assert_allclose(slope, jnp.sum(gradient(logits, labels) * tangent, axis=-1), rtol=1e-5, atol=1e-6)
+    q = np.asarray(jax.nn.softmax(logits[0]), np.float64)
+    hessian = jax.hessian(lambda x: losses.cross_entropy(x, labels[0]))(logits[0])
+    np.testing.assert_allclose(hessian, np.diag(q) - np.outer(q, q), atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1e-4}])
 def test_options_outside_their_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):

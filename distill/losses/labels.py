@@ -38,10 +38,26 @@ def cross_entropy(student_logits: Logits, labels: Labels, *, label_smoothing: fl
     high = jax.lax.stop_gradient(jnp.max(whole, axis=-1))
     logits = whole - high[..., None]  # before anything is subtracted, or large logits cost the nats their digits
     log_z = jnp.log(jnp.sum(jnp.exp(logits), axis=-1))  # one of the terms is 1
-    index = jnp.where(labels < 0, logits.shape[-1], labels)  # a negative label must not wrap round to a real word
+    index = labels.astype(jnp.int32)  # of eight bits, say, could not hold the number of words
+    index = jnp.where(index < 0, logits.shape[-1], index)  # a negative label must not wrap round to a real word
     # picked from the logits as they came: from ``logits``, XLA would write all of them down to pick one
-    picked = jnp.take_along_axis(whole, index[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0] - high
-    nats = log_z - picked
+    nats = log_z - (_pick(whole, index) - high)
     if label_smoothing:
         nats = (1.0 - label_smoothing) * nats + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
     return nats + z_loss * jnp.square(log_z + high) if z_loss else nats
+
+
+@jax.custom_jvp
+def _pick(x, index):
+    """``x[..., index]``, NaN beyond the last word; as a derivative a comparison with every word.
+
+    The derivative of a gather is a scatter, which XLA fuses with nothing: every gradient would be written once more.
+    """
+    return jnp.take_along_axis(x, index[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+
+
+@_pick.defjvp
+def _pick_jvp(primals, tangents):
+    x, index = primals
+    here = jax.lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index[..., None]
+    return _pick(x, index), jnp.sum(jnp.where(here, tangents[0], 0.0), axis=-1)
