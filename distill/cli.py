@@ -63,17 +63,21 @@ def parse_config(doc: str, argv: Sequence[str], **extra: Any) -> tuple[argparse.
     return known, config
 
 
+def compile_cache() -> Path:
+    """Where compiled programs are kept: ``$XDG_CACHE_HOME/distill/xla``, or the same under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "xla"
+
+
 def set_up_jax() -> None:
     """Joins the processes, if there are several (``distill/processes.py``), before anything else.
 
-    Compiled programs are kept in ``$XDG_CACHE_HOME/distill/xla`` and reused by later runs.
+    Compiled programs are kept in ``compile_cache()`` and reused by later runs.
     """
     import jax
 
     processes.start()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "xla"
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

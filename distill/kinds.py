@@ -54,15 +54,15 @@ def report_in(*runs: Path) -> ModuleType:
     Raises:
       ValueError: folders of two kinds, which no one page compares.
     """
-    modules = {run: _kind_in(run).report for run in runs}
-    first, *others = modules
-    for run in others:
-        if modules[run] != modules[first]:
+    kinds = [_kind_in(run) for run in runs]
+    for run, kind in zip(runs, kinds, strict=True):
+        if kind != kinds[0]:
+            names = {kind: name for name, kind in KINDS.items()}
             raise ValueError(
-                f"{first} and {run} are runs of two kinds ({modules[first]}, {modules[run]}); expected runs of one "
+                f"{runs[0]} and {run} are runs of two kinds ({names[kinds[0]]}, {names[kind]}); expected runs of one "
                 "kind, which a page can compare. Write a report of each: two commands."
             )
-    return importlib.import_module(modules[first])
+    return importlib.import_module(kinds[0].report)
 
 
 def _kind_in(run: Path) -> Kind:

@@ -1,7 +1,6 @@
 """Strict JAX on 8 CPU devices: rank promotion raises, warnings are errors, the losses check their shapes."""
 
 import os
-from pathlib import Path
 
 # All of this must stand before the first import of jax.
 FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
@@ -16,12 +15,13 @@ import jax
 import jaxtyping
 import pytest
 
+from distill import cli
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiled programs outlive the session. One folder for each xdist worker: JAX writes entries in place, and a
 # neighbour could read half of one.
-_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "xla"
-CACHE = _cache / f"tests-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+CACHE = cli.compile_cache() / f"tests-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
