@@ -271,6 +271,18 @@ def test_products_are_computed_once():
     assert flops == (6 * D + 2 * E) * chunk_size * V  # the body of the loop; one iteration per chunk
 
 
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", PER_POSITION)
+def test_gradients_take_the_place_of_logits_and_no_chunk_is_copied(name, kind):
+    """On a CPU: of the student's logits of a chunk there is one array, whatever the loss reads of them."""
+    arguments, chunk_size = problem(kind, tokens=(4, 24), keep=1.0), 32
+    total = lambda h, head: chunked(PER_POSITION[name], h, head, *arguments[2:], chunk_size=chunk_size)[0]  # noqa: E731
+    program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*arguments[:2]).compile().as_text()
+    whole = [line for line in program.splitlines() if f" = f32[{chunk_size},{V}]" in line]
+    assert whole
+    assert not [line for line in whole if " copy(" in line]
+
+
 def test_positions_that_do_not_count_cost_nothing():
     """The loop runs over the counted tokens only."""
     hidden, head, teacher_hidden, teacher_head, labels, _ = problem(tokens=(10, 10))
