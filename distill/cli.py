@@ -76,8 +76,9 @@ def keep_memory() -> bool:
 
     XLA asks for the arrays of a step anew in every step. glibc gives what is freed back to the system, which clears
     every page before it hands it out again, and a virtual machine's host may have taken it by then. So one arena, no
-    maps of single arrays, and nothing given back: the process is as large as it ever was. Before JAX starts its
-    threads; where the caller has chosen a number of arenas, or without glibc, nothing is changed.
+    maps of single arrays, and nothing given back: the process is as large as it ever was. XLA's compiling threads share
+    the arena and take a fifth longer, so it is for steps that are large, not for the tiny ones of additions. Before JAX
+    starts its threads; where the caller has chosen a number of arenas, or without glibc, nothing is changed.
     """
     chosen = "arena_max" in os.environ.get("GLIBC_TUNABLES", "") or "MALLOC_ARENA_MAX" in os.environ
     if chosen or entry_points(group="jax_plugins") or find_spec("libtpu"):
@@ -87,15 +88,16 @@ def keep_memory() -> bool:
     return mallopt is not None and all([mallopt(arena_max, 1), mallopt(trim_threshold, -1), mallopt(mmap_max, 0)])
 
 
-def set_up_jax() -> None:
+def set_up_jax(*, keep: bool = False) -> None:
     """Joins the processes, if there are several (``distill/processes.py``), before anything else.
 
-    Compiled programs are kept in ``compile_cache()`` and reused by later runs; freed memory is kept on CPUs
+    Compiled programs are kept in ``compile_cache()`` and reused by later runs; with ``keep``, freed memory is kept too
     (``keep_memory``).
     """
     import jax
 
-    keep_memory()
+    if keep:
+        keep_memory()
     processes.start()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(compile_cache()))

@@ -17,7 +17,7 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, runs, prints."""
     options, config = cli.parse_config(__doc__, argv)
-    cli.set_up_jax()
+    cli.set_up_jax(keep=getattr(config, "kind", "addition") != "addition")
     from distill.kinds import experiment_of
 
     experiment = experiment_of(config)

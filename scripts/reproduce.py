@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     known = options.parse_args(argv)
     if known.what == "addition":
         os.environ.setdefault("NPROC", "1")  # threads of XLA on a CPU, here and in the workers
-    cli.set_up_jax()
+    cli.set_up_jax(keep=known.what == "smollm2")
     from distill import reproduce
     from distill.config import load_config
 

@@ -311,7 +311,7 @@ def test_the_script_says_what_is_wrong_and_exits_with_2(name, good, main, no_lim
     command += ["--data.source", str(tmp_path / "in" / "text.jsonl"), "--data-dir", str(tmp_path / "prepared")]
     command += ["--teacher", str(tmp_path / "in" / "teacher"), "--prompt-tokens", "2", "--data.length", "16"]
     monkeypatch.setattr(sys, "argv", command + [part.format(tmp_path / "in") for part in more])
-    monkeypatch.setattr(cli, "set_up_jax", lambda: None)
+    monkeypatch.setattr(cli, "set_up_jax", lambda **options: None)
     spoil(tmp_path / "in")
     with pytest.raises(SystemExit) as stopped:
         cli.run_main(main)

@@ -24,7 +24,7 @@ def model(layers, width):
 
 def main():
     """Two steps in every turn."""
-    cli.keep_memory()  # as every script that trains does
+    cli.keep_memory()  # as scripts/distill.py does for texts
     student, teacher = model(*TASK["student"]), model(*TASK["teacher"])
     update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
     step = make_train_step(student, terms_of(ObjectiveConfig(temperature=2.0)), update, teacher=teacher)
