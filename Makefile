@@ -6,8 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info[:2] == (3, 11) else '')")
 
-# Large pages for what XLA asks for anew in every step: less time on a CPU.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Large pages for what XLA asks for anew in every step: less time on a CPU. Not for tests, which mostly compile.
+demo smollm2: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo smollm2 test lint parity clean
 

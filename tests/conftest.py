@@ -1,5 +1,6 @@
 """Strict JAX on 8 CPU devices: rank promotion raises, warnings are errors, the losses check their shapes."""
 
+import gc
 import os
 
 # All of this must stand before the first import of jax.
@@ -30,6 +31,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 def pytest_configure(config):
     # Another process may be writing the entry that is read: JAX says so and compiles.
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
+
+
+def pytest_collection_finish(session):
+    # Tracing makes many objects that die young. What stands by now, modules and tests, is looked at no more.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 10)
 
 
 # Shapes and types of the losses are checked at every call, from here on.
