@@ -115,8 +115,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
 def start(folder: Path, port: int, index: int, **more: str) -> subprocess.Popen:
     plain = (f"localhost:{port}", "2", str(index))
     environment = os.environ | dict(zip(PLAIN, plain, strict=True)) | more
-    devices = "--xla_force_host_platform_device_count="
-    environment["XLA_FLAGS"] = re.sub(rf"{devices}\d+", f"{devices}4", os.environ["XLA_FLAGS"])
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"  # the last of a name counts
     command = [sys.executable, str(HERE / "one_process.py"), str(folder)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
