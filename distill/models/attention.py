@@ -1,5 +1,6 @@
 """Softmax attention: scores, weights and the mixing of values."""
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -168,11 +169,11 @@ def in_blocks(
     def one(start: int, end: int) -> Array:
         """The values of queries ``start … end``."""
         rows = q_NRLK[:, :, start:end].reshape(batch * groups, -1, size)
-        scores = _dot(rows, k_NSK[:, :end], summed=2)
+        scores = _dot(rows, k_NSK[:, :end], 2)
         scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
         scores = scores + _for_every_head(hidden_BLS[:, start:end, :end], heads, groups)
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        mixed = _dot(weights.astype(v_NSK.dtype), v_NSK[:, :end], summed=1) / jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = _dot(weights.astype(v_NSK.dtype), v_NSK[:, :end], 1) / jnp.sum(weights, axis=-1, keepdims=True)
         return mixed.astype(v_NSK.dtype).reshape(batch * groups, -1, end - start, size)
 
     blocks = [one(start, min(start + block, length)) for start in range(0, length, block)]
@@ -185,6 +186,25 @@ def _for_every_head(x_BLS: Array, heads: int, groups: int) -> Array:
     return jnp.broadcast_to(x_BLS[:, None], (batch, heads, *shape)).reshape(batch * groups, -1, shape[-1])
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _dot(a_NMK: Array, b: Array, summed: int) -> Array:
     """The batched product over the last axis of a and axis ``summed`` of b, accumulated in float32."""
-    return jax.lax.dot_general(a_NMK, b, (((2,), (summed,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return _product(a_NMK, b, 2, summed)
+
+
+@_dot.defjvp
+def _dot_jvp(summed: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Tangents in a form whose transpose, the gradient of b, sums over the last axis of its first factor.
+
+    For that the factor, scores or their gradient, is turned by a copy. Left to autodiff it is summed over its rows, and
+    XLA's CPU backend has no quick product for that.
+    """
+    (a, b), (of_a, of_b) = primals, tangents
+    turn = jax.lax.optimization_barrier  # else XLA takes the turn back into the product
+    by_b = _product(turn(a.swapaxes(1, 2)), of_b, 1, 1) if summed == 1 else turn(_product(of_b, a, 2, 2)).swapaxes(1, 2)
+    return _dot(a, b, summed), _product(of_a, b, 2, summed) + by_b
+
+
+def _product(a: Array, b: Array, of_a: int, of_b: int) -> Array:
+    """The batched product summed over one axis of each."""
+    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((0,), (0,))), preferred_element_type=jnp.float32)
