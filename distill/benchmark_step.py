@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ SCRIPTS = {
 
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """For every contestant, where the caller has not set it: XLA and PyTorch ask for memory anew in every step."""
+
+REST = 4.0
+"""Seconds before every turn. Two seconds after memory was freed, Linux hands it to a virtual machine's host (free page
+reporting); without a rest the next contestant waits for that."""
 
 FILE = Path("runs/benchmark_step.json")
 
@@ -90,7 +95,7 @@ def commands(folder: Path, pythons: Sequence[str], task: str) -> tuple[dict[str,
 def race(commands: Mapping[str, list[str]], rounds: int) -> dict[str, list[list[float]]]:
     """Seconds and memory of every contestant in every round, in turn; two rounds of warm-up.
 
-    A turn is two steps, of which the second counts (scripts/peers/step_worker.py).
+    A turn is two steps, of which the second counts (scripts/peers/step_worker.py), after a rest of ``REST``.
 
     Raises:
       RuntimeError: a contestant ended before it answered.
@@ -102,6 +107,7 @@ def race(commands: Mapping[str, list[str]], rounds: int) -> dict[str, list[list[
     try:
         for i in range(rounds + 2):
             for name, worker in workers.items():
+                time.sleep(REST)
                 with contextlib.suppress(BrokenPipeError):  # said below
                     worker.stdin.write("go\n")
                     worker.stdin.flush()

@@ -241,10 +241,13 @@ def test_without_a_gpu_it_ends_with_2():
     assert done.stderr == "error: this measures on a GPU, and JAX sees only cpu; pip install -e '.[cuda]'.\n"
 
 
-def test_contestants_of_a_step_take_turns(tmp_path):
+def test_contestants_of_a_step_take_turns(monkeypatch):
+    rests = []
+    monkeypatch.setattr(benchmark_step.time, "sleep", rests.append)
     worker = "import sys, json\nfor i, _ in enumerate(sys.stdin): print(json.dumps([float(i + 1), 7.0]), flush=True)"
     answers = benchmark_step.race({name: [sys.executable, "-c", worker] for name in "ab"}, rounds=2)
     assert answers == {name: [[3.0, 7.0], [4.0, 7.0]] for name in "ab"}  # two rounds of warm-up
+    assert rests == [benchmark_step.REST] * 8  # one before every turn
     with pytest.raises(RuntimeError, match="step: c ended without an answer"):
         benchmark_step.race({"c": [sys.executable, "-c", ""]}, rounds=1)
 
@@ -261,6 +264,7 @@ def test_the_second_step_of_a_turn_counts():
 def test_every_contestant_gets_large_pages_unless_the_caller_says_otherwise(monkeypatch):
     show = "import json, os; input(); print(json.dumps([len(os.environ['GLIBC_TUNABLES']), 0]))\n" * 3
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(benchmark_step, "REST", 0.0)
     command = {"a": [sys.executable, "-uc", show]}
     assert benchmark_step.race(command, rounds=1)["a"][0][0] == len("glibc.malloc.hugetlb=1")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0:")
