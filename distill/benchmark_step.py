@@ -36,9 +36,9 @@ SCRIPTS = {
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """For every contestant, where the caller has not set it: XLA and PyTorch ask for memory anew in every step."""
 
-REST = 4.0
+REST = 3.0
 """Seconds before every turn. Two seconds after memory was freed, Linux hands it to a virtual machine's host (free page
-reporting); without a rest the next contestant waits for that."""
+reporting); without a rest that falls into the turn of another contestant."""
 
 FILE = Path("runs/benchmark_step.json")
 
