@@ -228,6 +228,7 @@ def _loop(
             save()
             raise DataTimeout(f"{error}; saved at step {step}. See to it, then run the same command again.") from None
         if batches is not None:
+            recorder.record(wait=False)  # where a dispatch ends before its call comes back, its time is known here
             profile.before(wrapping.steps, (state, frozen, *batches))
             state, metrics = wrapping.steps(state, frozen, *batches)
             recorder.record()  # of the dispatch before, while this one computes
@@ -262,8 +263,10 @@ class _Recorder:
         """Step of the last evaluation → its metrics."""
         self.started = self.last = time.perf_counter()
 
-    def record(self) -> None:
+    def record(self, *, wait: bool = True) -> None:
         if self.pending is None:
+            return
+        if not wait and not all(x.is_ready() for x in jax.tree.leaves(self.pending[1]) if isinstance(x, jax.Array)):
             return
         (first, metrics), self.pending = self.pending, None
         metrics = jax.device_get(metrics)
