@@ -228,11 +228,9 @@ def _loop(
             save()
             raise DataTimeout(f"{error}; saved at step {step}. See to it, then run the same command again.") from None
         if batches is not None:
-            recorder.record(wait=False)  # where a dispatch ends before its call comes back, its time is known here
             profile.before(wrapping.steps, (state, frozen, *batches))
             state, metrics = wrapping.steps(state, frozen, *batches)
-            recorder.record()  # of the dispatch before, while this one computes
-            recorder.pending = (step, wrapping.fetch_metrics(metrics))
+            recorder.dispatched(step, wrapping.fetch_metrics(metrics))
             step += training.steps_per_dispatch
         stop["now"] |= processes.asked_to_stop()
         due = batches is not None and (step % training.evaluate_every == 0 or step == training.steps)
@@ -253,7 +251,7 @@ def _devices_of(state: TrainState) -> int:
 
 
 class _Recorder:
-    """Reads metrics one dispatch late, checks them, writes them."""
+    """Reads metrics one dispatch late if that spares a wait, checks them, writes them."""
 
     def __init__(self, writer: Writer, progress: Progress, training: TrainingConfig, task: Task, feed, devices: int):
         self.writer, self.progress, self.training, self.task, self.feed = writer, progress, training, task, feed
@@ -263,10 +261,15 @@ class _Recorder:
         """Step of the last evaluation → its metrics."""
         self.started = self.last = time.perf_counter()
 
-    def record(self, *, wait: bool = True) -> None:
+    def dispatched(self, first: int, metrics: dict[str, Any]) -> None:
+        """Records the dispatch before, while this one computes; this one, too, where it ended within its call."""
+        self.record()
+        self.pending = first, metrics
+        if jax.default_backend() == "cpu" and not jax.config.read("jax_cpu_enable_async_dispatch"):  # cli.keep_memory
+            self.record()
+
+    def record(self) -> None:
         if self.pending is None:
-            return
-        if not wait and not all(x.is_ready() for x in jax.tree.leaves(self.pending[1]) if isinstance(x, jax.Array)):
             return
         (first, metrics), self.pending = self.pending, None
         metrics = jax.device_get(metrics)

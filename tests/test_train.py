@@ -162,6 +162,29 @@ def test_no_host_transfer_is_implicit(task, tmp_path, monkeypatch):  # row 58
     assert seen
 
 
+def test_where_a_dispatch_ends_within_its_call_its_speed_is_its_own(task, tmp_path, monkeypatch):
+    now, real_loop = [0.0], train._loop
+
+    def loop(state, step, task, training, wrapping, *rest):
+        def steps(*arguments):
+            now[0] += 2.0
+            return jax.block_until_ready(wrapping.steps(*arguments))
+
+        return real_loop(state, step, task, training, dataclasses.replace(wrapping, steps=steps), *rest)
+
+    monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when a client is made, and by what records
+    try:
+        fit(tmp_path, task, dataclasses.replace(TRAINING, save_every=20), **ALONE)
+    finally:
+        jax.config.update("jax_cpu_enable_async_dispatch", True)
+    lines = [line for line in read_metrics(tmp_path) if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]  # evaluated after the second and the last
+    tokens = 5 * 8 * task.examples.inputs.shape[1]
+    assert [line["tokens_per_second"] for line in lines] == [tokens / 2.0] * 4
+
+
 def test_teacher_is_not_in_the_checkpoint(task, tmp_path):  # row 47
     teacher = decoder(dataclasses.replace(MODEL, width=32))
     kd = dataclasses.replace(
