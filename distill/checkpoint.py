@@ -15,6 +15,8 @@ in what it happens to read. Hence the hashes, ``N/sha256.json``.
 """
 
 import contextlib
+import dataclasses
+import difflib
 import fcntl
 import hashlib
 import json
@@ -31,9 +33,52 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill import processes
-from distill.config import MAY_CHANGE, KeepConfig, differences, write_config, write_json
+from distill.config import differences, write_json
+from distill.devices import processes
 from distill.shapes import Params
+
+MAY_CHANGE = frozenset({"keep", "on_nan", "skips_in_a_row", "data_timeout", "remat"})
+"""Fields of ``TrainingConfig`` with which a run may go on changed, as it may on other devices: what it learns is the
+same. One that stopped at a NaN may go on skipping."""
+
+BETTER = {"exact_match": "max", "agreement": "max", "kl": "min", "nll": "min", "perplexity": "min"}
+"""Metric of an evaluation → which of its values is the best."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepConfig:
+    """Which checkpoints stay: those that any of these names.
+
+    Example:
+      >>> KeepConfig(best="kl").score({"kl": 0.5}), KeepConfig(best="max:bleu").score({"bleu": 0.5})
+      (-0.5, 0.5)
+    """
+
+    last: int = 2
+    """The newest; with one alone, a damaged checkpoint has none before it."""
+    every: int = 0
+    """Those of steps that are multiples of it; 0: none."""
+    best: str | None = None
+    """The best by a metric of the evaluation at its step: one of ``BETTER``, or any as ``max:NAME``, ``min:NAME``."""
+
+    def __post_init__(self):
+        if self.last < 1 or self.every < 0:
+            raise ValueError(f"keep: last={self.last}, every={self.every}; expected last ≥ 1 and every ≥ 0.")
+        if self.best is not None and self.best not in BETTER and self.best.partition(":")[0] not in ("max", "min"):
+            near = ", ".join(difflib.get_close_matches(self.best, BETTER) or BETTER)
+            raise ValueError(f"keep: best={self.best!r}; expected {near}, or max:NAME or min:NAME for another metric.")
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric."""
+        return self.best.partition(":")[2] or self.best
+
+    def score(self, measured: dict[str, float] | None) -> float:
+        """The metric, turned so that more is better; −∞ where it was not measured or is no number."""
+        value = (measured or {}).get(self.metric, math.nan)
+        sign = 1.0 if BETTER.get(self.best, self.best[:3]) == "max" else -1.0
+        return sign * value if math.isfinite(value) else -math.inf
+
 
 HASHES = "sha256.json"
 """In the folder of a checkpoint: file → hash of all others in it."""
@@ -309,24 +354,6 @@ def _unused(path: Path) -> Path:
 
 class Refused(ValueError):
     """What is asked for is not what stands in the run folder."""
-
-
-@contextlib.contextmanager
-def configured(run: Path, config: Any) -> Iterator[None]:
-    """RUN/config.json holds this configuration, unless the block finds that it is not the run's (``Refused``).
-
-    Then it says again what it said: the scripts that read it must find the configuration that the run was made with.
-    """
-    file, before = run / "config.json", None
-    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
-        before = json.loads(file.read_text())
-    write_config(run, config)
-    try:
-        yield
-    except Refused:
-        if before is not None:
-            write_json(file, before)
-        raise
 
 
 def refuse_changes(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

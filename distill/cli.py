@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from distill import processes
+from distill.devices import processes
 
 _LOST = (
     "\nIf another process ended, its log says why. The same command goes on from the last checkpoint, on another "
@@ -98,7 +98,7 @@ def keep_memory() -> bool:
 
 
 def set_up_jax(*, keep: bool = False) -> None:
-    """Joins the processes, if there are several (``distill/processes.py``), before anything else.
+    """Joins the processes, if there are several (``distill/devices/processes.py``), before anything else.
 
     Compiled programs are kept in ``compile_cache()`` and reused by later runs; with ``keep``, freed memory is kept too
     (``keep_memory``).

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from distill import losses
-from distill.data.loader import Batch
+from distill.batch import Batch
 from distill.models.encoder import EncoderConfig
-from distill.models.factors import joined
 from distill.models.model import Collect, Model, normal
 from distill.shapes import Array, Nats, Params
+from distill.trees import joined
 
 Features = dict[str, dict[int, Any]]
 """``Output.collected``: by the names of ``Collect``, then by layer."""

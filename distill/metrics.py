@@ -1,14 +1,14 @@
 """Metrics: (sum, weight) pairs to numbers, and where the numbers are written."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from distill import processes
+from distill.config import to_json
+from distill.devices import processes
 
 
 def averages(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -18,24 +18,6 @@ def averages(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
         weight_sum = float(np.sum(weight))
         means[name] = float(np.sum(total)) / weight_sum if weight_sum else 0.0
     return means
-
-
-def to_json(value: Any, **options: Any) -> str:
-    """JSON that every reader takes: NaN and infinity, which JSON has no word for, are null.
-
-    Example:
-      >>> to_json({"loss": float("nan"), "steps": (1, float("inf"))})
-      '{"loss": null, "steps": [1, null]}'
-    """
-    return json.dumps(_finite(value), allow_nan=False, **options)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from distill import losses
-from distill.data.loader import Batch
+from distill.batch import Batch
 from distill.features import FeatureConfig, FeatureTerm
 from distill.losses.reduce import Pair
 from distill.models.model import Model

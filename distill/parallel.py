@@ -25,8 +25,8 @@ from flax import jax_utils, struct
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from distill import processes
-from distill.data.loader import Batch
+from distill.batch import Batch
+from distill.devices import processes
 from distill.models.model import Model, in_a_row
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params

@@ -3,7 +3,7 @@
     train_step(state, teacher_params, batch) -> (state, metrics)
 
 The teacher is a separate argument: not in the state, the optimizer, the gradient or the checkpoint. ``parallel.py``
-wraps this function for one device, a mesh or ``pmap``; ``vmap`` over it trains several students at once (``arms.py``).
+wraps this function for one device, a mesh or ``pmap``; ``vmap`` over it trains several students at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,24 +15,15 @@ import optax
 from jax.sharding import Mesh
 
 from distill import losses
-from distill.data.loader import Batch
+from distill.batch import Batch
 from distill.features import FeatureTerm, collect_of
 from distill.losses.reduce import Pair, masked_sum
 from distill.models import EncoderConfig
 from distill.models.attention import as_matrices
-from distill.models.factors import joined
 from distill.models.model import Collect, Model, Output, Routing
-from distill.objective import (
-    AnyTerm,
-    RouterTerm,
-    Term,
-    Terms,
-    per_position,
-    position_weights,
-    terms_at,
-    total,
-)
+from distill.objective import AnyTerm, RouterTerm, Term, Terms, per_position, position_weights, terms_at, total
 from distill.shapes import Array, Int, Params
+from distill.trees import joined
 
 Metrics = dict[str, Pair]
 CHUNKED_FROM = 1024

@@ -11,27 +11,102 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from distill import parallel, processes
-from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes, resumed
-from distill.config import LogConfig, TrainingConfig
+from distill import parallel
+from distill.batch import Batch
+from distill.checkpoint import Checkpoints, KeepConfig, fingerprint, lock, refuse_changes, resumed
 from distill.data.feed import Ahead, DataTimeout, InMemory
-from distill.data.loader import Batch, Loader
+from distill.data.loader import Loader
+from distill.devices import processes
+from distill.devices.profiling import Profile
+from distill.devices.speed import flops_per_token, shown_share, utilisation
 from distill.metrics import Writer, averages
-from distill.models.factors import joined
 from distill.models.model import Model
 from distill.objective import Term
-from distill.optim import optimizer
+from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import ParallelConfig, Wrapping
-from distill.profiling import Profile
 from distill.progress import Progress
 from distill.shapes import Params
-from distill.speed import flops_per_token, shown_share, utilisation
 from distill.step import Frozen, TrainState, init_state, make_train_step
+from distill.trees import joined
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How one model is trained."""
+
+    steps: int = 1500
+    """Optimizer steps in all; a multiple of steps_per_dispatch."""
+    batch_size: int = 256
+    """Global batch, in examples; must be divisible by micro_batches and by the number of devices."""
+    micro_batches: int = 1
+    """Parts in which a batch is worked through; the update is that of the whole batch."""
+    chunk_size: int | None = None
+    """Positions whose logits are alive at a time; 0: all; None: chosen by the vocabulary (``step.CHUNKED_FROM``)."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What a layer of the student keeps for the backward pass: ``none``: all it computed; ``dots``: products with
+    weights; ``full``: only its input, and the layer is computed twice. Values do not depend on it."""
+    steps_per_dispatch: int = 50
+    """Small steps in one program; evaluation and saving fall on its multiples."""
+    evaluate_every: int = 250
+    """Steps between points of the learning curve."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+    keep: KeepConfig = KeepConfig()
+    """Checkpoints that are not deleted."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Where loss or gradients are not finite: stop; or skip: the batch is spent, parameters and optimizer stay as they
+    are, to the bit, and the metrics count it."""
+    skips_in_a_row: int = 10
+    """So many batches skipped one after another stop the run."""
+    data_timeout: float = 600.0
+    """Seconds after which data that is read while the model trains, and does not come, ends the run, state saved."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self):
+        counts = ("steps", "batch_size", "micro_batches", "steps_per_dispatch", "evaluate_every", "save_every")
+        for name in (*counts, "skips_in_a_row"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training: {name}={getattr(self, name)}; expected at least 1.")
+        for name in ("steps", "evaluate_every", "save_every"):
+            if getattr(self, name) % self.steps_per_dispatch:
+                raise ValueError(
+                    f"training: {name}={getattr(self, name)} is no multiple of "
+                    f"steps_per_dispatch={self.steps_per_dispatch}; change one of them."
+                )
+        if self.keep.best and self.save_every % self.evaluate_every:
+            raise ValueError(
+                f"training: keep.best={self.keep.best!r} needs an evaluation at every checkpoint, but "
+                f"save_every={self.save_every} is no multiple of evaluate_every={self.evaluate_every}."
+            )
+        if self.chunk_size is not None and self.chunk_size < 0:
+            raise ValueError(f"training: chunk_size={self.chunk_size}; expected at least 0, or None.")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"training: micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}."
+            )
+        if not self.data_timeout > 0.0:
+            raise ValueError(f"training: data_timeout={self.data_timeout}; expected seconds above 0.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"training: seed={self.seed}; expected 0 … 2³¹ − 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is shown and written. Never part of a run's identity."""
+
+    progress: bool = True
+    tensorboard: bool = False
+    """Also write RUN/tensorboard (needs the extra ``track``)."""
+    profile: bool = False
+    """Trace a few steps into RUN/profile, for XProf and TensorBoard, and print where their time goes."""
+
 
 Evaluate = Callable[[Params], dict[str, float]]
 

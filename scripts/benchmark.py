@@ -19,6 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.benchmarks import rounds
+
 PEERS = Path(__file__).parent / "peers"
 sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
 
@@ -36,22 +38,22 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--shape", type=int, nargs=2, default=(4, 2048), help="pair: rows, tokens of a row")
     chosen = options.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
-    from distill import benchmark
+    from distill.benchmarks import tiny as benchmark
 
     def of(name):
-        return importlib.import_module(f"distill.benchmark_{name}")
+        return importlib.import_module(f"distill.benchmarks.{name}")
 
     if chosen.what == "tiny":
-        benchmark.a_device_for_every_core()
+        rounds.a_device_for_every_core()
     lines = {
-        "tiny": lambda: [*benchmark.tiny(benchmark.peers_of(PEERS, "torch_tiny", "bench")), benchmark.data_line()],
+        "tiny": lambda: [*benchmark.tiny(rounds.peers_of(PEERS, "torch_tiny", "bench")), benchmark.data_line()],
         "head": lambda: of("head").head(Path("runs/benchmark_head.png")),
         "attention": lambda: of("attention").attention(),
         "step": lambda: of("step").step(chosen.vocab, chosen.rounds, PEERS, chosen.python),
         "scaling": lambda: of("scaling").scaling(chosen.rounds),
         "tpu": lambda: of("tpu").tpu(),
         "pair": lambda: of("pair").pair(chosen.pair, *chosen.shape, PEERS / "torch_pair.py"),
-        "liger": lambda: of("head").liger(lambda: benchmark.peers_of(PEERS, "torch_liger", "conformance")),
+        "liger": lambda: of("head").liger(lambda: rounds.peers_of(PEERS, "torch_liger", "conformance")),
     }
     print("\n".join(lines[chosen.what]()))
 

@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     """Parses, runs, prints."""
     options, config = cli.parse_config(__doc__, argv)
     cli.set_up_jax(keep=getattr(config, "kind", "addition") != "addition")
-    from distill.kinds import experiment_of
+    from distill.experiments.kinds import experiment_of
 
     experiment = experiment_of(config)
     experiment.print_summary(experiment.run_experiment(config, options.run), options.run)

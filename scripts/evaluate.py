@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--run", type=Path, required=True, help="a run folder made by scripts/distill.py")
     run = options.parse_args(argv).run
     cli.set_up_jax()
-    from distill.kinds import experiment_in
+    from distill.experiments.kinds import experiment_in
 
     experiment = experiment_in(run)
     experiment.print_summary(experiment.evaluate_folder(run), run)

@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("prompts", nargs="+", help="such as 47+85=")
     known = options.parse_args(argv)
     cli.set_up_jax()
-    from distill.kinds import experiment_in
-    from distill.table import print_answers
+    from distill.experiments.kinds import experiment_in
+    from distill.reports.table import print_answers
 
     print_answers(experiment_in(known.run).answer(known.run, known.prompts, known.best))
 

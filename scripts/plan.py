@@ -25,9 +25,9 @@ def main(argv: Sequence[str]) -> None:
         "try": ("1", None, "where it does not fit: how many changes to compile, the cheapest first"),
     }
     options, config = cli.parse_config(__doc__, argv, **extra)
-    from distill.chips import parse_topology, prepare_jax
     from distill.config import write_json
-    from distill.plan import check, plan, print_plan
+    from distill.devices.chips import parse_topology, prepare_jax
+    from distill.planning.plan import check, plan, print_plan
 
     dollars, tries = check(config, options.dollars_per_hour, getattr(options, "try"))
     topology = parse_topology(options.topology or "")

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     options = cli.parser(__doc__)
     options.add_argument("--run", type=Path, nargs="+", required=True, help="run folders; the page goes into the first")
     runs = options.parse_args(argv).run
-    from distill.kinds import report_in
+    from distill.experiments.kinds import report_in
 
     print(f"report: {report_in(*runs).write_report(runs)}")
 

@@ -29,16 +29,16 @@ def main(argv: Sequence[str]) -> None:
     if known.what == "addition":
         os.environ.setdefault("NPROC", "1")  # threads of XLA on a CPU, here and in the workers
     cli.set_up_jax(keep=known.what == "smollm2")
-    from distill import reproduce
     from distill.config import load_config
+    from distill.reproduce import page as reproduce
 
     if known.what == "conformance":
-        from distill import conformance
+        from distill.reproduce import conformance
 
         conformance.run(peers)
         return
     if known.what == "golden":
-        from distill import golden
+        from distill.reproduce import golden
 
         print(*golden.smollm2(), sep="\n")
         return

@@ -18,9 +18,10 @@ def main(argv: Sequence[str]) -> None:
     role = ("teacher", ("teacher", "student"), "whose recipe")
     options, config = cli.parse_config(__doc__, argv, role=role)
     cli.set_up_jax()
-    from distill import experiment
-    from distill.config import Config, write_config
     from distill.data import addition
+    from distill.experiments.addition import run as experiment
+    from distill.experiments.addition.config import Config
+    from distill.experiments.folder import write_config
 
     if not isinstance(config, Config):
         raise ValueError(f"--config {options.config}: expected one that trains its own teacher, such as addition.")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill.data.loader import Batch, shift
+from distill.batch import Batch, shift
 from distill.models import DecoderConfig, Model, Output, decoder, from_nnx
 
 VOCAB = 11

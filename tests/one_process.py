@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from distill import cli, processes
+from distill import cli
+from distill.devices import processes
 
 
 def task():
@@ -38,9 +39,8 @@ def task():
 
 def train(folder: Path, config, **changes):
     """Final parameters after 20 steps of two micro-batches, whole."""
-    from distill.config import LogConfig, TrainingConfig
     from distill.optim import OptimizerConfig
-    from distill.train import fit
+    from distill.train import LogConfig, TrainingConfig, fit
 
     learn = OptimizerConfig(learning_rate=0.02, warmup_steps=5, weight_decay=0.1)
     numbers = {"steps": 20, "batch_size": 16, "micro_batches": 2, "steps_per_dispatch": 5, "evaluate_every": 10}
@@ -52,8 +52,8 @@ def learn_text(folder: Path, config, **changes) -> None:
     """A distillation on text into FOLDER/text, from the teacher there."""
     from text_builders import text_config
 
-    from distill.config import TrainingConfig
-    from distill.text_experiment import run_experiment
+    from distill.experiments.text.run import run_experiment
+    from distill.train import TrainingConfig
 
     short = TrainingConfig(steps=2, batch_size=8, steps_per_dispatch=2, evaluate_every=2, save_every=2)
     few = {"arms": (), "heldout_rows": 4, "curve_rows": 4, "prompts": 1} | changes

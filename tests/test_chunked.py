@@ -13,15 +13,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distill import losses
-from distill.benchmark_head import chunked_head, head_shapes
-from distill.benchmark_tpu import compiled_on
-from distill.hlo import collectives
+from distill.benchmarks.head import chunked_head, head_shapes
+from distill.benchmarks.tpu import compiled_on
 from distill.losses import Head, chunked
-from distill.losses.chunked import default_chunk_size
+from distill.losses.fused_head import default_chunk_size
 from distill.parallel import ParallelConfig, make_mesh
+from distill.planning.hlo import collectives
 
 TOKENS, D, E, V = (4, 6), 8, 12, 19
-MODULE = sys.modules["distill.losses.chunked"]  # the package gives this name to its function
+MODULE = sys.modules["distill.losses.fused_head"]
 
 
 @pytest.fixture(autouse=True)

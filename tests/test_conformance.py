@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import reference
 
-from distill import conformance
-from distill.conformance import CALLS, CASES, CONVENTION, PEERS, ROWS
+from distill.reproduce import conformance
+from distill.reproduce.conformance import CALLS, CASES, CONVENTION, PEERS, ROWS
 
 ROOT = Path(__file__).parents[1]
 STORED = json.loads((ROOT / conformance.STORED).read_text())

@@ -13,7 +13,8 @@ from builders import random_params
 import distill
 from distill.models import Collect, EncoderConfig, encoder
 from distill.models.encoder import bert_pooler
-from distill.weights import encoders, read_config
+from distill.weights import read_config
+from distill.weights.families import encoders
 from distill.weights.safetensors import SafetensorsSource, write
 
 DATA = Path(__file__).resolve().parent / "data" / "encoders"

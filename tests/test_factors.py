@@ -10,10 +10,12 @@ from builders import on_device, random_params, tiny, tiny_decoder, uneven_batch
 
 import distill
 from distill import losses
-from distill.models.factors import factored, fisher_rows, freeze, joined, kernels_of, lora, low_rank
 from distill.objective import ObjectiveConfig, terms_of
 from distill.parallel import ParallelConfig, make_mesh, on_mesh, one_device, pmapped
 from distill.step import Frozen, init_state, make_train_step
+from distill.students.factors import factored, fisher_rows, kernels_of, low_rank
+from distill.students.lora import freeze, lora
+from distill.trees import joined
 
 CONFIG = tiny(qkv_bias=True)
 MODEL = tiny_decoder(qkv_bias=True)

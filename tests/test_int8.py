@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec
 
 import distill
 from distill.models import EncoderConfig, decoder, encoder
-from distill.models.factors import factored
 from distill.models.int8 import held, int8, quantizer
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
+from distill.students.factors import factored
 
 BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 KINDS = {"dense": tiny(**BIASES, vocab_size=12), "experts": tiny(experts=4, experts_per_token=2, vocab_size=12)}

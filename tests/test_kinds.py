@@ -10,20 +10,30 @@ import pytest
 from builders import random_params, tiny_decoder
 
 import distill
-from distill import experiment, kinds
-from distill.config import Config, SentenceConfig, load_config, read_config, write_config
+from distill.config import load_config
+from distill.experiments import kinds
+from distill.experiments.addition import run as experiment
+from distill.experiments.addition.config import Config
+from distill.experiments.folder import read_config, write_config
+from distill.experiments.sentences.config import SentenceConfig
 
 
 def test_a_run_folder_tells_its_kind(tmp_path):
     write_config(tmp_path, Config())
-    assert read_config(tmp_path) == Config()
-    assert kinds.experiment_in(tmp_path).__name__ == kinds.experiment_of(Config()).__name__ == "distill.experiment"
+    assert read_config(tmp_path, Config) == Config()
+    assert (
+        kinds.experiment_in(tmp_path).__name__
+        == kinds.experiment_of(Config()).__name__
+        == "distill.experiments.addition.run"
+    )
     (tmp_path / "config.json").write_text(json.dumps({"kind": "chess"}))
     with pytest.raises(ValueError, match="kind 'chess'; expected one of addition"):
         kinds.report_in(tmp_path)
     with pytest.raises(ValueError, match="an experiment of kind 'chess'; expected 'addition'"):
-        read_config(tmp_path)
-    assert kinds.experiment_in(tmp_path / "nowhere").__name__ == "distill.experiment"  # which says what is missing
+        read_config(tmp_path, Config)
+    assert (
+        kinds.experiment_in(tmp_path / "nowhere").__name__ == "distill.experiments.addition.run"
+    )  # which says what is missing
 
 
 def test_one_page_reports_on_runs_of_one_kind(tmp_path):
@@ -31,7 +41,10 @@ def test_one_page_reports_on_runs_of_one_kind(tmp_path):
         (tmp_path / name).mkdir()
         write_config(tmp_path / name, config)
     a, b, c = (tmp_path / name for name in "abc")
-    assert kinds.report_in(a, b).__name__ == "distill.report" and kinds.report_in(c).__name__ != "distill.report"
+    assert (
+        kinds.report_in(a, b).__name__ == "distill.reports.addition"
+        and kinds.report_in(c).__name__ != "distill.reports.addition"
+    )
     with pytest.raises(ValueError, match="a and .*c are runs of two kinds .*Write a report of each"):
         kinds.report_in(a, b, c)
 

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from distill.data.loader import FEW, Batch, Loader, rows_of, shift
+from distill.batch import Batch, shift
+from distill.data.loader import FEW, Loader, rows_of
 
 
 def numbered(examples: int) -> Batch:

@@ -10,7 +10,7 @@ import reference
 from builders import VOCAB, Recurrent, nnx_model, random_params, tiny, tiny_decoder
 from flax import nnx
 
-from distill.data.loader import shift
+from distill.batch import shift
 from distill.models import DecoderConfig, RopeScaling, decoder
 from distill.models.layers import rms_norm
 from distill.models.rope import rotate, turns_of

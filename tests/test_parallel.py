@@ -13,11 +13,11 @@ from distill import parallel
 from distill.checkpoint import Checkpoints
 from distill.features import with_projectors
 from distill.models import Model, Output
-from distill.models.factors import factored
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import MESH_AXES, RULES, ParallelConfig, make_mesh, param_shardings, state_shardings
 from distill.step import Frozen, init_state, make_train_step
+from distill.students.factors import factored
 
 STEPS, BATCH = 20, 16
 TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))

@@ -13,14 +13,14 @@ import optax
 import pytest
 from builders import VOCAB, random_params, tiny_decoder
 
-from distill import experiment
+from distill.batch import shift
 from distill.checkpoint import fingerprint, refuse_changes
 from distill.config import load_config
 from distill.data.addition import TOKENIZER, AdditionConfig, encode
-from distill.data.loader import shift
+from distill.experiments.addition import run as experiment
+from distill.generation.sampler import greedy
 from distill.models import Model, Output
 from distill.objective import ObjectiveConfig, terms_of
-from distill.sampling import greedy
 from distill.step import init_state, make_train_step
 from distill.tokenizer import CharacterTokenizer
 

@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from distill import plan, preflight, roofline
-from distill.chips import CHIPS, devices_of, parse_topology
 from distill.cli import explain
-from distill.config import TrainingConfig, load_config
+from distill.config import load_config
 from distill.data.text import TextDataConfig
-from distill.hlo import Collective, collectives
+from distill.devices.chips import CHIPS, devices_of, parse_topology
+from distill.experiments import preflight
+from distill.experiments.text.config import StudentConfig, TextConfig
 from distill.models import DecoderConfig
-from distill.models.start import StartConfig
 from distill.parallel import ParallelConfig, make_mesh
-from distill.text_config import StudentConfig, TextConfig
-from distill.train import lower
+from distill.planning import plan, roofline
+from distill.planning.hlo import Collective, collectives
+from distill.students.start import StartConfig
+from distill.train import TrainingConfig, lower
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 2048, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -9,8 +9,8 @@ import pytest
 from builders import handmade, on_device, random_params, tiny_decoder, uneven_batch
 from text_builders import CHATML, MARKED, tiny_tokenizer
 
+from distill.experiments.preflight import Side, memory_plan, preflight, print_checks
 from distill.objective import ObjectiveConfig, terms_of
-from distill.preflight import Side, memory_plan, preflight, print_checks
 from distill.step import init_state, make_train_step
 
 MODEL = tiny_decoder(layers=1)

@@ -19,10 +19,11 @@ from one_process import learn_text, train
 from text_builders import teacher_and_text
 
 import distill
-from distill import checkpoint, processes
+from distill import checkpoint
+from distill.devices import processes
+from distill.devices.processes import Start, settings
 from distill.metrics import read_metrics
 from distill.parallel import ParallelConfig
-from distill.processes import Start, settings
 
 HERE = Path(__file__).parent
 PLAIN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}

@@ -7,14 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from distill import arms, protocol, reproduce
-from distill.config import LogConfig, ProtocolConfig, Recipe, SweepConfig, TrainingConfig
 from distill.data import addition
+from distill.experiments.addition import protocol
+from distill.experiments.addition import replicas as arms
+from distill.experiments.addition.config import ProtocolConfig, Recipe, SweepConfig
 from distill.models import DecoderConfig, decoder
 from distill.objective import task_term
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
-from distill.train import Task, fit
+from distill.reproduce import page as reproduce
+from distill.train import LogConfig, Task, TrainingConfig, fit
 
 DATA = addition.AdditionConfig(digits=1)
 MODEL = DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=8)

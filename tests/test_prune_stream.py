@@ -8,12 +8,13 @@ import pytest
 from builders import random_params, tiny_decoder
 from text_builders import TEXTS, tiny_tokenizer, write_lines
 
-from distill.data.loader import Loader, shift
+from distill.batch import shift
+from distill.data.loader import Loader
 from distill.data.packing import Encoded, pack
 from distill.data.prepared import prepare
 from distill.data.stream import StreamLoader, open_rows
 from distill.data.text import TextDataConfig
-from distill.prune import prune, prune_model, report
+from distill.students.vocabulary import prune, prune_model, report
 
 TOKENIZER = tiny_tokenizer(True)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill import report
+from distill.reports import addition as report
+from distill.reports.page import series
 
 SYMBOLS = [*"0123456789+=", "<eos>", "<pad>"]
 FIGURES = ("curves", "parameters", "carries", "soft_targets", "calibration")
@@ -315,7 +316,7 @@ def test_numbers_of_the_summary(run):
 def test_the_later_record_of_a_step_counts():
     logged = ((10, 3.0), (20, 2.0), (30, 9.0), (20, 1.0))
     lines = [{"kind": "train", "step": step, "loss": loss} for step, loss in logged]
-    steps, losses = report.series([*lines, {"kind": "eval", "step": 20, "exact_match": 0.5}], "train", "loss")
+    steps, losses = series([*lines, {"kind": "eval", "step": 20, "exact_match": 0.5}], "train", "loss")
     assert steps.tolist() == [10, 20, 30] and losses.tolist() == [3.0, 1.0, 9.0]
 
 

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
-from distill import report, report_sentences
-from distill.kinds import report_in
+from distill.experiments.kinds import report_in
+from distill.reports import addition as report
+from distill.reports import page
+from distill.reports import sentences as report_sentences
 
 SCORES = {"spearman": 0.7447, "pearson": 0.7821, "nearest": 0.401, "cosine": 0.8169}
 SIZE = {"layers": 3, "parameters": 17389824}
@@ -72,7 +74,7 @@ def test_the_page_needs_nothing_but_itself_and_escapes_what_it_shows(run):
 
 
 def test_curves_are_those_of_student_and_control(run, monkeypatch):
-    drawn, kept = {}, report.legend
+    drawn, kept = {}, page.legend
 
     def legend(axes, columns):
         drawn.update({line.get_label(): line.get_ydata().tolist() for line in axes.lines})

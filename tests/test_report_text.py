@@ -5,8 +5,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from distill import report_text
 from distill.data.text import TextDataConfig
+from distill.reports import text as report_text
 
 WRITTEN = ["def f(x):\n    return x < 1", "the end"]
 ROW = {"kl": 0.5, "nll": 3.25, "agreement": 0.6, "steps": 100, "training_seconds": 800.0, "written": WRITTEN}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from builders import VOCAB, nnx_model, random_params, tiny_decoder
 
+from distill.generation.sampler import greedy
 from distill.models import Model, Output
-from distill.sampling import greedy
 
 ROWS, PROMPT, NEW = 24, 4, 6
 

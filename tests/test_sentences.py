@@ -11,13 +11,15 @@ from scipy import stats
 
 import distill
 from distill import losses
-from distill import sentences as experiment
-from distill.config import LogConfig, SentenceConfig, TrainingConfig, read_config
+from distill.experiments.folder import read_config
+from distill.experiments.kinds import experiment_of, report_in
+from distill.experiments.sentences import run as experiment
+from distill.experiments.sentences.config import SentenceConfig
 from distill.features import FeatureConfig
-from distill.kinds import experiment_of, report_in
 from distill.models import Collect, EncoderConfig, encoder
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
+from distill.train import LogConfig, TrainingConfig
 
 TINY = EncoderConfig(vocab_size=40, layers=2, width=8, heads=2, feed_forward=12, token_types=2, max_length=12)
 PRE_NORM = {"norm": "pre", "positions": "rotary", "gated": True, "norm_bias": False}

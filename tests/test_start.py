@@ -8,8 +8,8 @@ import pytest
 from builders import random_params, tiny
 
 from distill.models import decoder
-from distill.models.init import CHOICES
-from distill.models.start import StartConfig, outline, start
+from distill.students.cut import CHOICES
+from distill.students.start import StartConfig, outline, start
 
 BIG, SMALL = tiny(layers=4), tiny(layers=2, head_dim=2)
 TEACHER = decoder(BIG)

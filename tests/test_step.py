@@ -12,9 +12,10 @@ import reference
 from builders import VOCAB, handmade, nnx_model, on_device, random_params, rows_of, tiny, tiny_decoder, uneven_batch
 from jax.extend.core import jaxprs_in_params
 
-from distill.data.loader import shift
+from distill.batch import shift
 from distill.models import decoder, model
-from distill.models.model import from_linen, parameter
+from distill.models.adapters import from_linen
+from distill.models.model import parameter
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.step import CHUNKED_FROM, init_state, make_train_step, scan_steps

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from distill import survival
+from distill.reproduce import survival
 
 MAIN = 'File "/p/distill/train.py", line 9 in _loop\nFile "/p/scripts/distill.py", line 3 in main'
 SAVES = 'File "/p/orbax/checkpoint/writer.py", line 7 in run'

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
+from distill.batch import Batch
 from distill.config import load_config
-from distill.data.loader import Batch
 from distill.models import decoder
 from distill.objective import terms_of
 from distill.optim import optimizer
 from distill.parallel import param_shardings
+from distill.planning.architectures import architecture
 from distill.step import init_state, make_train_step
-from distill.weights.architectures import architecture
 
 PARAMETERS = {  # as published, in units of 10⁹, tied heads counted once
     "qwen3_8b_to_0p6b": (8.19, 0.596),

@@ -334,12 +334,12 @@ def test_pydoc_is_there():
 
 
 def test_chitchat_reads_as_conversation_and_as_text(tmp_path, monkeypatch):
-    from distill.weights import carried
+    from distill import fetch
 
     lines = [[{"text": "hi"}, {"text": "you"}], [{"text": "hello"}]]
     path = tmp_path / "dataset.json"
     path.write_text(json.dumps({"one": {"messages": lines}}))
-    monkeypatch.setattr(carried, "fetch", lambda which: path)
+    monkeypatch.setattr(fetch, "fetch", lambda which: path)
     config = TextDataConfig(source="chitchat", heldout_source="pydoc")
     (chat,) = documents(config, "train")
     assert [(m["role"], m["content"]) for m in chat.messages] == [("user", "hi\nyou"), ("assistant", "hello")]

@@ -10,17 +10,18 @@ from builders import random_params
 from text_builders import teacher_and_text, text_config
 
 import distill
-from distill import reproduce, text_experiment
 from distill.checkpoint import Checkpoints
-from distill.config import read_config
+from distill.experiments.folder import read_config
+from distill.experiments.kinds import experiment_in
+from distill.experiments.text import run as text_experiment
+from distill.experiments.text.config import StudentConfig, TextConfig
 from distill.features import FeatureConfig
-from distill.kinds import experiment_in
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
-from distill.models.start import StartConfig
 from distill.objective import RouterTerm
-from distill.report_text import write_report
-from distill.text_config import StudentConfig, TextConfig
+from distill.reports.text import write_report
+from distill.reproduce import page as reproduce
+from distill.students.start import StartConfig
 from distill.tokenizer import TextTokenizer
 from distill.weights.published import read
 

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 
 import distill
-from distill import survival, train
-from distill.checkpoint import Checkpoints, lock
-from distill.config import KeepConfig, LogConfig, TrainingConfig
+from distill import train
+from distill.checkpoint import Checkpoints, KeepConfig, lock
 from distill.data import addition
 from distill.data.addition import TOKENIZER
-from distill.experiment import open_run
+from distill.experiments.addition.run import open_run
+from distill.experiments.cost import restore
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
-from distill.stages import restore
-from distill.train import Stopped, Task, fit
+from distill.reproduce import survival
+from distill.train import LogConfig, Stopped, Task, TrainingConfig, fit
 
 ROOT = Path(__file__).parents[1]
 MODEL = DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16)

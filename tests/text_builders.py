@@ -8,13 +8,13 @@ from builders import random_params
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import distill
-from distill.config import LogConfig, TrainingConfig
 from distill.data.text import TextDataConfig
+from distill.experiments.text.config import StudentConfig, TextConfig
 from distill.models import DecoderConfig, decoder
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
-from distill.text_config import StudentConfig, TextConfig
 from distill.tokenizer import TextTokenizer
+from distill.train import LogConfig, TrainingConfig
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a brown dog and a quick fox", "user assistant system 0123"]

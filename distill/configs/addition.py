@@ -5,10 +5,11 @@
 Hardware: 2 CPU cores, under a minute. Score: see the table in README.md, printed by ``make demo``.
 """
 
-from distill.config import Config, Recipe, SweepConfig, TrainingConfig
+from distill.experiments.addition.config import Config, Recipe, SweepConfig
 from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
+from distill.train import TrainingConfig
 
 
 def get_config() -> Config:

@@ -5,11 +5,12 @@
 Hardware: 2 CPU cores. Minutes and scores: REPRODUCE.md, which that command writes.
 """
 
-from distill.config import ProtocolConfig, Recipe, SweepConfig, TrainingConfig
 from distill.configs import addition
+from distill.experiments.addition.config import ProtocolConfig, Recipe, SweepConfig
 from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
+from distill.train import TrainingConfig
 
 
 def get_config() -> ProtocolConfig:

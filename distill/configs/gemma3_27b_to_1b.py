@@ -7,8 +7,8 @@ Hardware: 32 TPU v5p, or 32 devices of 80 GB. Never trained on the machines this
 is compiled there for the slice, without weights. Minutes and score: unknown.
 """
 
+from distill.experiments.text.config import TextConfig, on_slice
 from distill.parallel import ParallelConfig
-from distill.text_config import TextConfig, on_slice
 
 
 def get_config() -> TextConfig:

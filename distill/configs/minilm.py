@@ -5,8 +5,9 @@
 Hardware: 2 CPU cores, a few CPU minutes, the control among them. Score: see the table in README.md.
 """
 
-from distill.config import SentenceConfig, TrainingConfig
+from distill.experiments.sentences.config import SentenceConfig
 from distill.optim import OptimizerConfig
+from distill.train import TrainingConfig
 
 
 def get_config() -> SentenceConfig:

@@ -7,11 +7,11 @@ B.gguf``. Never trained on the machines this library is tested on: a test lowers
 with the real shapes, without weights. Minutes and score: unknown.
 """
 
-from distill.config import TrainingConfig
 from distill.data.text import TextDataConfig
+from distill.experiments.text.config import StudentConfig, TextConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
-from distill.text_config import StudentConfig, TextConfig
+from distill.train import TrainingConfig
 
 
 def get_config() -> TextConfig:

@@ -9,12 +9,12 @@ are almost twice as many tokens, cross-entropy has fewer nats per token. Numbers
 ``python scripts/reproduce.py smollm2`` writes them to REPRODUCE.md.
 """
 
-from distill.config import TrainingConfig
 from distill.data.text import TextDataConfig
+from distill.experiments.text.config import StudentConfig, TextConfig
 from distill.features import FeatureConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
-from distill.text_config import StudentConfig, TextConfig
+from distill.train import TrainingConfig
 
 
 def get_config() -> TextConfig:

@@ -1,6 +1,7 @@
 """Data: builders that prepare examples once, and a loader for which batch k is a pure function of k."""
 
+from distill.batch import Batch, shift
 from distill.data.addition import AdditionConfig
-from distill.data.loader import Batch, Loader, shift
+from distill.data.loader import Loader
 
 __all__ = ["AdditionConfig", "Batch", "Loader", "shift"]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from distill.batch import Batch, shift
 from distill.data import once
-from distill.data.loader import Batch, shift
 from distill.tokenizer import CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer("0123456789+=")

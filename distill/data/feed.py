@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill.data.loader import Batch, Loader
+from distill.batch import Batch
+from distill.data.loader import Loader
 
 
 class DataTimeout(Exception):

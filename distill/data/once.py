@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distill import processes
+from distill.devices import processes
 
 
 def prepared(make: Callable[[], Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from distill.data.loader import Batch, shift
+from distill.batch import Batch, shift
 from distill.data.text import Encoded
 
 WINDOW = 16_384

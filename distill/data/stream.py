@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from distill.data.loader import Batch, rows_of
+from distill.batch import Batch
+from distill.data.loader import rows_of
 from distill.data.packing import Rows
 from distill.data.prepared import as_rows, ready
 from distill.data.text import Side, TextDataConfig

@@ -128,9 +128,9 @@ def _pydoc() -> Iterator[Document]:
 
 def _chitchat(as_text: bool) -> Iterator[Document]:
     """Who speaks first is the user; a turn of several lines is one message."""
-    from distill.weights import carried
+    from distill import fetch
 
-    dialogues = json.loads(carried.fetch(carried.CHITCHAT).read_text(encoding="utf-8"))
+    dialogues = json.loads(fetch.fetch(fetch.CHITCHAT).read_text(encoding="utf-8"))
     for name, dialogue in dialogues.items():
         turns = ["\n".join(line["text"] for line in turn) for turn in dialogue["messages"]]
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
@@ -146,17 +146,17 @@ def source_hash(config: TextDataConfig) -> str:
       FileNotFoundError: no such source.
       ValueError: a folder without files to read.
     """
-    from distill.weights import carried
+    from distill import fetch
 
     total = hashlib.sha256()
     for source, split in dict.fromkeys(_source_of(config, side) for side in SIDES):
         if source == "pydoc":
             total.update(json.dumps([document.parts for document in _pydoc()]).encode())
         elif source == "chitchat":
-            total.update(carried.CHITCHAT.sha256.encode())
+            total.update(fetch.CHITCHAT.sha256.encode())
         else:
             for file in readers.files_of(source, split):
-                total.update(f"{file.name} {carried.sha256_of(file)}\n".encode())
+                total.update(f"{file.name} {fetch.sha256_of(file)}\n".encode())
     return total.hexdigest()[:16]
 
 

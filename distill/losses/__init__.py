@@ -9,7 +9,6 @@ Array([0.0589, 0.    ], dtype=float32)
 
 from distill.head import Head
 from distill.losses.adaptive import adaptive_kl, entropy_aware_kl, taid
-from distill.losses.chunked import chunked
 from distill.losses.divergences import (
     alpha_beta,
     alpha_divergence,
@@ -22,6 +21,7 @@ from distill.losses.divergences import (
     skewed_reverse_kl,
     total_variation,
 )
+from distill.losses.fused_head import chunked
 from distill.losses.hidden import (
     attention_kl,
     hidden_cosine,
@@ -35,7 +35,7 @@ from distill.losses.labels import cross_entropy
 from distill.losses.matching import logit_mse, pearson
 from distill.losses.reduce import divide, masked_sum, select, sequence_weights
 from distill.losses.routing import load_balancing
-from distill.losses.sparse import (
+from distill.losses.stored import (
     SampledTargets,
     SparseTargets,
     sample_targets,

@@ -4,11 +4,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from distill.head import Head
+from distill.models.adapters import from_linen
 from distill.models.attention import as_matrices
 from distill.models.collect import collected, empty, slots_of
 from distill.models.config import DecoderConfig
 from distill.models.layers import Block, Norm
-from distill.models.model import Cache, Collect, Model, Output, from_linen, in_a_row, parameter, remade
+from distill.models.model import Cache, Collect, Model, Output, in_a_row, parameter, remade
 from distill.models.placement import rows_apart
 from distill.models.rope import Turns, turns_of
 from distill.shapes import Array, Params

@@ -1,7 +1,7 @@
 """The encoder: every token sees all tokens of its segment. Embedding, a scan over stacked layers, and what follows.
 
 Post-norm with learned positions it is a BERT, a DistilBERT or a MiniLM; pre-norm with rotary positions, windows and
-gates a ModernBERT. ``distill/weights/encoders.py`` says which options each has.
+gates a ModernBERT. ``distill/weights/families/encoders.py`` says which options each has.
 """
 
 import dataclasses
@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from distill.head import Head
+from distill.models.adapters import from_linen
 from distill.models.attention import attend, attention_weights, mix
 from distill.models.collect import collected, empty, keep, slots_of
 from distill.models.layers import Projection, layer_norm
-from distill.models.model import Collect, Model, Output, Relations, from_linen, in_a_row, parameter, remade
+from distill.models.model import Collect, Model, Output, Relations, in_a_row, parameter, remade
 from distill.models.placement import rows_apart
 from distill.models.rope import Turns, choose, rotate, turns_of
 from distill.shapes import Array, Params

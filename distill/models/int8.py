@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from distill.models.config import DecoderConfig
-from distill.models.factors import KERNELS
 from distill.models.model import Model
 from distill.shapes import Array, Params
+from distill.students.factors import KERNELS
 
 
 def int8(model: Model) -> Model:

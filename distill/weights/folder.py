@@ -14,16 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill import processes
+from distill.devices import processes
 from distill.models import DecoderConfig, EncoderConfig, Model, decoder
 from distill.models.int8 import int8, quantizer
 from distill.progress import loading
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
-from distill.weights import encoders
 from distill.weights.assemble import NetworkConfig, Renamed, assemble, disassemble, network, shapes_of
-from distill.weights.families import FAMILIES, from_json, table_of, to_json
-from distill.weights.gemma import text_of
+from distill.weights.families import FAMILIES, encoders, from_json, table_of, to_json
+from distill.weights.families.gemma import text_of
 from distill.weights.place import Place
 from distill.weights.replace import replacing, there
 from distill.weights.safetensors import SafetensorsSource, is_weights, write

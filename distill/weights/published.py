@@ -6,10 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from distill import fetch
 from distill.models import EncoderConfig, Model
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
-from distill.weights import carried, folder, gguf, gguf_tokenizer
+from distill.weights import folder, gguf, gguf_tokenizer
 
 
 class Published(NamedTuple):
@@ -53,8 +54,8 @@ def read(
 
 def _located(name: str) -> Path:
     """Where the files are, fetched if need be."""
-    if name in carried.MODELS:
-        return carried.fetch(carried.MODELS[name])
+    if name in fetch.MODELS:
+        return fetch.fetch(fetch.MODELS[name])
     path = folder.located(name)
     return path if path.exists() else folder.download(name)
 

@@ -1,4 +1,4 @@
-"""The distillation step of distill/benchmark_step.py by this library."""
+"""The distillation step of distill/benchmarks/step.py by this library."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from step_worker import TASK, turns
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from distill import cli, parallel
-from distill.data.loader import Batch
+from distill.batch import Batch
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer

@@ -68,7 +68,7 @@ def skewed_reverse_kl(student, teacher, labels, lam=0.1):
 
 
 def value(row):
-    """What these functions return on a row of ``distill/conformance.py``; None: there is no such loss."""
+    """What these functions return on a row of ``distill/reproduce/conformance.py``; None: there is no such loss."""
     case, options = row.case, dict(row.options)
     functions = {
         "forward_kl": (forward_kl, {}),

@@ -1,4 +1,4 @@
-"""The step of distill/benchmark_step.py by the step function of EasyDeL's trainer, on its Llama: KL and labels."""
+"""The step of distill/benchmarks/step.py by the step function of EasyDeL's trainer, on its Llama: KL and labels."""
 
 import easydel
 import jax

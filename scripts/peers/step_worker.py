@@ -1,4 +1,4 @@
-"""What the contestants of distill/benchmark_step.py share: the task, and turns taken over stdin and stdout."""
+"""What the contestants of distill/benchmarks/step.py share: the task, and turns taken over stdin and stdout."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What TRL, Liger and PyTorch return on the rows of ``distill/conformance.py``, on CPU, for scripts/reproduce.py.
+"""What TRL, Liger and PyTorch return on the rows of ``distill/reproduce/conformance.py``, on CPU.
 
 Liger's Triton kernels run in Triton's interpreter, which is taught here to hand floats over as compiled kernels get
 them. Heads are identities: the hidden states are the logits.
@@ -24,8 +24,8 @@ from triton.runtime import interpreter
 from trl.experimental.gkd import GKDTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from distill import conformance
-from distill.conformance import ROWS
+from distill.reproduce import conformance
+from distill.reproduce.conformance import ROWS
 
 _convert = interpreter._implicit_cvt
 

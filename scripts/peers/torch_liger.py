@@ -7,7 +7,7 @@ import torch
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 from liger_kernel.transformers import LigerFusedLinearJSD
 
-from distill.benchmark_head import Rival
+from distill.benchmarks.head import Rival
 
 
 def _rival(loss, arrays):

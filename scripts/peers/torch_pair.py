@@ -1,4 +1,4 @@
-"""The step of distill/benchmark_pair.py as a plain PyTorch loop: models of transformers, bfloat16, ``F.kl_div``."""
+"""The step of distill/benchmarks/pair.py as a plain PyTorch loop: models of transformers, bfloat16, ``F.kl_div``."""
 
 import json
 import sys

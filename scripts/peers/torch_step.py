@@ -1,4 +1,4 @@
-"""The distillation step of distill/benchmark_step.py as a plain PyTorch loop: Llama of transformers, ``F.kl_div``."""
+"""The distillation step of distill/benchmarks/step.py as a plain PyTorch loop: Llama of transformers, ``F.kl_div``."""
 
 import numpy as np
 import torch

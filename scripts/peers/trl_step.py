@@ -1,4 +1,4 @@
-"""The step of distill/benchmark_step.py by TRL's GKDTrainer, its own loop: forward KL, no label, never on-policy."""
+"""The step of distill/benchmarks/step.py by TRL's GKDTrainer, its own loop: forward KL, no label, never on-policy."""
 
 import tempfile
 

@@ -1,4 +1,4 @@
-"""The step of distill/benchmark_step.py by Tunix's DistillationTrainer, its own loop, on its Llama 3: KL and labels."""
+"""The step of distill/benchmarks/step.py by Tunix's DistillationTrainer, its own loop (Llama 3): KL and labels."""
 
 import jax
 import jax.numpy as jnp

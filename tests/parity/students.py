@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_text_experiment import config, folder  # noqa: F401 - fixtures
 
 import distill
-from distill import text_experiment
+from distill.experiments.text import run as text_experiment
 from distill.tokenizer import TextTokenizer
 
 TEXT = "the cat sat on a mat and saw that the dog ran to it while no one was at home."

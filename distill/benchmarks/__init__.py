@@ -1,0 +1,1 @@
+"""Measurements, contestants in turn in one run."""

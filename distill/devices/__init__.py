@@ -1,0 +1,1 @@
+"""What differs between machines: processes, chips, speed, profiles."""

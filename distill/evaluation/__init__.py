@@ -1,0 +1,1 @@
+"""How near a student is to its teacher."""

@@ -1,0 +1,64 @@
+"""Measures of distributions on given text: agreement, KL, calibration, nats per token."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from distill.batch import Batch
+from distill.devices import processes
+from distill.models.model import Model
+from distill.shapes import Params
+
+_logits = jax.jit(
+    lambda model, params, batch: model.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments),
+    static_argnums=0,
+)
+
+
+def logits_on(model: Model, params: Params, batch: Batch) -> np.ndarray:
+    """``[examples, L, V]`` logits of a model on given text (small vocabularies)."""
+    return processes.fetch(_logits(model, params, jax.device_put(batch)))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """In float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def agreement(student_logits: np.ndarray, teacher_logits: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """Share of counted positions with the same most likely token, and mean KL(teacher‖student) in nats per token."""
+    log_q, log_p = log_softmax(student_logits[mask]), log_softmax(teacher_logits[mask])
+    same = log_q.argmax(axis=-1) == log_p.argmax(axis=-1)
+    return {"agreement": float(same.mean()), "kl": float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())}
+
+
+def calibration(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, bins: int = 10) -> dict[str, Any]:
+    """Expected calibration error: Σ_bins (share of tokens) · |accuracy − mean confidence| (arXiv 1706.04599).
+
+    Confidence is the probability of the most likely token; bins have equal width.
+    """
+    log_probs = log_softmax(logits[mask])
+    confidence, right = np.exp(log_probs.max(axis=-1)), log_probs.argmax(axis=-1) == labels[mask]
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    rows = []
+    for i in range(bins):
+        inside = index == i
+        if inside.any():
+            rows.append(
+                {
+                    "confidence": float(confidence[inside].mean()),
+                    "accuracy": float(right[inside].mean()),
+                    "count": int(inside.sum()),
+                }
+            )
+    total = sum(row["count"] for row in rows)
+    ece = sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / max(total, 1)
+    return {"ece": float(ece), "bins": rows}
+
+
+def nats_per_token(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> float:
+    """Mean negative log-likelihood of the counted labels."""
+    log_probs = log_softmax(logits[mask])
+    return float(-np.take_along_axis(log_probs, labels[mask][:, None], axis=-1).mean())

@@ -1,0 +1,1 @@
+"""Experiments: one configuration, one run folder, one summary."""

@@ -1,0 +1,1 @@
+"""Two-digit addition: teacher, student and baseline."""

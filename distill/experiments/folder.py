@@ -1,0 +1,67 @@
+"""The configuration of an experiment in its run folder."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill.checkpoint import Refused
+from distill.config import from_dict, to_dict, write_json
+
+
+@contextlib.contextmanager
+def configured(run: Path, config: Any) -> Iterator[None]:
+    """RUN/config.json holds this configuration, unless the block finds that it is not the run's (``Refused``).
+
+    Then it says again what it said: the scripts that read it must find the configuration that the run was made with.
+    """
+    file, before = run / "config.json", None
+    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
+        before = json.loads(file.read_text())
+    write_config(run, config)
+    try:
+        yield
+    except Refused:
+        if before is not None:
+            write_json(file, before)
+        raise
+
+
+def write_config(run: Path, config: Any) -> None:
+    """RUN/config.json: the configuration of an experiment, and which kind of experiment it is.
+
+    Raises:
+      ValueError: the folder holds an experiment of another kind, whose configuration stays.
+    """
+    file = run / "config.json"
+    if (there := _kind_of(file)) not in (None, config.kind):
+        raise ValueError(f"{run}: holds an experiment of kind {there!r}; this one is {config.kind!r}: another --run.")
+    write_json(file, {"kind": config.kind} | to_dict(config))
+
+
+def _kind_of(file: Path) -> str | None:
+    """The kind of experiment of a config.json; None where none can be read."""
+    try:
+        return json.loads(file.read_text()).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def read_config(run: Path, expected: type) -> Any:
+    """The configuration, of the class ``expected``, that a run folder was made with.
+
+    Raises:
+      FileNotFoundError: no run folder.
+      ValueError: its config.json cannot be read.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run}: no config.json; expected a run folder, made by scripts/distill.py.")
+    try:
+        values = json.loads(file.read_text())
+        if (kind := values.pop("kind", None)) != expected.kind:
+            raise ValueError(f"{file}: an experiment of kind {kind!r}; expected {expected.kind!r}.")
+        return from_dict(expected, values)
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); expected the configuration of a run.") from error

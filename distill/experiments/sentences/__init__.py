@@ -1,0 +1,1 @@
+"""A sentence encoder distilled into one with fewer layers."""

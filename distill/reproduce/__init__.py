@@ -1,0 +1,1 @@
+"""The sections of REPRODUCE.md."""

@@ -1,0 +1,1 @@
+"""A student from its teacher: where it starts, and what of it is learnt."""

@@ -1,0 +1,170 @@
+"""GPT-2 and GPT-NeoX (arXiv 2204.06745), Pythia among them: LayerNorm, no gate, one matrix for all of q, k and v."""
+
+import dataclasses
+
+from distill.models import DecoderConfig
+from distill.weights.assemble import Part, Path, Row, conv1d
+from distill.weights.families.family import (
+    ROTARY,
+    Family,
+    Json,
+    Keys,
+    activation,
+    activation_key,
+    biases,
+    only,
+    rotary,
+    rotary_keys,
+    row,
+)
+
+_JOINED = {"query": 0, "key": 1, "value": 2}
+_ALWAYS = {"norm": "layer", "gated": False, "mlp_bias": True}
+
+
+def _has(c: DecoderConfig, always: Json, *options: str) -> bool:
+    plain = c.groups == c.heads and c.key_size * c.heads == c.width
+    return plain and all(getattr(c, n) == value for n, value in always.items()) and only(c, *always, *options)
+
+
+# ---- GPT-2
+
+_GPT2_ALWAYS = _ALWAYS | {"positions": "learned", "qkv_bias": True, "output_bias": True}
+
+_GPT2_NAMES = {
+    "embedding": "transformer.wte",
+    "position": "transformer.wpe",
+    "head": "lm_head",
+    "norm": "transformer.ln_f",
+    "layers/attention_norm": "ln_1",
+    "layers/mlp_norm": "ln_2",
+    "layers/attention/query": "attn.c_attn",
+    "layers/attention/key": "attn.c_attn",
+    "layers/attention/value": "attn.c_attn",
+    "layers/attention/output": "attn.c_proj",
+    "layers/mlp/up": "mlp.c_fc",
+    "layers/mlp/down": "mlp.c_proj",
+}
+
+_GPT2_HARMLESS = {"attn_pdrop", "embd_pdrop", "resid_pdrop", "gradient_checkpointing", "n_ctx", "task_specific_params"}
+_GPT2_HARMLESS |= {"summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type"}
+_GPT2_HARMLESS |= {"summary_use_proj"}
+
+
+def _gpt2_row(config: DecoderConfig, path: Path) -> Row:
+    there = row(path, _GPT2_NAMES, "transformer.h.{layer}.", conv1d)
+    index = _JOINED.get(path[-2]) if len(path) > 1 else None
+    axis = 1 if path[-1] == "kernel" else 0
+    return there if index is None else dataclasses.replace(there, part=Part(index, axis))
+
+
+def _gpt2(keys: Keys) -> Json:
+    keys.neutral("scale_attn_weights", True)
+    keys.neutral("scale_attn_by_inverse_layer_idx", False)
+    keys.neutral("reorder_and_upcast_attn", False, True)  # the same in another order
+    keys.neutral("add_cross_attention", False)
+    kind = activation("activation_function", keys.get("activation_function"))
+    inner = keys.get("n_inner")
+    wide = 4 * keys.get("n_embd") if inner is None else inner
+    return _GPT2_ALWAYS | {"activation": kind, "feed_forward": wide}
+
+
+def _gpt2_keys(c: DecoderConfig) -> Json:
+    kind = "gelu_new" if c.activation == "gelu_tanh" else activation_key(c)
+    return {"n_inner": c.feed_forward, "activation_function": kind}
+
+
+# ---- GPT-NeoX
+
+_NEOX_NAMES = {
+    "embedding": "gpt_neox.embed_in",
+    "head": "embed_out",
+    "norm": "gpt_neox.final_layer_norm",
+    "layers/attention_norm": "input_layernorm",
+    "layers/mlp_norm": "post_attention_layernorm",
+    "layers/attention/query": "attention.query_key_value",
+    "layers/attention/key": "attention.query_key_value",
+    "layers/attention/value": "attention.query_key_value",
+    "layers/attention/output": "attention.dense",
+    "layers/mlp/up": "mlp.dense_h_to_4h",
+    "layers/mlp/down": "mlp.dense_4h_to_h",
+}
+
+
+def _neox_row(config: DecoderConfig, path: Path) -> Row:
+    there = row(path, _NEOX_NAMES, "gpt_neox.layers.{layer}.")
+    index = _JOINED.get(path[-2]) if len(path) > 1 else None
+    return there if index is None else dataclasses.replace(there, part=Part(index, blocks=config.heads))
+
+
+def _neox(keys: Keys) -> Json:
+    kind = activation("hidden_act", keys.get("hidden_act"))
+    fields = rotary(keys, keys.get("rotary_pct"), "rotary_emb_base") | biases(keys) | _ALWAYS
+    return fields | {"activation": kind, "parallel": bool(keys.get("use_parallel_residual"))}
+
+
+def _neox_keys(c: DecoderConfig) -> Json:
+    own = {"hidden_act": activation_key(c), "attention_bias": c.qkv_bias, "use_parallel_residual": c.parallel}
+    return rotary_keys(c, fraction=True) | own
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": "vocab_size",
+            "layers": "n_layer",
+            "width": "n_embd",
+            "heads": "n_head",
+            "tied": "tie_word_embeddings",
+            "norm_epsilon": "layer_norm_epsilon",
+            "max_length": "n_positions",
+        },
+        {
+            "n_positions": 1024,
+            "n_inner": None,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+        },
+        _gpt2,
+        _gpt2_keys,
+        lambda c: _has(c, _GPT2_ALWAYS, "activation"),
+        _gpt2_row,
+        (r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
+        frozenset(_GPT2_HARMLESS),
+        "transformer.",
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        {
+            "vocab_size": "vocab_size",
+            "layers": "num_hidden_layers",
+            "width": "hidden_size",
+            "heads": "num_attention_heads",
+            "feed_forward": "intermediate_size",
+            "tied": "tie_word_embeddings",
+            "norm_epsilon": "layer_norm_eps",
+            "max_length": "max_position_embeddings",
+        },
+        {
+            **ROTARY,
+            "rotary_emb_base": 10_000.0,
+            "rotary_pct": 0.25,
+            "layer_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+            "hidden_act": "gelu",
+        },
+        _neox,
+        _neox_keys,
+        lambda c: (
+            c.qkv_bias == c.output_bias
+            and _has(c, _ALWAYS, "qkv_bias", "output_bias", "activation", "parallel", "rope_fraction")
+        ),
+        _neox_row,
+        (r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+        frozenset({"classifier_dropout", "hidden_dropout"}),
+    ),
+}
