@@ -202,21 +202,31 @@ def state_shardings(
     return TrainState(everywhere, params, opt_state)
 
 
-def draw_state(student: Model, optimizer: optax.GradientTransformation, key: Array, wrapping: Wrapping) -> TrainState:
-    """The state before the first step, where ``wrapping`` wants it: on a mesh every device draws its own parts.
+def draw_state(
+    student: Model,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    wrapping: Wrapping,
+    params: Params | None = None,
+) -> TrainState:
+    """The state before the first step, where ``wrapping`` wants it.
 
-    The bits do not depend on the mesh. An ``init`` that hands out arrays it already has (a student that starts from
-    published weights) is not compiled: those are placed, part by part, and copied once, since steps delete their state.
+    Args:
+      student: draws the parameters where none are given; on a mesh every device draws its own parts, with bits that do
+        not depend on the mesh.
+      optimizer: draws nothing; its state is made from the parameters.
+      key: of the draw.
+      wrapping: says where the state lives.
+      params: where the student starts; they are copied, since the steps delete their state. None: drawn.
     """
     if wrapping.places is None:
-        return wrapping.place_state(init_state(student.init(key), optimizer))
-    if not jax.make_jaxpr(student.init)(key).consts:
+        return wrapping.place_state(init_state(student.init(key) if params is None else params, optimizer))
+    if params is None:
         draw = jax.jit(lambda key: init_state(student.init(key), optimizer), out_shardings=wrapping.places[0])
         return draw(key)
-    params = processes.spread(_owned(student.init(key)), wrapping.places[0].params)
-    return jax.jit(lambda params: init_state(params, optimizer), out_shardings=wrapping.places[0], donate_argnums=0)(
-        params
-    )
+    placed = processes.spread(_owned(params), wrapping.places[0].params)
+    make = jax.jit(lambda params: init_state(params, optimizer), out_shardings=wrapping.places[0], donate_argnums=0)
+    return make(placed)
 
 
 def abstract_state(student: Model, optimizer: optax.GradientTransformation, wrapping: Wrapping) -> TrainState:

@@ -126,6 +126,8 @@ class Task:
     calls ahead, such as ``StreamLoader(…).batch`` with the training's batch size and seed."""
     teacher: Model | None = None
     teacher_params: Params | None = None
+    params: Params | None = None
+    """Where the student starts: values of the parameters it learns. None: drawn by ``student.init`` from the seed."""
     base_params: Params | None = None
     """Parameters of the student that are not learnt (``Model.base``)."""
     evaluate: Evaluate = lambda params: {}
@@ -258,7 +260,8 @@ def _agree(task: Task, training: TrainingConfig) -> None:
 def _start(run: Path, checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):
     """The state to go on from: the newest checkpoint if there is one, else freshly drawn."""
     if checkpoints.latest is None:
-        return parallel.draw_state(task.student, update, jax.random.key(training.seed), wrapping), 0
+        key = jax.random.key(training.seed)
+        return parallel.draw_state(task.student, update, key, wrapping, task.params), 0
     refuse_changes(run, checkpoints.meta()["identity"], task.identity)
     state = checkpoints.restore(parallel.abstract_state(task.student, update, wrapping))
     return (state if wrapping.places is not None else wrapping.place_state(state)), checkpoints.latest
