@@ -11,6 +11,7 @@ compiled for them. The state is donated, the teacher never. On a mesh a state is
 will live (``draw_state``, ``abstract_state``): no device ever holds all of it.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -30,7 +31,7 @@ from distill.devices import processes
 from distill.models.model import Model, in_a_row
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params
-from distill.step import Frozen, TrainState, TrainStep, init_state, scan_steps
+from distill.state import Frozen, TrainState, TrainStep, init_state
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 """Logical axis → the mesh axis, or axes, it is cut over; None: not cut."""
@@ -116,7 +117,7 @@ class Wrapping:
     place_examples: Callable[[Batch], Batch]
     place_rows: Callable[[Any], Any]
     """``[K, B]`` indices of K batches, or a ``Batch`` of ``[K, B, …]``: K batches themselves."""
-    fetch_state: Callable[[TrainState], TrainState]
+    fetch_state: Callable[[TrainState], TrainState] = lambda state: state
     """The state as one global tree, for checkpoints and evaluation."""
     fetch_metrics: Callable[[Any], Any] = lambda metrics: metrics
     places: tuple[Any, Any] | None = None
@@ -246,15 +247,56 @@ def compiler_options() -> dict[str, int] | None:
     return None if named or jax.default_backend() != "cpu" else {"xla_backend_optimization_level": 2}
 
 
-def one_device(train_step: TrainStep) -> Wrapping:
-    """jit on the default device."""
+def scan_steps(
+    train_step: TrainStep,
+    *,
+    unpack: Callable[[Any], Params | Frozen | None] | None = None,
+    cut: Callable[[Batch], Batch] | None = None,
+    mesh: Mesh | None = None,
+) -> Callable:
+    """Several steps in one program: ``(state, teacher_params, examples, rows [K, B]) -> (state, metrics [K])``.
 
-    def step(state: TrainState, frozen: Params | Frozen | None, batch: Batch):
-        return train_step(state, _stacked(frozen), batch)
+    One dispatch for K small steps: on tiny models Python would otherwise be the bottleneck.
 
-    steps = jax.jit(scan_steps(step), donate_argnums=0, compiler_options=compiler_options())
-    place = jax.device_put
-    return Wrapping(steps, _owned, lambda frozen: place(_one_by_one(frozen)), place, place, lambda state: state)
+    Args:
+      train_step: one update.
+      unpack: makes the teacher's parameters of the form in which they are kept between programs.
+      cut: how a batch lies over the devices.
+      mesh: the step is traced for; layers ask for it.
+
+    Returns:
+      A function of ``examples``, a ``Batch`` of all examples, and ``rows``: step k trains on ``examples[rows[k]]``.
+      Where the examples are None, ``rows`` are the batches themselves, a ``Batch`` of ``[K, B, …]``.
+    """
+    context = None if mesh is None else mesh.abstract_mesh
+
+    def steps(state: TrainState, frozen: Any, examples: Batch | None, rows: Array | Batch):
+        def one(state: TrainState, row: Array | Batch):
+            batch = row if examples is None else jax.tree.map(lambda field: field[row], examples)
+            batch = batch if cut is None else cut(batch)
+            with contextlib.nullcontext() if context is None else jax.sharding.use_abstract_mesh(context):
+                return train_step(state, frozen if unpack is None else unpack(frozen), batch)
+
+        return jax.lax.scan(one, state, rows)
+
+    return steps
+
+
+def one_device(train_step: TrainStep, device: jax.Device | None = None) -> Wrapping:
+    """jit on one device; None: the default one."""
+
+    steps = scan_steps(train_step, unpack=_stacked)
+
+    def place(tree: Any) -> Any:
+        return jax.device_put(tree, device)
+
+    return Wrapping(
+        steps=jax.jit(steps, donate_argnums=0, compiler_options=compiler_options()),
+        place_state=lambda tree: place(_owned(tree)),
+        place_params=lambda frozen: place(_one_by_one(frozen)),
+        place_examples=place,
+        place_rows=place,
+    )
 
 
 @struct.dataclass
@@ -308,32 +350,25 @@ def on_mesh(
     rows = NamedSharding(mesh, PartitionSpec(None, over))
     texts = NamedSharding(mesh, PartitionSpec(over, "sequence"))
 
-    def step(state: TrainState, teacher_params: Params | None, batch: Batch):
-        if mesh.shape.get("sequence", 1) > 1:
-            batch = jax.tree.map(lambda field: jax.lax.with_sharding_constraint(field, texts), batch)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention asks for it
-            return train_step(state, teacher_params, batch)
+    long, parts = mesh.shape.get("sequence", 1), math.prod(mesh.shape[axis] for axis in over)
 
-    parts = math.prod(mesh.shape[axis] for axis in over)
-    steps = jax.jit(
-        scan_steps(step),
-        donate_argnums=0,
-        in_shardings=(state, frozen, everywhere, rows),
-        out_shardings=(state, everywhere),
-    )
+    def cut(batch: Batch) -> Batch:
+        return jax.tree.map(lambda field: jax.lax.with_sharding_constraint(field, texts), batch)
+
+    steps = scan_steps(train_step, cut=cut if long > 1 else None, mesh=mesh)
+    shardings = {"in_shardings": (state, frozen, everywhere, rows), "out_shardings": (state, everywhere)}
     return Wrapping(
-        steps,
-        lambda tree: processes.spread(_owned(tree), state),
-        lambda tree: processes.spread(tree, frozen),
-        lambda tree: processes.spread(_cuttable(tree, mesh.shape.get("sequence", 1)), everywhere),
-        lambda array: processes.spread(divisible(array, parts), rows),
-        lambda tree: tree,
+        steps=jax.jit(steps, donate_argnums=0, **shardings),
+        place_state=lambda tree: processes.spread(_owned(tree), state),
+        place_params=lambda tree: processes.spread(tree, frozen),
+        place_examples=lambda tree: processes.spread(_cuttable(tree, long), everywhere),
+        place_rows=lambda array: processes.spread(divisible(array, parts), rows),
         places=(state, frozen),
         parts=parts,
     )
 
 
-def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | None = None) -> Wrapping:
+def pmapped(make_step: Callable[[str], TrainStep], devices: Sequence[jax.Device] | None = None) -> Wrapping:
     """pmap over the devices: every device holds the whole state and a part of the batch.
 
     Args:
@@ -341,7 +376,7 @@ def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | N
       devices: None: all.
     """
     devices = jax.devices() if devices is None else devices
-    steps = jax.pmap(scan_steps(make_step("data")), axis_name="data", devices=devices, donate_argnums=0)
+    steps = jax.pmap(scan_steps(make_step("data")), axis_name="data", devices=list(devices), donate_argnums=0)
     place = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
 
     def replicate(tree):  # as the steps give it back: they are compiled once
@@ -354,8 +389,16 @@ def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | N
         dealt = jax.tree.map(parts, divisible(rows, len(devices)))
         return jax.device_put(dealt, place)
 
-    back = jax_utils.unreplicate
-    return Wrapping(steps, replicate, replicate, replicate, place_rows, back, back, parts=len(devices))
+    return Wrapping(
+        steps=steps,
+        place_state=replicate,
+        place_params=replicate,
+        place_examples=replicate,
+        place_rows=place_rows,
+        fetch_state=jax_utils.unreplicate,
+        fetch_metrics=jax_utils.unreplicate,
+        parts=len(devices),
+    )
 
 
 def divisible(rows: Any, devices: int) -> Any:
@@ -398,9 +441,9 @@ def wrap(
     if processes.count() > 1 and backend != "mesh":
         raise ValueError(f"parallel: backend={backend} with {processes.count()} processes; expected mesh, or auto.")
     if backend == "pmap":
-        return pmapped(make_step)
+        return pmapped(make_step, devices)
     if backend == "one_device":
-        return one_device(make_step(None))
+        return one_device(make_step(None), devices[0] if devices else None)
     mesh = make_mesh(config, devices)
     rules = {"rules": RULES[config.student], "teacher_rules": RULES[config.teacher]}
     return on_mesh(make_step(None, mesh=mesh), student, optimizer, mesh, teacher, **rules)

@@ -15,10 +15,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill import losses
 from distill.benchmarks.head import chunked_head, head_shapes
 from distill.benchmarks.tpu import compiled_on
-from distill.losses import Head, chunked
+from distill.losses import Head
 from distill.losses.fused_head import default_chunk_size
 from distill.parallel import ParallelConfig, make_mesh
 from distill.planning.hlo import collectives
+
+
+def chunked(per_position, hidden, head, teacher_hidden, teacher_head, labels, mask, *chunk_size, **options):
+    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_head)
+    return losses.chunked(per_position, (hidden, head), teacher, labels, mask, *chunk_size, **options)
+
 
 TOKENS, D, E, V = (4, 6), 8, 12, 19
 MODULE = sys.modules["distill.losses.fused_head"]
@@ -364,11 +370,17 @@ def test_mistakes_are_named():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     other = Head(jnp.ones((E, V + 1)))
     wrong = {
-        "the student has 19 words, the teacher 20": (hidden, head, teacher_hidden, other, labels, mask),
+        "has 19 tokens, the teacher's 20": (hidden, head, teacher_hidden, other, labels, mask),
         "chunk_size=0": (hidden, head, teacher_hidden, teacher_head, labels, mask, 0),
-        "belong together": (hidden, head, teacher_hidden, None, labels, mask),
-        r"student_hidden \(4, 6, 12\)": (teacher_hidden, head, teacher_hidden, teacher_head, labels, mask),
-        "labels of shape": (hidden, head, teacher_hidden, teacher_head, labels[:2], mask),
+        r"hidden states \(4, 6, 12\) of the student": (
+            teacher_hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            mask,
+        ),
+        "inputs of shape": (hidden, head, teacher_hidden, teacher_head, labels[:2], mask),
         "vocab_size=99": (hidden, head.replace(vocab_size=99), teacher_hidden, teacher_head, labels, mask),
     }
     for message, arguments in wrong.items():

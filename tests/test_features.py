@@ -17,7 +17,6 @@ from distill.experiments.addition.config import Config, Recipe
 from distill.experiments.addition.run import Trained, distil, network, restore, run_experiment, transfer_set
 from distill.features import (
     FeatureConfig,
-    FeatureTerm,
     feature_terms,
     projector_shapes,
     with_projectors,
@@ -26,8 +25,10 @@ from distill.features import (
 from distill.models import Collect, DecoderConfig
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.parallel import ParallelConfig, make_mesh
-from distill.step import init_state, make_train_step
-from distill.train import LogConfig, TrainingConfig
+from distill.state import init_state
+from distill.step import make_train_step
+from distill.term import LOGITS, Needs
+from distill.training import LogConfig, TrainingConfig
 
 STUDENT = tiny_decoder(vocab_size=12)
 TEACHER = tiny_decoder(vocab_size=12, layers=4, width=12, head_dim=4, feed_forward=20)
@@ -180,10 +181,11 @@ def test_equal_networks_have_equal_features():
 
 
 def test_a_feature_term_of_ones_own():
-    def last(student, teacher, batch, params):
-        return losses.hidden_mse(student["hidden"][2], teacher["hidden"][3])
+    def last(view):
+        return losses.hidden_mse(view.student_features["hidden"][2], view.teacher_features["hidden"][3])
 
-    term = FeatureTerm("last", last, Collect(hidden=(2,)), Collect(hidden=(3,)), weight=2.0)
+    needs = Needs(student_layers=Collect(hidden=(2,)), teacher_layers=Collect(hidden=(3,)))
+    term = Term("last", 2.0, needs, last)
     params = random_params(STUDENT)
     _, metrics = stepped(
         STUDENT, [term], params, random_params(TWIN, 1), on_device(uneven_batch()), teacher=TWIN, chunk_size=0
@@ -236,7 +238,7 @@ def test_every_sequence_weighs_the_same():
     segments = np.array([[1, 1, 2, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]])
     batch = on_device(shift(tokens, segments > 0, segments))
     assert np.asarray(batch.mask.sum(axis=1)).tolist() == [3, 4]
-    term = Term("position", lambda s, t, labels: labels.astype(jnp.float32), needs_teacher=False)
+    term = Term("position", 1.0, LOGITS, lambda view: view.labels.astype(jnp.float32))
     params = random_params(STUDENT)
     labels = np.asarray(batch.labels, float)
     documents = [labels[0, :1].mean(), labels[0, 2:4].mean(), labels[1, :4].mean()]
@@ -297,7 +299,7 @@ TABLES = {"embedding", "head"}
 
 
 def test_two_vocabularies_are_refused_naming_the_way_out():
-    with pytest.raises(ValueError, match=r"12 words, the teacher 16; .*with_vocabulary"):
+    with pytest.raises(ValueError, match=r"12 tokens, the teacher's 16; .*with_vocabulary"):
         make_train_step(STUDENT, [task_term()], SGD, teacher=tiny_decoder(vocab_size=16))
     with pytest.raises(ValueError, match="size=13; expected 1 … 12"):
         STUDENT.with_vocabulary(13)

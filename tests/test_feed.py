@@ -16,13 +16,16 @@ from distill.data import addition
 from distill.data.feed import Ahead, DataTimeout
 from distill.data.loader import Loader
 from distill.devices import speed
+from distill.losses import DenseTargets
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import ParallelConfig
-from distill.step import init_state, make_train_step
-from distill.train import LogConfig, Stopped, Task, TrainingConfig, fit
+from distill.state import init_state
+from distill.step import make_train_step
+from distill.train import Stopped, Task, fit
+from distill.training import LogConfig, TrainingConfig
 
 DATA = addition.AdditionConfig(digits=1)
 MODEL = decoder(DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16))
@@ -37,7 +40,7 @@ ALONE = {"log": LogConfig(progress=False), "parallel_config": ParallelConfig(bac
 def loader():
     examples = addition.encode(DATA, addition.pairs(DATA)["train"]).batch(DATA)
     logits = np.random.default_rng(0).normal(size=(*examples.inputs.shape, 14)).astype(np.float32)
-    return Loader(examples._replace(teacher_logits=logits), TRAINING.batch_size, TRAINING.seed)
+    return Loader(examples._replace(targets=DenseTargets(logits)), TRAINING.batch_size, TRAINING.seed)
 
 
 def task(examples) -> Task:
@@ -49,7 +52,7 @@ def with_nan(loader, bad):
 
     def batch(k):
         good = loader.batch(k)
-        return good._replace(teacher_logits=good.teacher_logits * np.float32(np.nan)) if k in bad else good
+        return good._replace(targets=DenseTargets(good.targets.logits * np.float32(np.nan))) if k in bad else good
 
     return batch
 
@@ -254,9 +257,7 @@ def test_a_profile_says_where_the_time_of_a_step_goes(loader, tmp_path, capsys):
     training = dataclasses.replace(TRAINING, steps=8, evaluate_every=8, save_every=8)
     log = LogConfig(progress=False, profile=True)
     teacher = MODEL.init(jax.random.key(1))
-    live = dataclasses.replace(
-        task(loader.examples._replace(teacher_logits=None)), teacher=MODEL, teacher_params=teacher
-    )
+    live = dataclasses.replace(task(loader.examples._replace(targets=None)), teacher=MODEL, teacher_params=teacher)
     profiled = fit(tmp_path / "a", live, training, **ALONE | {"log": log})
     said = capsys.readouterr().out
     assert list((tmp_path / "a" / "profile").rglob("*.xplane.pb"))

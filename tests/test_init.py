@@ -18,7 +18,7 @@ from distill.models import DecoderConfig, decoder
 from distill.parallel import ParallelConfig
 from distill.students.cut import Importance, importance, like, spread, student_from
 from distill.students.start import StartConfig
-from distill.train import LogConfig, TrainingConfig
+from distill.training import LogConfig, TrainingConfig
 
 CONFIG = tiny(
     layers=4, width=16, heads=6, kv_heads=3, head_dim=4, feed_forward=12, qkv_bias=True, mlp_bias=True, qk_norm=True

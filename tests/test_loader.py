@@ -7,6 +7,7 @@ import pytest
 
 from distill.batch import Batch, shift
 from distill.data.loader import FEW, Loader, rows_of
+from distill.losses import SparseTargets
 
 
 def numbered(examples: int) -> Batch:
@@ -66,12 +67,13 @@ def test_every_example_once_an_epoch_in_another_order():
 
 def test_batch_takes_every_field():
     rng = np.random.default_rng(0)
-    examples = numbered(6)._replace(teacher_logits=rng.normal(size=(6, 2, 3)))
+    targets = {"top": SparseTargets(rng.integers(0, 9, (6, 2, 3)), rng.normal(size=(6, 2, 3)), temperature=2.0)}
+    examples = numbered(6)._replace(targets=targets | {"logits": rng.normal(size=(6, 2, 9))})
     loader = Loader(examples, 4, seed=3)
-    rows = loader.rows(5, 1)[0]
-    for field, whole in zip(loader.batch(5), examples, strict=True):
-        np.testing.assert_array_equal(field, whole[rows])
-    assert Loader(numbered(6), 4, seed=3).batch(5).teacher_logits is None
+    rows, got = loader.rows(5, 1)[0], loader.batch(5)
+    jax.tree.map(lambda field, whole: np.testing.assert_array_equal(field, whole[rows]), got, examples)
+    assert got.targets["top"].temperature == 2.0
+    assert Loader(numbered(6), 4, seed=3).batch(5).targets is None
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(0, 2), (4, 0), (4, -1)])

@@ -10,7 +10,8 @@ from builders import nnx_model, on_device, tiny_decoder, uneven_batch
 
 from distill.objective import task_term
 from distill.optim import OptimizerConfig, decay_mask, optimizer, schedule
-from distill.step import init_state, make_train_step
+from distill.state import init_state
+from distill.step import make_train_step
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from distill.models import Model, Output
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import MESH_AXES, RULES, ParallelConfig, make_mesh, param_shardings, state_shardings
-from distill.step import Frozen, init_state, make_train_step
+from distill.state import Frozen, init_state
+from distill.step import make_train_step
 from distill.students.factors import factored
 
 STEPS, BATCH = 20, 16

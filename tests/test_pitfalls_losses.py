@@ -13,6 +13,7 @@ import optax
 import pytest
 from builders import VOCAB, random_params, tiny_decoder
 
+from distill import losses
 from distill.batch import shift
 from distill.checkpoint import fingerprint, refuse_changes
 from distill.config import load_config
@@ -21,7 +22,8 @@ from distill.experiments.addition import run as experiment
 from distill.generation.sampler import greedy
 from distill.models import Model, Output
 from distill.objective import ObjectiveConfig, terms_of
-from distill.step import init_state, make_train_step
+from distill.state import init_state
+from distill.step import make_train_step
 from distill.tokenizer import CharacterTokenizer
 
 HERE = "test_pitfalls_losses"
@@ -269,7 +271,8 @@ def padded(filler):
     batch = jax.tree.map(jnp.asarray, shift(tokens, np.ones_like(tokens), segments))
     logits = TEACHER.logits(both_params()[1], batch.inputs, positions=batch.positions, segments=batch.segments)
     logits = jnp.where(batch.mask[..., None], logits, jnp.nan if filler else 0.0)
-    return batch._replace(labels=jnp.where(batch.mask, batch.labels, -100 if filler else 0), teacher_logits=logits)
+    labels = jnp.where(batch.mask, batch.labels, -100 if filler else 0)
+    return batch._replace(labels=labels, targets=losses.DenseTargets(logits))
 
 
 @functools.cache
@@ -280,7 +283,7 @@ def stepped(backend, filler, temperature):
     step = jax.jit(make_train_step(STUDENT, terms, SGD, **BACKENDS[backend]))
     batch = padded(filler)
     if backend != "stored logits":
-        batch = batch._replace(teacher_logits=None)
+        batch = batch._replace(targets=None)
     new, metrics = step(init_state(params, SGD), teacher_params, batch)
     return new.params, metrics
 

@@ -22,7 +22,8 @@ from distill.parallel import ParallelConfig, make_mesh
 from distill.planning import plan, roofline
 from distill.planning.hlo import Collective, collectives
 from distill.students.start import StartConfig
-from distill.train import TrainingConfig, lower
+from distill.train import lower
+from distill.training import TrainingConfig
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 2048, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -16,7 +16,8 @@ from distill.objective import task_term
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 from distill.reproduce import page as reproduce
-from distill.train import LogConfig, Task, TrainingConfig, fit
+from distill.train import Task, fit
+from distill.training import LogConfig, TrainingConfig
 
 DATA = addition.AdditionConfig(digits=1)
 MODEL = DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=8)

@@ -19,7 +19,8 @@ from distill.features import FeatureConfig
 from distill.models import Collect, EncoderConfig, encoder
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
-from distill.train import LogConfig, TrainingConfig
+from distill.term import View
+from distill.training import LogConfig, TrainingConfig
 
 TINY = EncoderConfig(vocab_size=40, layers=2, width=8, heads=2, feed_forward=12, token_types=2, max_length=12)
 PRE_NORM = {"norm": "pre", "positions": "rotary", "gated": True, "norm_bias": False}
@@ -153,12 +154,11 @@ def test_terms_are_those_of_the_embeddings(options):
     ]
     cosine, similarity = experiment.sentence_terms(CONFIG, *models, both[1][1])
     student, teacher = (experiment.embeddings(*one, tokens).astype(np.float64) for one in both)
-    values = cosine.per_position(*kept, batch, both[0][1])
+    view = View(student_features=kept[0], teacher_features=kept[1], batch=batch, params=both[0][1])
+    values = cosine.value(view)
     np.testing.assert_allclose(values[:, 0], 1.0 - (student * teacher).sum(-1), atol=1e-5)
     square = (student @ student.T - teacher @ teacher.T) ** 2
-    np.testing.assert_allclose(
-        similarity.per_position(*kept, batch, both[0][1])[:, 0], square.sum(-1) / 2, rtol=1e-3, atol=1e-6
-    )
+    np.testing.assert_allclose(similarity.value(view)[:, 0], square.sum(-1) / 2, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,17 @@ import reference
 from builders import VOCAB, handmade, nnx_model, on_device, random_params, rows_of, tiny, tiny_decoder, uneven_batch
 from jax.extend.core import jaxprs_in_params
 
+from distill import losses
 from distill.batch import shift
 from distill.models import decoder, model
 from distill.models.adapters import from_linen
 from distill.models.model import parameter
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig, optimizer
-from distill.step import CHUNKED_FROM, init_state, make_train_step, scan_steps
+from distill.parallel import scan_steps
+from distill.state import init_state
+from distill.step import CHUNKED_FROM, make_train_step
+from distill.term import BOTH_LOGITS
 
 TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))
 STUDENT = tiny_decoder(layers=1, feed_forward=14)
@@ -280,7 +284,7 @@ def test_student_equal_to_its_teacher_has_nothing_to_learn(batch):
 def test_logits_computed_beforehand_are_the_live_teacher(step, state, teacher_params, batch):
     logits = TEACHER.logits(teacher_params, batch.inputs, positions=batch.positions, segments=batch.segments)
     cached = jax.jit(make_train_step(STUDENT, TERMS, SGD))
-    got = cached(state, None, batch._replace(teacher_logits=logits))
+    got = cached(state, None, batch._replace(targets=losses.DenseTargets(logits)))
     assert_close(got, step(state, teacher_params, batch))
 
 
@@ -447,7 +451,9 @@ def test_student_comes_closer_to_its_teacher(student, teacher_params, batch):
 
 
 def test_a_term_of_ones_own_is_trained_on(teacher_params, batch):
-    term = Term("squared_error", lambda s, t, labels: jnp.mean((s - t) ** 2, axis=-1), weight=2.0)
+    term = Term(
+        "squared_error", 2.0, BOTH_LOGITS, lambda v: jnp.mean((v.student_logits - v.teacher_logits) ** 2, axis=-1)
+    )
     step = jax.jit(make_train_step(STUDENT, [term], optax.sgd(0.01), teacher=TEACHER))
     state = init_state(random_params(STUDENT), optax.sgd(0.01))
     state, first = step(state, teacher_params, batch)

@@ -26,7 +26,9 @@ from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 from distill.reproduce import survival
-from distill.train import LogConfig, Stopped, Task, TrainingConfig, fit
+from distill.term import LOGITS
+from distill.train import Stopped, Task, fit
+from distill.training import LogConfig, TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 MODEL = DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16)
@@ -133,7 +135,7 @@ class Free:
 
 
 def test_nan_stops_and_names_the_step(task, tmp_path):  # row 49
-    broken = Term("broken", lambda s, t, labels: s.sum(-1) * np.float32("nan"), needs_teacher=False)
+    broken = Term("broken", 1.0, LOGITS, lambda view: view.student_logits.sum(-1) * np.float32("nan"))
     with pytest.raises(FloatingPointError, match=r"step 1 \(batch 0\)"):
         fit(tmp_path, dataclasses.replace(task, terms=[broken]), TRAINING, **ALONE)
     with Checkpoints(tmp_path) as checkpoints:
@@ -150,29 +152,30 @@ def test_a_teacher_that_emits_nan_is_named(task, tmp_path):  # row 49
 
 def test_no_host_transfer_is_implicit(task, tmp_path, monkeypatch):  # row 58
     seen = []
-    original = train._loop
+    original = train._Run.go
 
-    def loop(*args):
+    def go(run):
         with jax.transfer_guard("disallow"):
             seen.append(True)
-            return original(*args)
+            return original(run)
 
-    monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(train._Run, "go", go)
     fit(tmp_path, task, TRAINING, **ALONE)
     assert seen
 
 
 def test_where_a_dispatch_ends_within_its_call_its_speed_is_its_own(task, tmp_path, monkeypatch):
-    now, real_loop = [0.0], train._loop
+    now, original = [0.0], train._Run.go
 
-    def loop(state, step, task, training, wrapping, *rest):
-        def steps(*arguments):
+    def go(run):
+        def steps(*arguments, compiled=run.wrapping.steps):
             now[0] += 2.0
-            return jax.block_until_ready(wrapping.steps(*arguments))
+            return jax.block_until_ready(compiled(*arguments))
 
-        return real_loop(state, step, task, training, dataclasses.replace(wrapping, steps=steps), *rest)
+        run.wrapping = dataclasses.replace(run.wrapping, steps=steps)
+        return original(run)
 
-    monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(train._Run, "go", go)
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when a client is made, and by what records
     try:
@@ -286,7 +289,7 @@ BAD = {
     "temperature 0": (["--objective.temperature", "0"], "temperature"),
     "beta 2": (["--objective.beta", "2"], "beta"),
     "no weight": (["--objective.kd-weight", "0"], "kd_weight"),
-    "steps": (["--student.training.steps", "77"], "steps_per_dispatch"),
+    "steps": (["--student.training.steps", "77", "--student.training.steps-per-dispatch", "50"], "steps_per_dispatch"),
     "micro-batches": (["--student.training.micro-batches", "7"], "micro_batches"),
     "heads": (["--student.model.heads", "3"], "heads"),
     "learning rate": (["--student.training.optimizer.learning-rate", "0"], "learning_rate"),

@@ -82,7 +82,7 @@ def _compare(student: Model):
         return losses.forward_kl(student_logits, teacher_logits), {"nll": nll, "agreement": same.astype(jnp.float32)}
 
     def compare(params: Params, teacher_head, teacher_hidden, batch: Batch):
-        sides = hidden_of(params, batch), student.head(params), teacher_hidden, teacher_head
+        sides = (hidden_of(params, batch), student.head(params)), (teacher_hidden, teacher_head)
         (kl, weight), rest = losses.chunked(per_position, *sides, batch.labels, batch.mask, has_aux=True)
         return rest | {"kl": kl, "weight": weight}
 
@@ -93,7 +93,7 @@ def _nll(head, hidden, batch: Batch):
     def per_position(logits, _, labels):
         return losses.cross_entropy(logits, labels)
 
-    return losses.chunked(per_position, hidden, head, None, None, batch.labels, batch.mask)
+    return losses.chunked(per_position, (hidden, head), None, batch.labels, batch.mask)
 
 
 def _padded(batch: Batch, first: int) -> Batch:

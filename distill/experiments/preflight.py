@@ -18,8 +18,9 @@ from distill import losses
 from distill.batch import Batch
 from distill.config import write_json
 from distill.models.model import Model
-from distill.objective import Term, Terms, evaluate_terms, terms_at
+from distill.objective import evaluate, terms_at
 from distill.shapes import Params
+from distill.term import Terms, View
 from distill.vocab import align, token_ids
 
 SAME = 1e-4
@@ -129,10 +130,12 @@ def _finite(name: str, leaves: list[Any], mask: Any = None) -> Check:
 
 def _zero_at_teacher(terms: Terms, logits: jax.Array, batch: Batch) -> list[Check]:
     """Student = teacher: every term that compares their logits is 0."""
-    compared = [term for term in terms_at(terms, jnp.int32(0)) if isinstance(term, Term) and term.needs_teacher]
-    checks = []
-    for name, pair in evaluate_terms(compared, logits, logits, batch).items():
-        value = float(losses.divide(pair))
+    compared = [term for term in terms_at(terms, jnp.int32(0)) if term.needs.teacher_logits or term.needs.signal]
+    compared = [term for term in compared if not term.needs.layers]
+    logits, checks = losses.select(logits, batch.mask), []
+    _, values = evaluate(compared, logits, logits, View(labels=jnp.where(batch.mask, batch.labels, 0)))
+    for name in (term.name for term in compared):
+        value = float(losses.divide(losses.masked_sum(values[name], batch.mask)))
         verdict = "ok" if abs(value) <= SAME else "warning"
         checks.append(Check(f"{name} at student = teacher", verdict, f"{value:.2e} nats per token"))
     return checks

@@ -60,7 +60,7 @@ def abstract_task(config: TextConfig) -> Task:
     of_teacher, of_student = (decoder(one).with_vocabulary(words) for one in (teacher, student))
     of_student, terms = learner(config, of_student, of_teacher)
     of_teacher, params = held(of_teacher, config.teacher_dtype)
-    shape = config.training.steps_per_dispatch * config.training.batch_size, config.data.length
+    shape = config.training.dispatch * config.training.batch_size, config.data.length
     ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
     return Task(
         student=of_student,
@@ -211,7 +211,7 @@ def plan(
             "examples": config.training.batch_size,
             "length": config.data.length,
             "micro_batches": config.training.micro_batches,
-            "steps_per_dispatch": config.training.steps_per_dispatch,
+            "steps_per_dispatch": config.training.dispatch,
         },
         "compiled_for": "TPU" if topology.tpu else "CPU",
         "fits": program.fits,

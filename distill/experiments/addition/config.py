@@ -8,7 +8,7 @@ from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.parallel import ParallelConfig
 from distill.students.start import StartConfig
-from distill.train import LogConfig, TrainingConfig
+from distill.training import LogConfig, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ from distill.experiments.addition import replicas as arms
 from distill.experiments.addition.config import ProtocolConfig, Recipe
 from distill.experiments.addition.replicas import Replicas, Schedule, pick, stack
 from distill.experiments.addition.run import network
+from distill.losses import DenseTargets
 from distill.models import Model
 from distill.objective import task_term, terms_of
 from distill.shapes import Params
@@ -173,7 +174,7 @@ def run_arm(config: ProtocolConfig, worlds: list[World], student: str, arm: str,
 def transfer(teacher: Model, params: Params, config: AdditionConfig, prompts: Examples) -> Batch:
     """Prompts with the teacher's answers and its logits on them."""
     batch = prompts.with_answers(config, measure.write_answers(teacher, params, config, prompts)).batch(config)
-    return batch._replace(teacher_logits=measures.logits_on(teacher, params, batch))
+    return batch._replace(targets=DenseTargets(measures.logits_on(teacher, params, batch)))
 
 
 def _train_untuned(config, recipe: Recipe, model: Model, teacher: Model, worlds: list[World], arm: str, _):
@@ -184,7 +185,7 @@ def _train_untuned(config, recipe: Recipe, model: Model, teacher: Model, worlds:
         batch = transfer(teacher, source, config.data, world.train)
         if arm == "permuted_teacher":
             order = np.random.default_rng([world.seed, 2]).permutation(len(batch.inputs))
-            batch = batch._replace(teacher_logits=batch.teacher_logits[order])
+            batch = batch._replace(targets=DenseTargets(batch.targets.logits[order]))
         return batch
 
     terms = [task_term()] if arm == "skyline" else terms_of(config.unlabelled)
@@ -202,7 +203,7 @@ def _train_tuned(config, recipe: Recipe, model: Model, teacher: Model, worlds: l
         few = world.train.take(order[:labels])
         batch = few.batch(config.data)
         if arm == "same_prompts":
-            batch = batch._replace(teacher_logits=measures.logits_on(teacher, world.teacher, batch))
+            batch = batch._replace(targets=DenseTargets(measures.logits_on(teacher, world.teacher, batch)))
         examples += [batch] * sweep.runs
         validation += [world.train.take(order[max(config.labels) :][: sweep.validation])] * sweep.runs
     rates, decays = arms.grid(sweep.learning_rates, sweep.weight_decays)

@@ -19,9 +19,10 @@ from distill.generation import sampler
 from distill.models.model import Model
 from distill.objective import Term
 from distill.optim import OptimizerConfig, optimizer
-from distill.parallel import compiler_options
+from distill.parallel import compiler_options, scan_steps
 from distill.shapes import Array, Params
-from distill.step import init_state, make_train_step, scan_steps
+from distill.state import init_state
+from distill.step import make_train_step
 
 
 class Replicas(NamedTuple):

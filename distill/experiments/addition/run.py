@@ -116,7 +116,7 @@ def distil(config: Config, run: Path, sides: dict[str, Examples], teacher: Train
     reads = len(examples.inputs) if cached else training.steps * training.batch_size
     flops += reads * examples.inputs.shape[1] * _flops(config.teacher, config)
     if cached:
-        examples = examples._replace(teacher_logits=measures.logits_on(*teacher, examples))
+        examples = examples._replace(targets=losses.DenseTargets(measures.logits_on(*teacher, examples)))
     parts = ("data", "student", "objective", "answers", "teacher_signal")
     asked = identity(config, *parts, teacher_weights=fingerprint(teacher.params))
     task = Task(

@@ -25,11 +25,12 @@ from distill.config import to_dict, write_json
 from distill.experiments.cost import restore
 from distill.experiments.folder import configured, read_config
 from distill.experiments.sentences.config import SentenceConfig
-from distill.features import Features, FeatureTerm, feature_terms, projector_shapes, with_projectors, without_projectors
+from distill.features import feature_terms, projector_shapes, with_projectors, without_projectors
 from distill.models import Collect, EncoderConfig, Model, encoder
 from distill.models.encoder import embed, keep_layers, pool
 from distill.models.layers import layer_norm
 from distill.shapes import Array, Params
+from distill.term import Needs, Term, View
 from distill.train import Task, fit
 from distill.weights import STUDENT, load, save
 
@@ -105,23 +106,22 @@ def batch_of(tokens: np.ndarray) -> Batch:
     return Batch(tokens, tokens, tokens > 0, np.ascontiguousarray(positions), (tokens > 0).astype(np.int32))
 
 
-def sentence_terms(
-    config: SentenceConfig, student: Model, teacher: Model, teacher_params: Params
-) -> tuple[FeatureTerm, ...]:
+def sentence_terms(config: SentenceConfig, student: Model, teacher: Model, teacher_params: Params) -> tuple[Term, ...]:
     """Terms on sentence embeddings; a value of a sentence stands at each of its tokens, to be averaged by sequence.
 
     Of the teacher's parameters only its final norm is used, where it has one.
     """
     last, norm = (student.config.layers, teacher.config.layers), teacher_params.get("norm")
 
-    def term(name: str, loss, weight: float) -> FeatureTerm:
-        def per_position(kept: Features, teachers: Features, batch: Batch, params: Params) -> Array:
-            states = kept["hidden"][last[0]], teachers["hidden"][last[1]]
-            models = (student, params.get("norm")), (teacher, norm)
-            sides = [pool(_normed(x, *one), batch.segments) for x, one in zip(states, models, strict=True)]
-            return jnp.broadcast_to(loss(*sides)[:, None], batch.mask.shape)
+    def term(name: str, loss, weight: float) -> Term:
+        def value(view: View) -> Array:
+            states = view.student_features["hidden"][last[0]], view.teacher_features["hidden"][last[1]]
+            models = (student, view.params.get("norm")), (teacher, norm)
+            sides = [pool(_normed(x, *one), view.batch.segments) for x, one in zip(states, models, strict=True)]
+            return jnp.broadcast_to(loss(*sides)[:, None], view.batch.mask.shape)
 
-        return FeatureTerm(name, per_position, *(Collect(hidden=(n,)) for n in last), weight)
+        layers = [Collect(hidden=(n,)) for n in last]
+        return Term(name, weight, Needs(student_layers=layers[0], teacher_layers=layers[1]), value)
 
     wanted = (
         ("sentence_cosine", losses.hidden_cosine, config.cosine_weight),

@@ -8,7 +8,7 @@ from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 from distill.students.start import StartConfig
-from distill.train import LogConfig, TrainingConfig
+from distill.training import LogConfig, TrainingConfig
 
 Arm = Literal["equal_tokens", "equal_time"]
 

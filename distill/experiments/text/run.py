@@ -52,7 +52,8 @@ from distill.students.cut import CHOICES, part_of
 from distill.students.start import Calibration, Start, start
 from distill.students.vocabulary import Pruned, prune_by, prune_model
 from distill.tokenizer import TextTokenizer
-from distill.train import Evaluate, Task, TrainingConfig, fit, lower
+from distill.train import Evaluate, Task, fit, lower
+from distill.training import TrainingConfig
 from distill.vocab import align
 from distill.weights import STUDENT, save
 from distill.weights.published import Published, read
@@ -188,8 +189,8 @@ def _rounded(teacher: Trained, begin: Start, seed: int) -> tuple[Trained, Start]
 
 def _nll(model: Model, params: Params, batch: Batch) -> Any:
     states = model.apply(params, batch.inputs, positions=batch.positions, segments=batch.segments).hidden
-    sides = states, model.head(params), None, None
-    return losses.divide(losses.chunked(_cross_entropy, *sides, batch.labels, batch.mask))
+    student = states, model.head(params)
+    return losses.divide(losses.chunked(_cross_entropy, student, None, batch.labels, batch.mask))
 
 
 def _cross_entropy(student_logits, _, labels):
@@ -310,7 +311,7 @@ def _steps_of_equal_time(config: TextConfig, run: Path) -> int:
             arm: seconds_per_step(folder, config)
             for arm, folder in (("distilled", run), ("alone", run / "equal_tokens"))
         }
-        unit = config.training.steps_per_dispatch
+        unit = config.training.dispatch
         steps = max(round(config.training.steps * seconds["distilled"] / seconds["alone"] / unit), 1) * unit
         write_json(file, {"steps": steps, "seconds_per_step": seconds})
     return json.loads(file.read_text())["steps"]
