@@ -27,7 +27,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from distill.batch import Batch
 from distill.devices import processes
-from distill.models.model import Model, in_a_row
+from distill.devices.backend import unroll as in_a_row
+from distill.models.model import Model
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params
 from distill.step import Frozen, TrainState, TrainStep, init_state, scan_steps

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from distill import losses
 from distill.batch import Batch
+from distill.devices.backend import flatten_rows as as_matrices
 from distill.features import FeatureTerm, collect_of
 from distill.losses.reduce import Pair, masked_sum
 from distill.models import EncoderConfig
-from distill.models.attention import as_matrices
 from distill.models.model import Collect, Model, Output, Routing
 from distill.objective import AnyTerm, RouterTerm, Term, Terms, per_position, position_weights, terms_at, total
 from distill.shapes import Array, Int, Params

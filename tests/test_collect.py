@@ -223,7 +223,7 @@ def test_only_the_chosen_layers_are_kept():
 
 
 def test_memory_grows_with_what_is_chosen(monkeypatch):
-    monkeypatch.setattr("distill.models.attention.BLOCKED_FROM", 97)  # with maps or without, the same form of attention
+    monkeypatch.setattr("distill.devices.backend.BLOCKED_FROM", 97)  # with maps or without, the same form of attention
     config = tiny(layers=16, width=32, heads=2, kv_heads=1, head_dim=4, feed_forward=16)
     model = decoder(config)
     params, tokens = random_params(model), jnp.zeros((4, 96), jnp.int32)

@@ -1,24 +1,17 @@
 """Softmax attention: scores, weights and the mixing of values."""
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from distill.devices import backend
 from distill.shapes import Array
-
-BLOCKED_FROM = 32
-"""Tokens from which on, on a CPU, causal attention goes block by block: with gradients 1.2 times as fast as all scores
-at once there, 1.7 times at 128, 2.3 times at 512 (``scripts/benchmark.py attention``)."""
 
 HIDDEN = -1e30
 """What is added to the score of a key that is not to be seen: nothing is left of the score, and of the exponential."""
-
-FUSED_FROM = 256
-"""Tokens from which on, on a GPU, causal attention is one kernel: on an H100, with gradients, 1.14 times as fast as all
-scores at once there, 2 times at 512, 4 times at 4096; at 128 it takes longer (``scripts/benchmark.py attention``)."""
 
 
 def attention_weights(
@@ -46,7 +39,7 @@ def attention_weights(
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     # With one axis fewer XLA's CPU backend takes a fifth off the backward pass of a tiny student.
-    rows = scores.reshape(batch, groups, -1, scores.shape[-1]) if as_matrices() else scores
+    rows = scores.reshape(batch, groups, -1, scores.shape[-1]) if backend.flatten_rows() else scores
     return jax.nn.softmax(rows, axis=-1).reshape(scores.shape)
 
 
@@ -75,36 +68,12 @@ def attend(
       causal: the caller's word that query l and key l are the same token and that ``mask_BLS`` shows no query a later
         key, so that scores of later keys need not be computed. The mask is honoured all the same.
     """
-    if causal and fused_on(platform(), q_BHLK.dtype, q_BHLK.shape[2], q_BHLK.shape[3], softcap):
+    length, size = q_BHLK.shape[2:]
+    if causal and backend.fuse_attention(backend.platform(), q_BHLK.dtype, length, size, softcap):
         return fused(q_BHLK, k_BGSK, v_BGSK, mask_BLS, scale=scale)
-    if causal and long_on_cpu(q_BHLK.shape[2]):
+    if causal and backend.block_attention(length):
         return in_blocks(q_BHLK, k_BGSK, v_BGSK, mask_BLS, scale=scale, softcap=softcap)
     return mix(attention_weights(q_BHLK, k_BGSK, mask_BLS, scale=scale, softcap=softcap), v_BGSK)
-
-
-def long_on_cpu(length: int) -> bool:
-    """A rule known when tracing. Accelerators keep the plain form: blocks are untried there."""
-    return length >= BLOCKED_FROM and platform() == "cpu"
-
-
-def as_matrices() -> bool:
-    """Whether products with a kernel are of matrices [B·L, D], rows and positions on one axis; known when tracing.
-
-    So on a CPU, where XLA's gradient of a product with rows [B, L, D] takes 1.6 times as long. Elsewhere XLA does it
-    itself, and where positions lie over the mesh the two axes have to stay apart.
-    """
-    return platform() == "cpu" and jax.sharding.get_abstract_mesh().shape.get("sequence", 1) == 1
-
-
-def fused_on(platform: str, dtype: Any, length: int, size: int, softcap: float | None) -> bool:
-    """Whether causal attention goes through the kernel JAX ships: what cuDNN takes, from ``FUSED_FROM`` tokens on.
-
-    That is ``cuda``, 16 bits, an even length, heads of at most 128 numbers in whole eights, no softcap: what JAX takes.
-    On TPU the plain form stays: splash attention wants its masks before tracing, and here each layer chooses its window
-    while the program runs.
-    """
-    fits = size % 8 == 0 and size <= 128 and length % 2 == 0 and softcap is None
-    return platform == "cuda" and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and length >= FUSED_FROM and fits
 
 
 def fused(
@@ -128,15 +97,6 @@ def of_whole_text(x_BGSK: Array) -> Array:
         return x_BGSK
     free = PartitionSpec.UNCONSTRAINED
     return jax.lax.with_sharding_constraint(x_BGSK, PartitionSpec(free, free, None, free))
-
-
-def platform() -> str:
-    """cpu, cuda, rocm or tpu: where what is being traced will run, maybe on a machine that is not here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
-    if name != "gpu":
-        return name
-    return "rocm" if device is None and "rocm" in jax.local_devices()[0].client.platform_version else "cuda"
 
 
 def in_blocks(

@@ -3,13 +3,13 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from distill.devices import backend
 from distill.head import Head
 from distill.models.adapters import from_linen
-from distill.models.attention import as_matrices
 from distill.models.collect import collected, empty, slots_of
 from distill.models.config import DecoderConfig
 from distill.models.layers import Block, Norm
-from distill.models.model import Cache, Collect, Model, Output, in_a_row, parameter, remade
+from distill.models.model import Cache, Collect, Model, Output, parameter, remade
 from distill.models.placement import rows_apart
 from distill.models.rope import Turns, turns_of
 from distill.shapes import Array, Params
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0, nn.broadcast),
             length=c.layers,
-            unroll=in_a_row(c.layers, self.remat),
+            unroll=backend.unroll(c.layers, self.remat),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.norm = Norm(c)
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
     def unembed(self, hidden_BLD: Array) -> Array:
         """Logits ``[..., V]``; the matmul accumulates in float32."""
         head = _head(self.config, self.embedding.T if self.config.tied else self.head)
-        if not as_matrices():
+        if not backend.flatten_rows():
             return head.logits(hidden_BLD)
         return head.logits(hidden_BLD.reshape(-1, self.config.width)).reshape(*hidden_BLD.shape[:-1], -1)
 

@@ -11,12 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from distill.devices import backend
 from distill.head import Head
 from distill.models.adapters import from_linen
 from distill.models.attention import attend, attention_weights, mix
 from distill.models.collect import collected, empty, keep, slots_of
 from distill.models.layers import Projection, layer_norm
-from distill.models.model import Collect, Model, Output, Relations, in_a_row, parameter, remade
+from distill.models.model import Collect, Model, Output, Relations, parameter, remade
 from distill.models.placement import rows_apart
 from distill.models.rope import Turns, choose, rotate, turns_of
 from distill.shapes import Array, Params
@@ -215,7 +216,7 @@ class Encoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             length=c.layers,
-            unroll=in_a_row(c.layers, self.remat),
+            unroll=backend.unroll(c.layers, self.remat),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         if c.norm == "pre":

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from distill.models.attention import as_matrices, attend, attention_weights, mix, of_whole_text
+from distill.devices import backend
+from distill.models.attention import attend, attention_weights, mix, of_whole_text
 from distill.models.collect import keep
 from distill.models.config import DecoderConfig
 from distill.models.model import Relations, parameter
@@ -85,7 +86,7 @@ class Projection(nn.Module):
         """The einsum; on a CPU as a product of two matrices, where XLA multiplies them best."""
         inputs, result = self.equation.split("->")
         of_x = inputs.split(",")[0]
-        if of_x[0] != "b" or not as_matrices():
+        if of_x[0] != "b" or not backend.flatten_rows():
             return jnp.einsum(self.equation, x, kernel)
         x = x.swapaxes(1, 2) if of_x == "bhlk" else x
         batch, length = x.shape[:2]
@@ -185,7 +186,7 @@ class MLP(nn.Module):
         c = self.config
         bias_axes, activation = int(c.mlp_bias), ACTIVATIONS[c.activation]
         # Matrices [B·L, ·] throughout: XLA's CPU backend goes faster through what stands between the products.
-        rows, x = ("n", x_BLD.reshape(-1, c.width)) if as_matrices() else ("bl", x_BLD)
+        rows, x = ("n", x_BLD.reshape(-1, c.width)) if backend.flatten_rows() else ("bl", x_BLD)
 
         def widen(name: str) -> Array:
             shape, axes = (c.width, c.feed_forward), ("embed", "mlp")

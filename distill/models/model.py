@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from distill.head import Head
-from distill.models.attention import platform
 from distill.shapes import Array, Float, Int, Params
 
 REMAT = {
@@ -22,24 +21,9 @@ REMAT = {
 """What a layer keeps from the forward to the backward pass: all of it, its products with weights, its input alone."""
 
 
-UNROLLED = 8
-"""Layers: a step of 4 takes a tenth less so than as a loop, one of 2 tiny layers an eighth less; compiling, as long."""
-
-
 def remade(block: type[nn.Module], remat: str) -> type[nn.Module]:
     """A layer, for ``nn.scan``, that keeps what ``REMAT`` says; the loop keeps the compiler from undoing it."""
     return block if remat == "none" else nn.remat(block, policy=REMAT[remat], prevent_cse=False)
-
-
-def in_a_row(layers: int, remat: str) -> int:
-    """For ``nn.scan``, its ``unroll``: on a CPU up to ``UNROLLED`` layers are written out one after the other.
-
-    A loop fills the stacks of what its backward pass wants with zeros first, and copies into and out of them. Layers
-    that are computed again stay a loop (``remade``), and those on a mesh, whose parameters are gathered when used. On
-    accelerators it is untried.
-    """
-    few = remat == "none" and layers <= UNROLLED and jax.sharding.get_abstract_mesh().empty
-    return layers if few and platform() == "cpu" else 1
 
 
 class Cache(NamedTuple):

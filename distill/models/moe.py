@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from distill.devices import backend
 from distill.models.config import DecoderConfig
 from distill.models.model import Routing, parameter
 from distill.shapes import Array
@@ -69,7 +70,7 @@ def grouped_dot(x_RA: Array, kernels_EAB: Array, sizes_E: Array) -> Array:
     The sizes add up to R. It is ``jax.lax.ragged_dot``, with which accelerators do no more than this; a CPU would do
     every expert's work on every row, so there blocks of rows are multiplied one after the other.
     """
-    return jax.lax.platform_dependent(x_RA, kernels_EAB, sizes_E, cpu=_by_blocks, default=jax.lax.ragged_dot)
+    return backend.by_platform(x_RA, kernels_EAB, sizes_E, cpu=_by_blocks, default=jax.lax.ragged_dot)
 
 
 @jax.custom_vjp

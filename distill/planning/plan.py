@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from distill.batch import Batch
+from distill.devices.backend import fuse_attention as fused_on
 from distill.devices.chips import Topology, devices_of
 from distill.experiments.preflight import placed_bytes
 from distill.experiments.text.config import TextConfig
 from distill.experiments.text.run import learner
 from distill.losses.fused_head import default_chunk_size
 from distill.models import DecoderConfig, decoder
-from distill.models.attention import fused_on
 from distill.models.int8 import held
 from distill.models.placement import ROW_AXES
 from distill.parallel import batch_axes, make_mesh
