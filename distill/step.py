@@ -19,8 +19,9 @@ from distill.batch import Batch
 from distill.devices.backend import flatten_rows as as_matrices
 from distill.features import FeatureTerm, collect_of
 from distill.losses.reduce import Pair, masked_sum
-from distill.models import EncoderConfig
-from distill.models.model import Collect, Model, Output, Routing
+from distill.models.config import EncoderConfig
+from distill.models.model import Model
+from distill.models.output import Collect, Output, Routing
 from distill.objective import AnyTerm, RouterTerm, Term, Terms, per_position, position_weights, terms_at, total
 from distill.shapes import Array, Int, Params
 from distill.trees import joined

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distill.devices import backend
 from distill.models import DecoderConfig, attention, decoder
-from distill.models.attention import attend, attention_weights, fused, in_blocks, of_whole_text
+from distill.models.attention import attend, attention_weights, of_whole_text
+from distill.models.attention_forms import fused, in_blocks
 from distill.parallel import ParallelConfig, make_mesh
 
 

@@ -13,7 +13,7 @@ from builders import VOCAB, nnx_model, random_params, tiny, tiny_decoder
 
 from distill.models import Collect, Output, Relations, decoder, from_linen
 from distill.models.layers import rms_norm
-from distill.models.model import parameter
+from distill.models.parameters import parameter
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
 
 DEEP = {"layers": 4, "qkv_bias": True}

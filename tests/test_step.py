@@ -16,7 +16,7 @@ from distill.batch import shift
 from distill.devices import backend
 from distill.models import decoder
 from distill.models.adapters import from_linen
-from distill.models.model import parameter
+from distill.models.parameters import parameter
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.step import CHUNKED_FROM, init_state, make_train_step, scan_steps
