@@ -4,15 +4,12 @@ Exit 0: done, or stopped on request and saved. 2: the user's mistake, one messag
 """
 
 import argparse
-import ctypes
 import errno
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,42 +68,18 @@ def compile_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "xla"
 
 
-def keep_memory() -> bool:
-    """Where JAX has nothing but the CPU: memory that is freed stays with the process. Returns whether it does.
-
-    XLA asks for the arrays of a step anew in every step. glibc gives what is freed back to the system, which clears
-    every page before it hands it out again, and a virtual machine's host may have taken it by then. So one arena, no
-    maps of single arrays, and nothing given back: the process is as large as it ever was. For that to be one step's
-    memory, a step runs in the thread that calls it: one that JAX dispatches to a thread of its own is said to be done
-    before its memory is free, and a next step that is quicker than that asks for fresh memory, which stays, too.
-
-    XLA's compiling threads share the arena and take a fifth longer, so it is for steps that are large, not for the tiny
-    ones of additions. Before JAX starts its threads; where the caller has chosen a number of arenas, or without glibc,
-    nothing is changed.
-    """
-    chosen = "arena_max" in os.environ.get("GLIBC_TUNABLES", "") or "MALLOC_ARENA_MAX" in os.environ
-    if chosen or entry_points(group="jax_plugins") or find_spec("libtpu"):
-        return False
-    arena_max, trim_threshold, mmap_max = -8, -1, -4  # as malloc.h numbers them
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not all([mallopt(arena_max, 1), mallopt(trim_threshold, -1), mallopt(mmap_max, 0)]):
-        return False
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    return True
-
-
 def set_up_jax(*, keep: bool = False) -> None:
     """Joins the processes, if there are several (``distill/devices/processes.py``), before anything else.
 
     Compiled programs are kept in ``compile_cache()`` and reused by later runs; with ``keep``, freed memory is kept too
-    (``keep_memory``).
+    (``backend.keep_memory``).
     """
     import jax
 
     if keep:
-        keep_memory()
+        from distill.devices import backend
+
+        backend.keep_memory()
     processes.start()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(compile_cache()))

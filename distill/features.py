@@ -15,8 +15,10 @@ import jax.numpy as jnp
 
 from distill import losses
 from distill.batch import Batch
-from distill.models.encoder import EncoderConfig
-from distill.models.model import Collect, Model, normal
+from distill.models.config import EncoderConfig
+from distill.models.model import Model
+from distill.models.output import Collect
+from distill.models.parameters import normal
 from distill.shapes import Array, Nats, Params
 from distill.term import Needs, Term, View
 from distill.trees import joined

@@ -14,7 +14,6 @@ will live (``draw_state``, ``abstract_state``): no device ever holds all of it.
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,8 +26,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from distill.batch import Batch
-from distill.devices import processes
-from distill.models.model import Model, in_a_row
+from distill.devices import backend, processes
+from distill.models.model import Model
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params
 from distill.state import Frozen, TrainState, TrainStep, init_state
@@ -238,15 +237,6 @@ def abstract_state(student: Model, optimizer: optax.GradientTransformation, wrap
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
-def compiler_options() -> dict[str, int] | None:
-    """For ``jax.jit``: on a CPU the second level of LLVM, whose programs are as fast and ready a quarter sooner.
-
-    Where XLA_FLAGS names a level, that one.
-    """
-    named = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
-    return None if named or jax.default_backend() != "cpu" else {"xla_backend_optimization_level": 2}
-
-
 def scan_steps(
     train_step: TrainStep,
     *,
@@ -291,7 +281,7 @@ def one_device(train_step: TrainStep, device: jax.Device | None = None) -> Wrapp
         return jax.device_put(tree, device)
 
     return Wrapping(
-        steps=jax.jit(steps, donate_argnums=0, compiler_options=compiler_options()),
+        steps=jax.jit(steps, donate_argnums=0, compiler_options=backend.compiler_options()),
         place_state=lambda tree: place(_owned(tree)),
         place_params=lambda frozen: place(_one_by_one(frozen)),
         place_examples=place,
@@ -307,7 +297,7 @@ class _Layers:
 
 
 def _one_by_one(frozen: Params | Frozen | None) -> Any:
-    """The teacher with its layers apart, where they will be written out one after the other (``in_a_row``).
+    """The teacher with its layers apart, where they will be written out one after the other (``backend.unroll``).
 
     XLA's CPU backend copies a layer out of a stack before it multiplies by it, all of the teacher in every step.
     ``_stacked`` puts them together again: of that nothing is left in the compiled step. A student's frozen part stays
@@ -318,7 +308,7 @@ def _one_by_one(frozen: Params | Frozen | None) -> Any:
 
     def apart(path, x: Array):
         inside = any(getattr(key, "key", None) == "layers" for key in path)
-        return _Layers(tuple(np.asarray(x))) if inside and x.ndim and in_a_row(x.shape[0], "none") > 1 else x
+        return _Layers(tuple(np.asarray(x))) if inside and x.ndim and backend.unroll(x.shape[0]) > 1 else x
 
     return jax.tree_util.tree_map_with_path(apart, frozen)
 

@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 
 from distill import losses
 from distill.batch import Batch
+from distill.devices import backend
 from distill.features import collect_of
 from distill.losses.reduce import Pair, masked_sum
-from distill.models.attention import as_matrices
-from distill.models.model import Model, Output, Routing
+from distill.models.model import Model
+from distill.models.output import Output, Routing
 from distill.objective import check_terms, evaluate, position_weights, terms_at
 from distill.shapes import Array, Params
 from distill.state import Frozen, Metrics, TrainState, TrainStep
@@ -168,7 +169,7 @@ def _loss_of(
             )
             pairs = {name: (value, counted) for name, value in sums.items()}
         elif of_head:
-            by_rows = _as_rows if not any(term.needs.layers for term in of_head) else lambda x: x
+            by_rows = backend.as_rows if not any(term.needs.layers for term in of_head) else lambda x: x
             logits, view_of_head, mask = _whole(step, sides, view, weights, by_rows)
             _, values = evaluate(of_head, *logits, view_of_head)
             pairs = {name: _pair(value, mask, counted) for name, value in values.items()}
@@ -275,11 +276,6 @@ def _whole(
         weights=None if weights is None else by_rows(weights),
     )
     return (of_student, of_teacher), view, by_rows(mask)
-
-
-def _as_rows(x: Array) -> Array:
-    """``[B, L, …] -> [B·L, …]`` on a CPU, where losses of small vocabularies are quicker on matrices."""
-    return x.reshape(-1, *x.shape[2:]) if as_matrices() else x
 
 
 def _counted(batch: Batch, weights: Array | None) -> Array:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from distill.batch import Batch
-from distill.models.model import Collect, Routing
+from distill.models.output import Collect, Routing
 from distill.shapes import Array, Float, Labels, Logits, Nats, Params
 
 Features = dict[str, dict[int, Any]]

@@ -21,7 +21,7 @@ from distill.batch import Batch
 from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes, resumed
 from distill.data.feed import Ahead, DataTimeout, InMemory
 from distill.data.loader import Loader
-from distill.devices import processes
+from distill.devices import backend, processes
 from distill.devices.profiling import Profile
 from distill.devices.speed import flops_per_token, shown_share, utilisation
 from distill.metrics import Writer, averages
@@ -303,10 +303,10 @@ class _Recorder:
         self.started = self.last = time.perf_counter()
 
     def dispatched(self, first: int, metrics: dict[str, Any]) -> None:
-        """Records the dispatch before, while this one computes; this one, too, where it ended within its call."""
+        """Records the dispatch before, while this one computes; this one too where it has ended with its call."""
         self.record()
         self.pending = first, metrics
-        if jax.default_backend() == "cpu" and not jax.config.read("jax_cpu_enable_async_dispatch"):  # cli.keep_memory
+        if backend.ends_in_call():
             self.record()
 
     def record(self) -> None:

@@ -8,8 +8,10 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from distill.devices import backend
 from distill.models import DecoderConfig, attention, decoder
-from distill.models.attention import attend, attention_weights, fused, fused_on, in_blocks, of_whole_text
+from distill.models.attention import attend, attention_weights, of_whole_text
+from distill.models.attention_forms import fused, in_blocks
 from distill.parallel import ParallelConfig, make_mesh
 
 
@@ -124,7 +126,7 @@ def test_long_causal_texts_go_in_blocks(monkeypatch):
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((8, 8), bool)), (2, 8, 8))
     finite = lambda **options: bool(np.isfinite(attend(q, k, v, mask, **options)[0, 0, 0]).all())  # noqa: E731
     assert not finite(causal=True)  # 0 · NaN: all keys are multiplied
-    monkeypatch.setattr(attention, "BLOCKED_FROM", 8)
+    monkeypatch.setattr(backend, "BLOCKED_FROM", 8)
     monkeypatch.setattr(attention, "in_blocks", lambda *x, **options: in_blocks(*x, **options, block=4))
     assert finite(causal=True) and not finite()
 
@@ -142,7 +144,7 @@ def test_a_decoder_of_long_texts_is_that_of_short_ones(monkeypatch):
         return jax.grad(lambda p: jnp.sum(jnp.square(model.logits(p, tokens, segments=segments))))(params)
 
     short = jax.jit(gradients)(params)
-    monkeypatch.setattr(attention, "BLOCKED_FROM", 8)
+    monkeypatch.setattr(backend, "BLOCKED_FROM", 8)
     monkeypatch.setattr(attention, "in_blocks", lambda *x, **options: in_blocks(*x, **options, block=4))
     long = jax.jit(lambda p: gradients(p))(params)
     for ours, other in zip(jax.tree.leaves(long), jax.tree.leaves(short), strict=True):
@@ -154,7 +156,7 @@ def test_a_decoder_of_long_texts_is_that_of_short_ones(monkeypatch):
 
 def test_what_goes_through_the_kernel():
     yes = {"platform": "cuda", "dtype": "bfloat16", "length": 512, "size": 64, "softcap": None}
-    assert fused_on(**yes) and fused_on(**yes | {"dtype": jnp.float16, "size": 128})
+    assert backend.fuse_attention(**yes) and backend.fuse_attention(**yes | {"dtype": jnp.float16, "size": 128})
     for no in (
         *({"platform": name} for name in ("cpu", "tpu", "rocm")),
         *({"length": length} for length in (128, 513)),
@@ -162,8 +164,8 @@ def test_what_goes_through_the_kernel():
         {"dtype": "float32"},
         {"softcap": 50.0},
     ):
-        assert not fused_on(**yes | no)
-    assert attention.platform() == "cpu"
+        assert not backend.fuse_attention(**yes | no)
+    assert backend.platform() == "cpu"
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.7}])
@@ -178,7 +180,7 @@ def test_the_kernel_is_called_where_the_rule_says(monkeypatch):
     q, k, v, mask = (jnp.asarray(x) for x in drawn(length=256))
     called = []
     monkeypatch.setattr(attention, "fused", lambda *arrays, scale: called.append(scale) or arrays[0])
-    monkeypatch.setattr(attention, "platform", lambda: "cuda")
+    monkeypatch.setattr(backend, "platform", lambda: "cuda")
     narrow = [x.astype(jnp.bfloat16) for x in (jnp.tile(q, 2), jnp.tile(k, 2), jnp.tile(v, 2))]
     attend(*narrow, mask, causal=True, scale=0.5)
     attend(*narrow, mask, causal=False)

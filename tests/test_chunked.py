@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import sys
 
 import jax
 import jax.extend
@@ -15,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill import losses
 from distill.benchmarks.head import chunked_head, head_shapes
 from distill.benchmarks.tpu import compiled_on
+from distill.devices import backend
 from distill.losses import Head
-from distill.losses.fused_head import default_chunk_size
 from distill.parallel import ParallelConfig, make_mesh
 from distill.planning.hlo import collectives
 
@@ -27,13 +26,12 @@ def chunked(per_position, hidden, head, teacher_hidden, teacher_head, labels, ma
 
 
 TOKENS, D, E, V = (4, 6), 8, 12, 19
-MODULE = sys.modules["distill.losses.fused_head"]
 
 
 @pytest.fixture(autouse=True)
 def few_logits_at_a_time(monkeypatch):
     """As with many words: on a CPU the loss goes through a chunk by eight rows, where eight divide it."""
-    monkeypatch.setattr(MODULE, "CPU_LOGITS", 1)
+    monkeypatch.setattr(backend, "CPU_LOGITS", 1)
 
 
 def task_and_kl(s, t, labels):
@@ -400,15 +398,15 @@ def test_every_head_is_its_definition():
 
 
 def test_how_many_rows_the_loss_takes_on_a_cpu(monkeypatch):
-    assert [MODULE._rows(size, V) for size in (512, 24, 20, 5)] == [8, 8, 20, 5]
-    monkeypatch.setattr(MODULE, "CPU_LOGITS", 2**18)
-    assert [MODULE._rows(512, words) for words in (49_152, 10**7, 32_000, 8_192, 512)] == [8, 8, 8, 32, 512]
-    assert MODULE._rows(48, 8_192) == 16
+    assert [backend.loss_rows(size, V, "cpu") for size in (512, 24, 20, 5)] == [8, 8, 20, 5]
+    monkeypatch.setattr(backend, "CPU_LOGITS", 2**18)
+    assert [backend.loss_rows(512, words, "cpu") for words in (49_152, 10**7, 32_000, 8_192, 512)] == [8, 8, 8, 32, 512]
+    assert backend.loss_rows(48, 8_192, "cpu") == 16
 
 
 def test_how_many_positions_a_chunk_has():
     """All that half a GiB of logits holds on a GPU, half of it on a TPU; 128 to 1024. On a CPU 256 or 512."""
-    size = default_chunk_size
+    size = backend.chunk_size
     assert size(128_256, "cpu") == size(10**7, "cpu") == 256 and size(512, "cpu") == size(49_152, "cpu") == 512
     assert size(128_256, "gpu") == 1024 and size(128_256, "tpu") == 512
     assert size(512, "gpu") == size(512, "tpu") == 1024

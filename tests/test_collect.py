@@ -13,7 +13,7 @@ from builders import VOCAB, nnx_model, random_params, tiny, tiny_decoder
 
 from distill.models import Collect, Output, Relations, decoder, from_linen
 from distill.models.layers import rms_norm
-from distill.models.model import parameter
+from distill.models.parameters import parameter
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
 
 DEEP = {"layers": 4, "qkv_bias": True}
@@ -223,7 +223,7 @@ def test_only_the_chosen_layers_are_kept():
 
 
 def test_memory_grows_with_what_is_chosen(monkeypatch):
-    monkeypatch.setattr("distill.models.attention.BLOCKED_FROM", 97)  # with maps or without, the same form of attention
+    monkeypatch.setattr("distill.devices.backend.BLOCKED_FROM", 97)  # with maps or without, the same form of attention
     config = tiny(layers=16, width=32, heads=2, kv_heads=1, head_dim=4, feed_forward=16)
     model = decoder(config)
     params, tokens = random_params(model), jnp.zeros((4, 96), jnp.int32)

@@ -16,7 +16,13 @@ from distill.parallel import MESH_AXES
 SIZES = {"vocab_size": 12, "layers": 3, "width": 8, "heads": 2, "feed_forward": 12, "max_length": 16}
 BERT = EncoderConfig(**SIZES, token_types=2, pooler=True)
 MODERN = EncoderConfig(
-    **SIZES, norm="pre", positions="rotary", gated=True, window=1, window_layers=(False, True, True), mlm_head=True
+    **SIZES,
+    norm_place="pre",
+    positions="rotary",
+    gated=True,
+    sliding_window=1,
+    window_layers=(False, True, True),
+    mlm_head=True,
 )
 BOTH = pytest.mark.parametrize("config", [BERT, MODERN], ids=["bert", "modern"])
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 6)))
@@ -42,7 +48,7 @@ def test_a_token_sees_both_sides_and_nothing_of_padding(config):
 
 
 def test_a_window_is_as_wide_as_it_says():
-    config = dataclasses.replace(MODERN, layers=1, window=2, window_layers=(True,))
+    config = dataclasses.replace(MODERN, layers=1, sliding_window=2, window_layers=(True,))
     model = encoder(config)
     params = random_params(model)
     table, ids = params["embedding"], jnp.arange(9)[None]
@@ -77,11 +83,13 @@ def test_what_is_collected_explains_the_states(config):
     output = model.apply(params, TOKENS, collect=collect)
     kept = output.collected
     np.testing.assert_array_equal(output.hidden, model.apply(params, TOKENS).hidden)
-    if config.norm == "post":
+    if config.norm_place == "post":
         np.testing.assert_array_equal(kept["hidden"][3], output.hidden)
     q, k, _ = kept["relations"][2]
     scores = np.einsum("bhlk,bhsk->bhls", q, k, dtype=np.float64) / np.sqrt(config.key_size)
-    near = np.abs(np.subtract.outer(np.arange(6), np.arange(6))) <= (6 if config.window is None else config.window)
+    near = np.abs(np.subtract.outer(np.arange(6), np.arange(6))) <= (
+        6 if config.sliding_window is None else config.sliding_window
+    )
     weights = np.exp(scores) * near
     np.testing.assert_allclose(kept["attention"][2], weights / weights.sum(axis=-1, keepdims=True), atol=1e-5)
     assert kept["attention"][3].shape == (2, 2, 6, 6)
@@ -177,7 +185,7 @@ def test_fewer_layers_are_those_of_the_teacher():
     np.testing.assert_array_equal(*first)
     for leaf, part in zip(jax.tree.leaves(params["layers"]), jax.tree.leaves(kept["layers"]), strict=True):
         np.testing.assert_array_equal(part[1], leaf[2])
-    assert keep_layers(MODERN, params, (0,))[0].window is None
+    assert keep_layers(MODERN, params, (0,))[0].sliding_window is None
 
 
 # ---- mistakes
@@ -190,9 +198,9 @@ def test_fewer_layers_are_those_of_the_teacher():
         ({"token_types": -1}, "token_types=-1"),
         ({"width": 9}, "width=9 is no multiple of heads=2"),
         ({"width": 6, "positions": "rotary"}, "size of a head is 3; rotary"),
-        ({"window": 3}, "window=3 and window_layers=.. go together"),
-        ({"window_layers": (True,) * 3}, "window=None and window_layers"),
-        ({"window": 3, "window_layers": (True,)}, "has 1 entries; expected one for each of 3 layers"),
+        ({"sliding_window": 3}, "sliding_window=3 and window_layers=.. go together"),
+        ({"window_layers": (True,) * 3}, "sliding_window=None and window_layers"),
+        ({"sliding_window": 3, "window_layers": (True,)}, "has 1 entries; expected one for each of 3 layers"),
     ],
 )
 def test_an_encoder_that_cannot_be_is_refused(options, message):

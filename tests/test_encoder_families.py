@@ -14,7 +14,8 @@ import distill
 from distill.models import Collect, EncoderConfig, encoder
 from distill.models.encoder import bert_pooler
 from distill.weights import read_config
-from distill.weights.families import encoders
+from distill.weights.families import encoders, from_json, to_json
+from distill.weights.networks import tensors
 from distill.weights.safetensors import SafetensorsSource, write
 
 DATA = Path(__file__).resolve().parent / "data" / "encoders"
@@ -66,7 +67,7 @@ def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
     worst = {"states": float(max(np.max(np.abs(one - other)) for one, other in pairs))}
     assert worst["states"] < 1e-4, (folder.name, worst)
     kind = json.loads((folder / "config.json").read_text())["model_type"]
-    ours = dict(encoders.tensors(config, kind, gradient))
+    ours = dict(tensors(config, kind, gradient))
     want = {name.removeprefix("gradient/"): value for name, value in theirs.items() if name.startswith("gradient/")}
     assert ours.keys() == want.keys()
     largest = max(np.max(np.abs(value)) for value in want.values())  # a key's bias moves nothing: its gradient is 0
@@ -86,7 +87,7 @@ def test_every_family_is_compared_with_a_head_and_without():
     configs = [read_config(DATA / name) for name in CASES]
     kinds = [json.loads((DATA / name / "config.json").read_text())["model_type"] for name in CASES]
     assert {(kind, c.mlm_head) for kind, c in zip(kinds, configs, strict=True)} == {
-        (kind, head) for kind in encoders.ENCODERS for head in (True, False)
+        (kind, head) for kind in encoders.FAMILIES for head in (True, False)
     }
     assert max(sum(file.stat().st_size for file in (DATA / name).iterdir()) for name in CASES) < 100_000
 
@@ -169,7 +170,7 @@ SIZES["modernbert"] = SIZES["bert"]
 
 
 def read(kind, names=frozenset(), **keys):
-    return encoders.from_json({"model_type": kind, "vocab_size": 14, **SIZES[kind]} | keys, names)
+    return from_json({"model_type": kind, "vocab_size": 14, **SIZES[kind]} | keys, lambda: names)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def read(kind, names=frozenset(), **keys):
         (
             "bert",
             {},
-            {"token_types": 2, "norm_epsilon": 1e-12, "norm": "post", "pooler": False},
+            {"token_types": 2, "norm_epsilon": 1e-12, "norm_place": "post", "pooler": False},
         ),
         ("bert", {"position_embedding_type": "absolute", "hidden_dropout_prob": 0.1}, {"activation": "gelu"}),
         ("bert", {"hidden_act": "gelu_new"}, {"activation": "gelu_tanh"}),
@@ -186,16 +187,23 @@ def read(kind, names=frozenset(), **keys):
         (
             "modernbert",
             {"layer_norm_eps": 1e-5, "position_embedding_type": "absolute", "global_rope_theta": 9.0},
-            {"window": 64, "window_layers": (False, True, True), "rope_theta": 9.0, "local_theta": 1e4}
-            | {"norm": "pre", "gated": True, "attention_bias": False, "norm_bias": False, "norm_epsilon": 1e-5},
+            {"sliding_window": 64, "window_layers": (False, True, True), "rope_theta": 9.0, "rope_theta_local": 1e4}
+            | {
+                "norm_place": "pre",
+                "gated": True,
+                "qkv_bias": False,
+                "output_bias": False,
+                "norm_bias": False,
+                "norm_epsilon": 1e-5,
+            },
         ),
-        ("modernbert", {"global_attn_every_n_layers": 1}, {"window": None, "window_layers": ()}),
+        ("modernbert", {"global_attn_every_n_layers": 1}, {"sliding_window": None, "window_layers": ()}),
     ],
 )
 def test_keys_and_what_they_mean(kind, keys, fields):
     config = read(kind, **keys)
     assert {name: getattr(config, name) for name in fields} == fields
-    assert encoders.from_json(encoders.to_json(config, kind), set()) == config
+    assert from_json(to_json(config, kind)) == config
 
 
 @pytest.mark.parametrize(
@@ -221,15 +229,15 @@ def test_what_is_not_supported_is_named(kind, keys, message):
 
 def test_a_size_that_is_missing_is_named():
     with pytest.raises(ValueError, match="num_hidden_layers is missing"):
-        encoders.from_json({"model_type": "bert", "vocab_size": 14, "hidden_size": 8}, set())
+        from_json({"model_type": "bert", "vocab_size": 14, "hidden_size": 8})
 
 
 @pytest.mark.parametrize(
     ("options", "family", "message"),
     [
         ({"gated": True}, None, "no family among bert, distilbert, modernbert"),
-        ({"token_types": 2}, "distilbert", "family 'distilbert' does not have"),
-        ({}, "roberta", "family 'roberta' does not have"),
+        ({"token_types": 2}, "distilbert", "family 'distilbert' has not all options of this encoder"),
+        ({}, "roberta", "family 'roberta' is not known"),
     ],
 )
 def test_an_encoder_no_family_has_is_refused(options, family, message, tmp_path):

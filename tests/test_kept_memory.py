@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from distill import cli
+from distill.devices import backend
 
 PROGRAM = """
 import resource, sys
 from distill import cli
-cli.entry_points, cli.find_spec = lambda group: (), lambda name: None  # whatever accelerators this machine has
+from distill.devices import backend
+backend.entry_points, backend.find_spec = lambda group: (), lambda name: None  # whatever accelerators this machine has
 cli.set_up_jax(keep=sys.argv[1] == "keep")
 import jax, jax.numpy as jnp
 x = jax.block_until_ready(jnp.ones((2_048, 256)))
@@ -57,11 +58,11 @@ def test_a_step_gets_the_memory_of_the_step_before():
 def test_a_choice_an_accelerator_and_another_library_are_left_alone(monkeypatch, tunables, plugins, library, kept):
     calls = []
     libraries = {"glibc": SimpleNamespace(mallopt=lambda *call: calls.append(call) or 1), "another": SimpleNamespace()}
-    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: libraries[library])
-    monkeypatch.setattr(cli, "entry_points", lambda group: plugins)
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend.ctypes, "CDLL", lambda name: libraries[library])
+    monkeypatch.setattr(backend, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     monkeypatch.setattr(jax.config, "update", lambda *setting: calls.append(setting))
-    assert cli.keep_memory() is kept and bool(calls) is kept
+    assert backend.keep_memory() is kept and bool(calls) is kept
     assert (("jax_cpu_enable_async_dispatch", False) in calls) is kept

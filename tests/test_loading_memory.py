@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from distill.models import DecoderConfig
-from distill.weights.assemble import disassemble, shapes_of
-from distill.weights.families import table_of, to_json
+from distill.weights.assemble import disassemble
+from distill.weights.families import to_json
+from distill.weights.networks import shapes_of, table_of
 from distill.weights.safetensors import write
 
 FILE = 30_000_000
@@ -41,7 +42,7 @@ def folder_of(path, layers):
             tree = tree.setdefault(name, {})
         tree[last] = np.broadcast_to(np.float32(0.5), shape)
     path.mkdir()
-    write(path, disassemble(config, table_of(config, "llama"), params), shard_bytes=FILE)
+    write(path, disassemble(shapes_of(config), table_of(config, "llama"), params), shard_bytes=FILE)
     (path / "config.json").write_text(json.dumps(to_json(config, "llama")))
     return path
 

@@ -9,7 +9,8 @@ from builders import VOCAB, on_device, random_params, tiny, tiny_decoder, uneven
 
 from distill import losses
 from distill.models import DecoderConfig, decoder
-from distill.models.moe import _by_blocks, mixture, route
+from distill.models.moe import mixture, route
+from distill.models.products import _by_blocks
 from distill.objective import ObjectiveConfig, router_terms, task_term
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
 from distill.state import init_state

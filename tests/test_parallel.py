@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from distill import parallel
 from distill.checkpoint import Checkpoints
+from distill.devices import backend
 from distill.features import with_projectors
 from distill.models import Model, Output
 from distill.objective import ObjectiveConfig, terms_of
@@ -364,7 +365,7 @@ def test_wrap_gives_the_backend_asked_for(backend, devices):
 
 def test_on_a_cpu_programs_are_compiled_in_less_time(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    assert parallel.compiler_options() == {"xla_backend_optimization_level": 2}
-    jax.jit(lambda x: x + 1, compiler_options=parallel.compiler_options())(1)  # an option this JAX knows
+    assert backend.compiler_options() == {"xla_backend_optimization_level": 2}
+    jax.jit(lambda x: x + 1, compiler_options=backend.compiler_options())(1)  # an option this JAX knows
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    assert parallel.compiler_options() is None
+    assert backend.compiler_options() is None

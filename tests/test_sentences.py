@@ -23,7 +23,7 @@ from distill.term import View
 from distill.training import LogConfig, TrainingConfig
 
 TINY = EncoderConfig(vocab_size=40, layers=2, width=8, heads=2, feed_forward=12, token_types=2, max_length=12)
-PRE_NORM = {"norm": "pre", "positions": "rotary", "gated": True, "norm_bias": False}
+PRE_NORM = {"norm_place": "pre", "positions": "rotary", "gated": True, "norm_bias": False}
 CONFIG = SentenceConfig(
     layers=(1,),
     sentences=24,

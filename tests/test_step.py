@@ -14,9 +14,10 @@ from jax.extend.core import jaxprs_in_params
 
 from distill import losses
 from distill.batch import shift
-from distill.models import decoder, model
+from distill.devices import backend
+from distill.models import decoder
 from distill.models.adapters import from_linen
-from distill.models.model import parameter
+from distill.models.parameters import parameter
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import scan_steps
@@ -333,7 +334,7 @@ def test_few_layers_of_a_cpu_are_no_loop_and_the_same(batch, monkeypatch):
 
     apart, again = gradient(), gradient("full")
     assert "stablehlo.while" not in apart.as_text() and "stablehlo.while" in again.as_text()
-    monkeypatch.setattr(model, "UNROLLED", 1)
+    monkeypatch.setattr(backend, "UNROLLED", 1)
     loop = gradient()
     assert "stablehlo.while" in loop.as_text()
     assert_close(apart.compile()(params), loop.compile()(params))

@@ -10,8 +10,10 @@ from builders import random_params, tiny
 
 from distill.models import decoder
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
-from distill.weights.assemble import Row, assemble, disassemble, flat, linear, same, shapes_of
+from distill.weights.assemble import assemble, disassemble
+from distill.weights.networks import shapes_of
 from distill.weights.place import PIECE, Place
+from distill.weights.table import Row, flat, linear, same
 
 SIZES = {"head_dim": 6, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
 
@@ -46,12 +48,12 @@ def case():
     """``(config, table, params, tensors)`` of a decoder with every bias."""
     config = tiny(**SIZES, vocab_size=12)
     params, table = random_params(decoder(config)), table_of(config)
-    return config, table, params, Tensors(disassemble(config, table, params))
+    return config, table, params, Tensors(disassemble(shapes_of(config), table, params))
 
 
 def test_there_and_back_are_the_same_bits(case):
     config, table, params, tensors = case
-    again = assemble(config, table, tensors)
+    again = assemble(shapes_of(config), table, tensors)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert tensors.read == len(tensors)  # every tensor once
@@ -75,10 +77,10 @@ def test_every_layer_and_axis_is_where_pytorch_has_it(case):
 def test_types_are_kept_or_cast(case, kept):
     config, table, _, tensors = case
     half = Tensors({name: array.astype(kept) for name, array in tensors.items()})
-    as_stored, cast = assemble(config, table, half, dtype=None), assemble(config, table, half)
+    as_stored, cast = assemble(shapes_of(config), table, half, dtype=None), assemble(shapes_of(config), table, half)
     assert {leaf.dtype for leaf in jax.tree.leaves(as_stored)} == {jnp.dtype(kept)}
     assert {leaf.dtype for leaf in jax.tree.leaves(cast)} == {jnp.dtype(np.float32)}
-    again = dict(disassemble(config, table, as_stored))
+    again = dict(disassemble(shapes_of(config), table, as_stored))
     assert all(again[name].tobytes() == array.tobytes() for name, array in half.items())
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), as_stored, cast)
 
@@ -88,7 +90,9 @@ def test_of_types_that_differ_between_layers_the_first_is_kept(case):
     name = "block.1.layers.mlp.up.kernel"
     mixed = Tensors(tensors | {name: tensors[name].astype(np.float16)})
     for piece in (1, PIECE):
-        kernel = assemble(config, table, mixed, Place(piece=piece), dtype=None)["layers"]["mlp"]["up"]["kernel"]
+        kernel = assemble(shapes_of(config), table, mixed, Place(piece=piece), dtype=None)["layers"]["mlp"]["up"][
+            "kernel"
+        ]
         assert kernel.dtype == np.float32
         np.testing.assert_allclose(kernel, params["layers"]["mlp"]["up"]["kernel"], rtol=1e-3)
 
@@ -97,7 +101,7 @@ def test_pieces_of_layers_are_the_same_bits_and_every_number_is_told(case):
     config, table, params, tensors = case
     mesh = make_mesh(ParallelConfig(fsdp=2, tensor=2))
     wanted, told = param_shardings(decoder(config), mesh), []
-    pieces = assemble(config, table, tensors, Place(wanted, told.append, piece=1))  # each layer by itself
+    pieces = assemble(shapes_of(config), table, tensors, Place(wanted, told.append, piece=1))  # each layer by itself
     jax.tree.map(np.testing.assert_array_equal, pieces, params)
     assert jax.tree.map(lambda leaf: leaf.sharding, pieces) == wanted
     assert sum(told) == sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -121,17 +125,17 @@ def test_tensors_that_do_not_fit_are_named(case, change):
     if change == "shape":
         tensors[name] = tensors[name].T
     with pytest.raises(ValueError, match=expected):
-        assemble(config, table, tensors)
+        assemble(shapes_of(config), table, tensors)
     if change == "left over":
-        assemble(config, table, tensors, ignored=[r"block\.\d+\.extra"])
+        assemble(shapes_of(config), table, tensors, ignored=[r"block\.\d+\.extra"])
         with pytest.raises(ValueError, match="extra"):
-            assemble(config, table, tensors, ignored=[r"block\.\d+"])  # matched whole
+            assemble(shapes_of(config), table, tensors, ignored=[r"block\.\d+"])  # matched whole
 
 
 def test_long_lists_are_cut(case):
     config, table, _, _ = case
     with pytest.raises(ValueError, match=r"missing: (\S+, ){4}\S+ and \d+ more\.$"):
-        assemble(config, table, Tensors())
+        assemble(shapes_of(config), table, Tensors())
 
 
 def test_tables_that_do_not_fit_are_refused(case):
@@ -139,19 +143,19 @@ def test_tables_that_do_not_fit_are_refused(case):
     norm, scale = ("norm", "scale"), ("layers", "mlp_norm", "scale")
     fewer = {path: row for path, row in table.items() if path != norm}
     with pytest.raises(ValueError, match="norm/scale"):
-        assemble(config, fewer, tensors)
+        assemble(shapes_of(config), fewer, tensors)
     with pytest.raises(ValueError, match="norm/scale"):
-        dict(disassemble(config, fewer, params))
+        dict(disassemble(shapes_of(config), fewer, params))
     with pytest.raises(ValueError, match="twice"):
-        assemble(config, table | {norm: Row("embedding")}, tensors)
+        assemble(shapes_of(config), table | {norm: Row("embedding")}, tensors)
     with pytest.raises(ValueError, match=r"\{layer\}"):
-        assemble(config, table | {scale: Row("one_for_all")}, tensors)
+        assemble(shapes_of(config), table | {scale: Row("one_for_all")}, tensors)
 
 
 def test_parameters_of_another_decoder_are_refused(case):
     config, table, params, _ = case
     wider = dataclasses.replace(config, feed_forward=13)
     with pytest.raises(ValueError, match="layers/mlp/down/kernel has shape"):
-        dict(disassemble(wider, table, params))
+        dict(disassemble(shapes_of(wider), table, params))
     with pytest.raises(ValueError, match="no parameter head"):
-        dict(disassemble(config, table, {name: leaf for name, leaf in params.items() if name != "head"}))
+        dict(disassemble(shapes_of(config), table, {name: leaf for name, leaf in params.items() if name != "head"}))

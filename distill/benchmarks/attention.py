@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from distill.benchmarks.rounds import Run, in_turn, ratio, spread
-from distill.models.attention import attention_weights, fused, in_blocks, mix
+from distill.models.attention import attention_weights, mix
+from distill.models.attention_forms import fused, in_blocks
 from distill.shapes import Array
 
 

@@ -12,7 +12,7 @@ no logit is computed twice: 6·D + 2·D' operations per token and word, the leas
 backward pass (``jax.checkpoint``, chunked losses of other libraries) costs 8·D + 4·D'.
 
 Matrix products want a whole chunk; what lies between them, the loss and its gradient, is a dozen passes over the logits
-and wants them in a cache. So on CPU the loss takes a chunk some rows at a time, ``CPU_LOGITS`` of them.
+and wants them in a cache. So on CPU the loss takes a chunk some rows at a time (``backend.loss_rows``).
 
 Tokens that do not count are sorted behind those that do, and the loop ends where counting ends: a batch that is half
 prompt costs half.
@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from distill.devices import backend
 from distill.head import Head, product
 from distill.losses.reduce import Pair
 from distill.shapes import Array, Float, Mask
@@ -37,9 +37,6 @@ from distill.shapes import Array, Float, Mask
 PerPosition = Callable[[Any, Any, Any], Any]
 Side = tuple[Float[Array, "*batch _"], Head]
 """Hidden states and the head that makes logits of them."""
-
-CPU_LOGITS = 2**18
-"""Logits of each side that are in the loss at a time on CPU: 32 rows of 8 192 words, 8 of 32 000 and more."""
 
 
 def chunked(
@@ -67,7 +64,7 @@ def chunked(
         logits; None: it gets None.
       inputs: labels ``[...]``, or any tree of arrays ``[..., *]`` (stored targets of a teacher), handed on in parts.
       mask: ``[...]``: which positions count. Whatever stands in the others, NaN too, has no part in anything.
-      chunk_size: positions at a time; about ``16 · V · chunk_size`` bytes are alive. None: ``default_chunk_size``.
+      chunk_size: positions at a time; about ``16 · V · chunk_size`` bytes are alive. None: ``backend.chunk_size``.
       has_aux: ``per_position`` returns ``(nats, aux)`` with aux a tree of further per-position values that are summed
         but not differentiated (metrics).
       mesh: under ``jit`` on this mesh every device works on its own part of the first axis of ``mask``; sums and
@@ -95,15 +92,15 @@ def chunked(
     hidden, head = student[0], student[1].words()
     teachers = tuple((states, head.words()) for states, head in _pairs(teacher))
     _check(student, _pairs(teacher), inputs, mask, chunk_size)
-    platform = _platform(mesh)
+    platform = backend.platform_of(mesh)
     of_tokens = (*token_axes, "sequence")
     over_vocabulary = 1 if mesh is None else math.prod(n for axis, n in mesh.shape.items() if axis not in of_tokens)
-    size = chunk_size or default_chunk_size(head.kernel.shape[1] // over_vocabulary, platform)
+    size = chunk_size or backend.chunk_size(head.kernel.shape[1] // over_vocabulary, platform)
     how = _How(per_position, has_aux, _shown(teacher), size, platform)
     if mesh is None:
         total, aux = _total(how.of(head, mask), *_flat(hidden, head, teachers, inputs, mask))
     else:
-        if platform == "cpu":  # where XLA aborts on a sum of bfloat16 over a mesh, here the head's gradient
+        if backend.sum_in_float32(platform):  # of the head's gradient over the mesh
             head = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), head)
         places = [tuple(axis for axis in token_axes if axis in mesh.shape)]
         if mesh.shape.get("sequence", 1) > 1 and mask.ndim > 1:
@@ -130,8 +127,7 @@ class _How:
     def of(self, head: Head, mask: Mask) -> "_How":
         """For the positions of a device: no chunk is larger than they are."""
         size = min(self.size, max(mask.size, 1))
-        rows = _rows(size, head.kernel.shape[1]) if self.platform == "cpu" else size
-        return dataclasses.replace(self, size=size, rows=rows)
+        return dataclasses.replace(self, size=size, rows=backend.loss_rows(size, head.kernel.shape[1], self.platform))
 
 
 def _pairs(teacher: Side | Sequence[Side] | None) -> tuple[Side, ...]:
@@ -169,31 +165,6 @@ def _on_mesh(how: _How, mesh: Mesh, places: Sequence[tuple[str, ...]], teachers:
     specs = (tokens, everywhere, ((tokens, everywhere),) * teachers, tokens, tokens)
     # check_vma: a custom VJP and a loop of its own length on every device are beyond that check
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=everywhere, axis_names=set(axes), check_vma=False)
-
-
-def _platform(mesh: Mesh | None) -> str:
-    """Where it will run: the mesh may be of a machine that is not here (compiling ahead of time)."""
-    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
-
-
-def default_chunk_size(vocab_size: int, platform: str | None = None) -> int:
-    """Positions at a time: as many as 512 (GPU), 256 (TPU) or 128 (CPU) MiB of logits hold.
-
-    ``vocab_size`` counts the words that one device has. On an accelerator the gradient of the head, ``[D, V]`` in
-    float32, is read and written once per chunk, so that few large chunks are wanted, but never more than 1024
-    positions, where the products take longer than that traffic; a CPU takes 256 or 512. On an H100 at V = 128k, 1024
-    positions take 15 % less time than 512, and 2048 another 4 % for 1.6 to 2.6 GB more. ``platform``: None is the
-    default backend.
-    """
-    platform = platform or jax.default_backend()
-    logits, least, most = {"cpu": (2**25, 256, 512), "tpu": (2**26, 128, 1024)}.get(platform, (2**27, 128, 1024))
-    return int(np.clip(2 ** round(math.log2(logits / vocab_size)), least, most))
-
-
-def _rows(size: int, vocab_size: int) -> int:
-    """Of a chunk, how many rows the loss takes at a time on CPU; they divide it, and are eight at least."""
-    rows = math.gcd(size, max(8, 2 ** int(math.log2(CPU_LOGITS / vocab_size))))
-    return rows if rows >= 8 else size
 
 
 def _check(student: Side, teachers: Sequence[Side], inputs: Any, mask: Mask, chunk_size: int | None) -> None:

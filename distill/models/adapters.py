@@ -1,5 +1,6 @@
 """A ``Model`` from a Linen or an NNX module."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill.models.model import REMAT, Collect, Model, Output, Parameter, normal
+from distill.models.model import Model
+from distill.models.output import Collect, Output
+from distill.models.parameters import REMAT, Parameter, normal
 from distill.shapes import Array, Params
 
 
@@ -25,6 +28,8 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
     specification = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     boxes, structure = jax.tree.flatten(specification, is_leaf=lambda leaf: isinstance(leaf, Parameter))
     axes = jax.tree.unflatten(structure, [box.names for box in boxes])
+    policies = REMAT if "remat" in {field.name for field in dataclasses.fields(module)} else {"none": None}
+    collects = "collect" in inspect.signature(type(module).__call__).parameters
 
     @jax.jit
     def init(key: Array) -> Params:
@@ -39,12 +44,11 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
     def apply(
         params: Params, tokens: Array, *, collect: Collect | None = None, remat: str = "none", **inputs: Any
     ) -> Output:
-        if remat not in REMAT or (remat != "none" and not hasattr(module, "remat")):
-            known = ", ".join(REMAT) if hasattr(module, "remat") else "none"
-            raise ValueError(f"remat={remat!r}; expected one of {known} for {type(module).__name__}.")
+        if remat not in policies:
+            raise ValueError(f"remat={remat!r}; expected one of {', '.join(policies)} for {type(module).__name__}.")
         network = module if remat == "none" else module.clone(remat=remat)
         if collect is not None:
-            if "collect" not in inspect.signature(type(module).__call__).parameters:
+            if not collects:
                 raise _cannot_collect(type(module).__name__)
             inputs["collect"] = collect
         return network.apply({"params": params}, tokens, **inputs)
@@ -82,7 +86,8 @@ def from_nnx(construct: Callable[..., nnx.Module], vocab_size: int) -> Model:
       >>> model.logits(model.init(jax.random.key(0)), jnp.array([[1, 2]])).shape
       (1, 2, 14)
     """
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: construct(rngs=nnx.Rngs(0))))
+    abstract_module = nnx.eval_shape(lambda: construct(rngs=nnx.Rngs(0)))
+    graph, abstract = nnx.split(abstract_module)
 
     def rebuild(params: Params) -> nnx.Module:
         state = jax.tree.map(lambda leaf: leaf, abstract)
@@ -94,7 +99,7 @@ def from_nnx(construct: Callable[..., nnx.Module], vocab_size: int) -> Model:
 
     def apply(params: Params, tokens: Array, *, collect: Collect | None = None, **inputs: Any) -> Output:
         if collect is not None:
-            raise _cannot_collect(getattr(construct, "__name__", "an NNX module"))
+            raise _cannot_collect(type(abstract_module).__name__)
         return Output(rebuild(params)(tokens, **inputs))
 
     def unembed(params: Params, hidden: Array) -> Array:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.models.config import DecoderConfig
-from distill.models.model import Collect, Relations
+from distill.models.config import NetworkConfig
+from distill.models.output import Collect, Relations
 from distill.shapes import Array
 
 Kept = dict[str, Any]
@@ -21,12 +21,12 @@ Kept = dict[str, Any]
 
 def inside(collect: Collect, layers: int) -> dict[str, tuple[int, ...]]:
     """The wanted layers, in order, that the scan must keep: the first and last hidden states are there anyway."""
-    wanted = {name: tuple(sorted(set(getattr(collect, name)))) for name in ("hidden", "attention", "relations")}
+    wanted = {name: tuple(sorted(set(numbers))) for name, numbers in collect.by_name().items()}
     wanted["hidden"] = tuple(n for n in wanted["hidden"] if 0 < n < layers)
     return {name: numbers for name, numbers in wanted.items() if numbers}
 
 
-def empty(config: DecoderConfig, collect: Collect, batch: int, length: int, keys: int) -> Kept:
+def empty(config: NetworkConfig, collect: Collect, batch: int, length: int, keys: int) -> Kept:
     """Buffers for ``inside(collect)``."""
     c = config
 

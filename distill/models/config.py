@@ -242,3 +242,87 @@ class DecoderConfig:
         per_token = self.experts_per_token * mlp + self.experts if self.experts else mlp
         per_layer = projections + self.width * per_token
         return 2.0 * (self.layers * per_layer + attention + self.width * self.vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """What an encoder is: its sizes and options. The defaults are BERT's."""
+
+    vocab_size: int = 30_522
+    layers: int = 2
+    width: int = 64
+    """Model dimension D; also the width of the embeddings."""
+    heads: int = 4
+    feed_forward: int = 256
+    token_types: int = 0
+    """Rows of the embedding of token types (sentence A or B); 0: there is none."""
+    max_length: int = 512
+    """Rows of the learned positions, and so the longest text; for rotary ones what the model is meant for."""
+    norm_place: Literal["post", "pre"] = "post"
+    """post: norm(x + f(x)) (arXiv 1810.04805). pre: x + f(norm(x)) and a norm at the end; the first layer's attention
+    follows the norm of the embedding and has none of its own (arXiv 2412.13663)."""
+    positions: Literal["learned", "rotary"] = "learned"
+    rope_theta: float = 160_000.0
+    rope_theta_local: float = 10_000.0
+    """Of the layers with a window."""
+    sliding_window: int | None = None
+    """Keys this far on either side are seen by the layers of ``window_layers``. None: all keys, by all layers."""
+    window_layers: tuple[bool, ...] = ()
+    """For each layer, whether it has the window."""
+    gated: bool = False
+    """down(gelu(gate(x)) · up(x)) (GeGLU, arXiv 2002.05202) instead of down(gelu(up(x)))."""
+    qkv_bias: bool = True
+    output_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    norm_epsilon: float = 1e-12
+    pooler: bool = False
+    """BERT's tanh(W · first token + b), for ``bert_pooler``."""
+    mlm_head: bool = False
+    """A head that tells masked words: a transform with a norm, then the embedding, transposed, with a bias."""
+    mlm_bias: bool = True
+    """The transform of that head has a bias."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "layers", "width", "heads", "feed_forward", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"encoder: {name}={getattr(self, name)}; expected at least 1.")
+        if self.token_types < 0:
+            raise ValueError(f"encoder: token_types={self.token_types}; expected at least 0.")
+        if self.width % self.heads:
+            raise ValueError(f"encoder: width={self.width} is no multiple of heads={self.heads}.")
+        if self.positions == "rotary" and self.key_size % 2:
+            raise ValueError(f"encoder: the size of a head is {self.key_size}; rotary positions need an even one.")
+        if (self.sliding_window is None) != (not self.window_layers) or (self.sliding_window or 0) < 0:
+            raise ValueError(
+                f"encoder: sliding_window={self.sliding_window} and window_layers={self.window_layers} go together."
+            )
+        if self.window_layers and len(self.window_layers) != self.layers:
+            raise ValueError(
+                f"encoder: window_layers has {len(self.window_layers)} entries; expected one for each of "
+                f"{self.layers} layers."
+            )
+
+    @property
+    def groups(self) -> int:
+        """Number of key/value groups, G: as many as heads."""
+        return self.heads
+
+    @property
+    def key_size(self) -> int:
+        """Size of one head, K."""
+        return self.width // self.heads
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of the forward pass per token, matmuls only (2 per multiply-add), in a text of ``length``; no head."""
+        windowed = sum(self.window_layers)
+        near = length if self.sliding_window is None else min(length, 2 * self.sliding_window + 1)
+        keys = (self.layers - windowed) * length + windowed * near
+        per_layer = 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.feed_forward
+        return 2.0 * (self.layers * per_layer + 2 * self.width * keys)
+
+
+NetworkConfig = DecoderConfig | EncoderConfig

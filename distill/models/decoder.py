@@ -3,13 +3,15 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from distill.devices import backend
 from distill.head import Head
 from distill.models.adapters import from_linen
-from distill.models.attention import as_matrices
 from distill.models.collect import collected, empty, slots_of
 from distill.models.config import DecoderConfig
-from distill.models.layers import Block, Norm
-from distill.models.model import Cache, Collect, Model, Output, in_a_row, parameter, remade
+from distill.models.layers import Block, Norm, Own, Shared
+from distill.models.model import Model
+from distill.models.output import Cache, Collect, Output
+from distill.models.parameters import parameter, rematerialized
 from distill.models.placement import rows_apart
 from distill.models.rope import Turns, turns_of
 from distill.shapes import Array, Params
@@ -20,7 +22,7 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     remat: str = "none"
-    """Of ``REMAT``: what a layer does not keep is computed again in the backward pass."""
+    """One of ``REMAT``: what a layer does not keep is recomputed in the backward pass."""
 
     def setup(self):
         c = self.config
@@ -34,12 +36,12 @@ class Decoder(nn.Module):
         if not c.tied:
             self.head = self.param("head", parameter(("embed", "vocab"), std=c.width**-0.5), table[::-1])
         self.layers = nn.scan(
-            remade(Block, self.remat),
+            rematerialized(Block, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0, nn.broadcast),
+            in_axes=(nn.broadcast, 0),
             length=c.layers,
-            unroll=in_a_row(c.layers, self.remat),
+            unroll=backend.unroll(c.layers, self.remat),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.norm = Norm(c)
@@ -72,9 +74,8 @@ class Decoder(nn.Module):
             collect.check(self.config.layers)
             kept = empty(self.config, collect, batch, length, segments_BS.shape[1])
             slots = slots_of(collect, self.config.layers)
-        (x_BLD, kept), (kv, routing) = self.layers(
-            (embedded_BLD, kept), _turns(self.config, positions_BL), masks, start, kv, slots, kinds, segments_BL > 0
-        )
+        shared = Shared(_turns(self.config, positions_BL), masks, start, segments_BL > 0)
+        (x_BLD, kept), (kv, routing) = self.layers((embedded_BLD, kept), shared, Own(kv, slots, kinds))
         hidden_BLD = self.norm(x_BLD)
         if self.is_initializing():
             self.unembed(hidden_BLD)
@@ -97,9 +98,8 @@ class Decoder(nn.Module):
     def unembed(self, hidden_BLD: Array) -> Array:
         """Logits ``[..., V]``; the matmul accumulates in float32."""
         head = _head(self.config, self.embedding.T if self.config.tied else self.head)
-        if not as_matrices():
-            return head.logits(hidden_BLD)
-        return head.logits(hidden_BLD.reshape(-1, self.config.width)).reshape(*hidden_BLD.shape[:-1], -1)
+        rows = hidden_BLD.reshape(-1, self.config.width) if backend.flatten_rows() else hidden_BLD
+        return head.logits(rows).reshape(*hidden_BLD.shape[:-1], -1)
 
 
 def _head(config: DecoderConfig, kernel: Array) -> Head:

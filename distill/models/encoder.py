@@ -11,93 +11,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from distill.devices import backend
 from distill.head import Head
 from distill.models.adapters import from_linen
 from distill.models.attention import attend, attention_weights, mix
 from distill.models.collect import collected, empty, keep, slots_of
+from distill.models.config import EncoderConfig
 from distill.models.layers import Projection, layer_norm
-from distill.models.model import Collect, Model, Output, Relations, in_a_row, parameter, remade
+from distill.models.model import Model
+from distill.models.output import Collect, Output, Relations
+from distill.models.parameters import parameter, rematerialized
 from distill.models.placement import rows_apart
 from distill.models.rope import Turns, choose, rotate, turns_of
 from distill.shapes import Array, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """What an encoder is: its sizes and options. The defaults are BERT's."""
-
-    vocab_size: int = 30_522
-    layers: int = 2
-    width: int = 64
-    """Model dimension D; also the width of the embeddings."""
-    heads: int = 4
-    feed_forward: int = 256
-    token_types: int = 0
-    """Rows of the embedding of token types (sentence A or B); 0: there is none."""
-    max_length: int = 512
-    """Rows of the learned positions, and so the longest text; for rotary ones what the model is meant for."""
-    norm: Literal["post", "pre"] = "post"
-    """post: norm(x + f(x)) (arXiv 1810.04805). pre: x + f(norm(x)) and a norm at the end; the first layer's attention
-    follows the norm of the embedding and has none of its own (arXiv 2412.13663)."""
-    positions: Literal["learned", "rotary"] = "learned"
-    rope_theta: float = 160_000.0
-    local_theta: float = 10_000.0
-    """Of the layers with a window."""
-    window: int | None = None
-    """Keys this far on either side are seen by the layers of ``window_layers``. None: all keys, by all layers."""
-    window_layers: tuple[bool, ...] = ()
-    """For each layer, whether it has the window."""
-    gated: bool = False
-    """down(gelu(gate(x)) · up(x)) (GeGLU, arXiv 2002.05202) instead of down(gelu(up(x)))."""
-    attention_bias: bool = True
-    mlp_bias: bool = True
-    norm_bias: bool = True
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"
-    norm_epsilon: float = 1e-12
-    pooler: bool = False
-    """BERT's tanh(W · first token + b), for ``bert_pooler``."""
-    mlm_head: bool = False
-    """A head that tells masked words: a transform with a norm, then the embedding, transposed, with a bias."""
-    mlm_bias: bool = True
-    """The transform of that head has a bias."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
-
-    def __post_init__(self):
-        for name in ("vocab_size", "layers", "width", "heads", "feed_forward", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"encoder: {name}={getattr(self, name)}; expected at least 1.")
-        if self.token_types < 0:
-            raise ValueError(f"encoder: token_types={self.token_types}; expected at least 0.")
-        if self.width % self.heads:
-            raise ValueError(f"encoder: width={self.width} is no multiple of heads={self.heads}.")
-        if self.positions == "rotary" and self.key_size % 2:
-            raise ValueError(f"encoder: the size of a head is {self.key_size}; rotary positions need an even one.")
-        if (self.window is None) != (not self.window_layers) or (self.window is not None and self.window < 0):
-            raise ValueError(f"encoder: window={self.window} and window_layers={self.window_layers} go together.")
-        if self.window_layers and len(self.window_layers) != self.layers:
-            raise ValueError(
-                f"encoder: window_layers has {len(self.window_layers)} entries; expected one for each of "
-                f"{self.layers} layers."
-            )
-
-    @property
-    def groups(self) -> int:
-        """Number of key/value groups, G: as many as heads."""
-        return self.heads
-
-    @property
-    def key_size(self) -> int:
-        """Size of one head, K."""
-        return self.width // self.heads
-
-    def flops_per_token(self, length: int) -> float:
-        """FLOPs of the forward pass per token, matmuls only (2 per multiply-add), in a text of ``length``; no head."""
-        windowed = sum(self.window_layers)
-        near = length if self.window is None else min(length, 2 * self.window + 1)
-        keys = (self.layers - windowed) * length + windowed * near
-        per_layer = 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.feed_forward
-        return 2.0 * (self.layers * per_layer + 2 * self.width * keys)
 
 
 class LayerNorm(nn.Module):
@@ -125,7 +51,7 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Array, turns: tuple[Turns, ...], mask_BLS: Array, wanted=(), local=None):
         c = self.config
-        bias_axes = 2 if c.attention_bias else 0
+        bias_axes = 2 if c.qkv_bias else 0
 
         def project(name: str, axis: str) -> Array:
             shape, axes = (c.width, c.heads, c.key_size), ("embed", axis, "head")
@@ -143,7 +69,7 @@ class SelfAttention(nn.Module):
         else:
             y_BHLK = attend(q_BHLK, k_BHLK, v_BHLK, mask_BLS)
         shape, axes = (c.heads, c.key_size, c.width), ("heads", "head", "embed")
-        bias_axes = int(c.attention_bias)
+        bias_axes = int(c.output_bias)
         return Projection("bhlk,hkd->bld", shape, axes, c.width, bias_axes, name="output")(y_BHLK), seen
 
 
@@ -180,7 +106,7 @@ class EncoderBlock(nn.Module):
         mask_BLS = masks[0] if local is None else jnp.where(local, masks[1], masks[0])
         attention, mlp = SelfAttention(c, name="attention"), FeedForward(c, name="mlp")
         attention_norm, mlp_norm = LayerNorm(c, name="attention_norm"), LayerNorm(c, name="mlp_norm")
-        if c.norm == "post":
+        if c.norm_place == "post":
             attended_BLD, seen = attention(x_BLD, turns, mask_BLS, kept or (), local)
             x_BLD = attention_norm(x_BLD + attended_BLD)
             x_BLD = mlp_norm(x_BLD + mlp(x_BLD))
@@ -210,15 +136,15 @@ class Encoder(nn.Module):
             self.types = self.param("types", parameter(("position", "embed"), std=std), (c.token_types, c.width))
         self.embedding_norm = LayerNorm(c)
         self.layers = nn.scan(
-            remade(EncoderBlock, self.remat),
+            rematerialized(EncoderBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             length=c.layers,
-            unroll=in_a_row(c.layers, self.remat),
+            unroll=backend.unroll(c.layers, self.remat),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
-        if c.norm == "pre":
+        if c.norm_place == "pre":
             self.norm = LayerNorm(c)
         square = ("...d,de->...e", (c.width, c.width), ("embed", "norm"), c.width)
         if c.pooler:
@@ -248,7 +174,7 @@ class Encoder(nn.Module):
             collect.check(c.layers)
             kept, slots = empty(c, collect, batch, length, length), slots_of(collect, c.layers)
         (x_BLD, kept), _ = self.layers((embedded_BLD, kept), _turns(c, positions_BL), masks, slots, kinds)
-        hidden_BLD = self.norm(x_BLD) if c.norm == "pre" else x_BLD
+        hidden_BLD = self.norm(x_BLD) if c.norm_place == "pre" else x_BLD
         if self.is_initializing():
             if c.mlm_head:
                 self.unembed(hidden_BLD)
@@ -276,18 +202,18 @@ def _turns(config: EncoderConfig, positions_BL: Array) -> tuple[Turns, ...]:
     """Rotary positions of layers without and, where there are any, with a window."""
     if config.positions == "learned":
         return ()
-    thetas = (config.rope_theta, config.local_theta) if config.window_layers else (config.rope_theta,)
+    thetas = (config.rope_theta, config.rope_theta_local) if config.window_layers else (config.rope_theta,)
     return tuple(turns_of(config.key_size, positions_BL, theta) for theta in thetas)
 
 
 def _by_layer(config: EncoderConfig, mask_BLS: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
     """The masks layers choose from, and what differs between layers: arrays ``[N]`` of bools by name."""
     masks, kinds = (mask_BLS,), {}
-    if config.norm == "pre":
+    if config.norm_place == "pre":
         kinds["first"] = jnp.arange(config.layers) == 0
     if config.window_layers:
         index_L = jnp.arange(mask_BLS.shape[1])
-        near_LS = jnp.abs(index_L[:, None] - index_L[None, :]) <= config.window
+        near_LS = jnp.abs(index_L[:, None] - index_L[None, :]) <= config.sliding_window
         masks, kinds["local"] = (mask_BLS, mask_BLS & near_LS[None]), jnp.asarray(config.window_layers)
     return masks, kinds
 
@@ -366,11 +292,11 @@ def keep_layers(config: EncoderConfig, params: Params, layers: tuple[int, ...]) 
     """
     if not layers or not all(0 <= layer < config.layers for layer in layers):
         raise ValueError(f"keep_layers: layers={layers}; expected some of 0 … {config.layers - 1}.")
-    if config.norm == "pre" and (layers[0] != 0 or 0 in layers[1:]):
+    if config.norm_place == "pre" and (layers[0] != 0 or 0 in layers[1:]):
         raise ValueError(f"keep_layers: layers={layers}; expected 0 first: the first layer has no attention norm.")
     windows = tuple(config.window_layers[layer] for layer in layers) if config.window_layers else ()
     small = dataclasses.replace(config, layers=len(layers), window_layers=windows)
     if config.window_layers and not any(windows):
-        small = dataclasses.replace(small, window=None, window_layers=())
+        small = dataclasses.replace(small, sliding_window=None, window_layers=())
     index = jnp.asarray(layers)
     return small, params | {"layers": jax.tree.map(lambda leaf: leaf[index], params["layers"])}

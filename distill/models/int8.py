@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from distill.models.config import DecoderConfig
 from distill.models.model import Model
+from distill.models.parameters import KERNELS
 from distill.shapes import Array, Params
-from distill.students.factors import KERNELS
 
 
 def int8(model: Model) -> Model:

@@ -1,19 +1,22 @@
 """The layers of a decoder, in Linen, and the functions they are made of."""
 
 import functools
-import math
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from distill.models.attention import as_matrices, attend, attention_weights, mix, of_whole_text
+from distill.devices import backend
+from distill.models.attention import attend, attention_weights, mix, of_whole_text
 from distill.models.collect import keep
 from distill.models.config import DecoderConfig
-from distill.models.model import Relations, parameter
 from distill.models.moe import Experts
+from distill.models.output import Relations
+from distill.models.parameters import parameter
 from distill.models.placement import rows_apart
+from distill.models.products import einsum, low_rank
 from distill.models.rope import Turns, choose, rotate
 from distill.shapes import Array
 
@@ -22,7 +25,7 @@ ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
 }
-"""By their names in ``DecoderConfig``."""
+"""Name in ``DecoderConfig`` → function."""
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
@@ -50,53 +53,33 @@ class Projection(nn.Module):
     axes: tuple[str, ...]
     fan_in: int
     bias_axes: int = 0
-    """How many trailing axes the bias has; 0: no bias."""
+    """Number of trailing axes of the bias; 0: no bias."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         stored = self.get_variable("params", "kernel")
-        if self.has_variable("params", "left"):  # in place of the kernel, two factors of it (factors.py)
-            y = self._through(x, "left", "right")
-        elif isinstance(stored, Mapping):  # whole numbers, and a factor of each output (int8.py)
-            y = self._product(x, stored["int8"].astype(x.dtype)).astype(jnp.float32)
+        if self.has_variable("params", "left"):  # two factors in place of the kernel (students/factors.py)
+            y = self._low_rank(x, "left", "right")
+        elif isinstance(stored, Mapping):  # integers and one scale for each output (int8.py)
+            y = einsum(self.equation, x, stored["int8"].astype(x.dtype)).astype(jnp.float32)
             y = (y * _as_outputs(stored["scale"], y)).astype(x.dtype)
         else:
             kernel = self.param("kernel", parameter(self.axes, std=self.fan_in**-0.5), self.shape)
-            y = self._product(x, kernel.astype(x.dtype))
+            y = einsum(self.equation, x, kernel.astype(x.dtype))
         if self.has_variable("params", "lora_left"):
-            y = y + self._through(x, "lora_left", "lora_right")
+            y = y + self._low_rank(x, "lora_left", "lora_right")
         if not self.bias_axes:
             return y
         bias = self.param("bias", parameter(self.axes[-self.bias_axes :]), self.shape[-self.bias_axes :])
         return y + _as_outputs(bias, y).astype(x.dtype)
 
-    def _through(self, x: Array, *names: str) -> Array:
-        """x · left · right: one product after the other, left ``[inputs…, r]`` and right ``[r, outputs…]``."""
+    def _low_rank(self, x: Array, *names: str) -> Array:
         left, right = (self.get_variable("params", name).astype(x.dtype) for name in names)
-        inputs, result = self.equation.split("->")
-        of_x, of_kernel = inputs.split(",")
-        summed = "".join(axis for axis in of_kernel if axis in of_x)
-        middle = "".join(axis for axis in of_x if axis not in summed) + "r"
-        given = of_kernel.replace(summed, "")
-        x_r = jnp.einsum(f"{of_x},{summed}r->{middle}", x, left)
-        return jnp.einsum(f"{middle},r{given}->{result}", x_r, right)
-
-    def _product(self, x: Array, kernel: Array) -> Array:
-        """The einsum; on a CPU as a product of two matrices, where XLA multiplies them best."""
-        inputs, result = self.equation.split("->")
-        of_x = inputs.split(",")[0]
-        if of_x[0] != "b" or not as_matrices():
-            return jnp.einsum(self.equation, x, kernel)
-        x = x.swapaxes(1, 2) if of_x == "bhlk" else x
-        batch, length = x.shape[:2]
-        size = math.prod(x.shape[2:])
-        y = x.reshape(-1, size) @ kernel.reshape(size, -1)
-        y = y.reshape(batch, length, *kernel.shape[len(of_x) - 2 :])
-        return y.swapaxes(1, 2) if result == "bhlk" else y
+        return low_rank(self.equation, x, left, right)
 
 
 def _as_outputs(values: Array, y: Array) -> Array:
-    """One number for each output, where they meet y: ``[H, K]`` meets ``[B, H, L, K]``."""
+    """One number for each output, in the shape that broadcasts to y: ``[H, K]`` for ``[B, H, L, K]``."""
     values = values[:, None] if values.ndim == 2 else values
     return jnp.expand_dims(values, range(y.ndim - values.ndim))
 
@@ -119,11 +102,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions (arXiv 2305.13245).
-
-    ``turns``: none, those of all layers, or those of layers without and with a window. ``kinds``: what differs by
-    layer: ``rope``, whether queries and keys are rotated, and ``window``, which without an entry all layers have.
-    """
+    """Grouped-query attention with rotary positions (arXiv 2305.13245); ``turns`` and ``kinds`` as in ``Block``."""
 
     config: DecoderConfig
 
@@ -184,37 +163,58 @@ class MLP(nn.Module):
     def __call__(self, x_BLD: Array) -> Array:
         c = self.config
         bias_axes, activation = int(c.mlp_bias), ACTIVATIONS[c.activation]
-        # Matrices [B·L, ·] throughout: XLA's CPU backend goes faster through what stands between the products.
-        rows, x = ("n", x_BLD.reshape(-1, c.width)) if as_matrices() else ("bl", x_BLD)
+        x = backend.as_rows(x_BLD)
 
         def widen(name: str) -> Array:
             shape, axes = (c.width, c.feed_forward), ("embed", "mlp")
-            return Projection(f"{rows}d,df->{rows}f", shape, axes, c.width, bias_axes, name=name)(x)
+            return Projection("...d,df->...f", shape, axes, c.width, bias_axes, name=name)(x)
 
         names, inner = ("up",), activation
         if c.gated:
             names, inner = ("gate", "up"), lambda gate, up: activation(gate) * up
-        # again in the backward pass: sooner done than writing down what the activation keeps, and reading it
+        # Recomputed in the backward pass: that is faster than storing and reading what the activation keeps.
         y = jax.checkpoint(inner)(*map(widen, names))
         shape, axes = (c.feed_forward, c.width), ("mlp", "embed")
-        y = Projection(f"{rows}f,fd->{rows}d", shape, axes, c.feed_forward, bias_axes, name="down")(y)
+        y = Projection("...f,fd->...d", shape, axes, c.feed_forward, bias_axes, name="down")(y)
         return y.reshape(x_BLD.shape)
 
 
-class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). Shaped for ``nn.scan``: carry, broadcasts, cache.
+class Shared(NamedTuple):
+    """What all layers read alike: the broadcast arguments of ``nn.scan``."""
 
-    Where the norms stand, and whether the MLP reads what attention has added, says the configuration.
-    The carry is ``(x, kept)``; ``kept`` holds a buffer for each thing that is collected, or is None (``collect.py``).
-    ``masks`` are two where some layers have a window: without and with it. ``kinds`` says what differs by layer:
-    ``window`` and ``rope``, each a bool.
+    turns: tuple[Turns, ...]
+    """Rotary positions: none, those of all layers, or those of layers without and with a window."""
+    masks: tuple[Array, ...]
+    """The mask of all layers, or those without and with a window."""
+    start: Array
+    """Slot of the cache where the tokens are written."""
+    real_BL: Array
+    """True for tokens, False for padding."""
+
+
+class Own(NamedTuple):
+    """What differs between layers, with a leading axis of layers: the scanned arguments of ``nn.scan``."""
+
+    cache: tuple[Array, Array] | None
+    """Keys and values."""
+    slots: dict[str, tuple[Array, Array]] | None
+    """Of the buffers of ``collect.py``."""
+    kinds: dict[str, Array]
+    """Bools: ``window``, whether the layer has a window, and ``rope``, whether it rotates queries and keys."""
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The configuration says where the norms stand, and whether the MLP reads what attention has added. The carry is
+    ``(x, kept)``; ``kept`` holds a buffer for each thing that is collected, or is None (``collect.py``).
     """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, carry, turns, masks: tuple[Array, ...], start, cache, slots, kinds, real_BL):
-        c = self.config
+    def __call__(self, carry, shared: Shared, own: Own):
+        c, kinds, masks = self.config, own.kinds, shared.masks
         x_BLD, kept = rows_apart(carry[0]), carry[1]
 
         def read(branch: str, x_BLD: Array) -> Array:
@@ -224,16 +224,16 @@ class Block(nn.Module):
             return y_BLD if c.norm_place == "before" else Norm(c, name=f"{branch}_post_norm")(y_BLD)
 
         mask_BLS = jnp.where(kinds["window"], masks[1], masks[0]) if "window" in kinds else masks[0]
-        cache = None if cache is None else (*cache, start)
+        cache = None if own.cache is None else (*own.cache, shared.start)
         attention = Attention(c, name="attention")
-        y_BLD, kv, seen = attention(read("attention", x_BLD), turns, mask_BLS, cache, kept or (), kinds)
+        y_BLD, kv, seen = attention(read("attention", x_BLD), shared.turns, mask_BLS, cache, kept or (), kinds)
         attended_BLD = x_BLD + give("attention", y_BLD)
         y_BLD, routing = read("mlp", x_BLD if c.parallel else attended_BLD), None
         if c.experts:
-            y_BLD, routing = Experts(c, name="mlp")(y_BLD, real_BL)
+            y_BLD, routing = Experts(c, name="mlp")(y_BLD, shared.real_BL)
         else:
             y_BLD = MLP(c, name="mlp")(y_BLD)
         x_BLD = attended_BLD + give("mlp", y_BLD)
         if kept is not None:
-            kept = keep(kept, seen | {"hidden": x_BLD}, slots)
+            kept = keep(kept, seen | {"hidden": x_BLD}, own.slots)
         return (x_BLD, kept), (None if cache is None else kv, routing)

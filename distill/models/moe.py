@@ -5,19 +5,17 @@ on all tokens, with shapes that do not depend on where tokens go.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from distill.models.config import DecoderConfig
-from distill.models.model import Routing, parameter
+from distill.models.output import Routing
+from distill.models.parameters import parameter
+from distill.models.products import grouped_dot
 from distill.shapes import Array
-
-BLOCK = 64
-"""Rows that are multiplied at a time where there is no kernel for groups of rows (64 was
-among the fastest sizes on a CPU)."""
 
 
 class Chosen(NamedTuple):
@@ -58,70 +56,6 @@ def mixture(chosen: Chosen, x_TD: Array, expert: Callable[[Array, Callable[[Arra
     y_TKD = y_RD[jnp.argsort(order_R)].reshape(tokens, k, -1)
     weights_TK = chosen.weights_TK.astype(y_TKD.dtype)
     return jnp.einsum("tkd,tk->td", y_TKD, weights_TK, preferred_element_type=jnp.float32).astype(x_TD.dtype)
-
-
-# ---- a product for groups of rows
-
-
-def grouped_dot(x_RA: Array, kernels_EAB: Array, sizes_E: Array) -> Array:
-    """``[R, B]``: the first ``sizes[0]`` rows times ``kernels[0]``, the next ``sizes[1]`` times ``kernels[1]``, …
-
-    The sizes add up to R. It is ``jax.lax.ragged_dot``, with which accelerators do no more than this; a CPU would do
-    every expert's work on every row, so there blocks of rows are multiplied one after the other.
-    """
-    return jax.lax.platform_dependent(x_RA, kernels_EAB, sizes_E, cpu=_by_blocks, default=jax.lax.ragged_dot)
-
-
-@jax.custom_vjp
-def _by_blocks(x_RA: Array, kernels_EAB: Array, sizes_E: Array) -> Array:
-    rows, padded_RA = x_RA.shape[0], _with_room(x_RA)
-
-    def multiply(y_RB: Array, expert: Array, start: Array, _: Array) -> Array:
-        # Rows of the next expert that a block reaches into are written again by their own.
-        return jax.lax.dynamic_update_slice_in_dim(y_RB, _block(padded_RA, start) @ kernels_EAB[expert], start, axis=0)
-
-    return _over_blocks(sizes_E, multiply, jnp.zeros((rows + BLOCK, kernels_EAB.shape[2]), x_RA.dtype))[:rows]
-
-
-def _forward(x_RA: Array, kernels_EAB: Array, sizes_E: Array):
-    return _by_blocks(x_RA, kernels_EAB, sizes_E), (x_RA, kernels_EAB, sizes_E)
-
-
-def _backward(saved, dy_RB: Array):
-    x_RA, kernels_EAB, sizes_E = saved
-    padded_RA, padded_RB = _with_room(x_RA), _with_room(dy_RB)
-
-    def add(total_EAB: Array, expert: Array, start: Array, inside: Array) -> Array:
-        rows = jnp.where(inside[:, None], _block(padded_RA, start), 0)
-        product = jnp.einsum("ra,rb->ab", rows, _block(padded_RB, start), preferred_element_type=jnp.float32)
-        return total_EAB.at[expert].add(product)
-
-    d_kernels = _over_blocks(sizes_E, add, jnp.zeros(kernels_EAB.shape, jnp.float32))
-    return _by_blocks(dy_RB, kernels_EAB.swapaxes(1, 2), sizes_E), d_kernels.astype(kernels_EAB.dtype), None
-
-
-_by_blocks.defvjp(_forward, _backward)
-
-
-def _over_blocks(sizes_E: Array, body: Callable[[Any, Array, Array, Array], Any], start: Any) -> Any:
-    """``body(total, expert, first row, which of BLOCK rows are the expert's)``, over blocks in the order of rows."""
-    ends_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // BLOCK)
-    until_E = jnp.cumsum(blocks_E)
-
-    def one(n: Array, total: Any) -> Any:
-        expert = jnp.searchsorted(until_E, n, side="right")
-        first = ends_E[expert] - sizes_E[expert] + (n - until_E[expert] + blocks_E[expert]) * BLOCK
-        return body(total, expert, first, first + jnp.arange(BLOCK) < ends_E[expert])
-
-    return jax.lax.fori_loop(0, until_E[-1], one, start)
-
-
-def _with_room(x_RA: Array) -> Array:
-    return jnp.pad(x_RA, ((0, BLOCK), (0, 0)))
-
-
-def _block(x_RA: Array, start: Array) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x_RA, start, BLOCK, axis=0)
 
 
 # ---- the layer

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.models.attention import platform
+from distill.devices import backend
 from distill.models.config import RopeScaling
 from distill.shapes import Array
 
@@ -61,18 +61,8 @@ def turns_of(size: int, positions_BL: Array, theta: float, scaling: RopeScaling 
         frequency = jnp.asarray(slowed(half, theta, scaling), jnp.float32)
     frequency = frequency[None, None, None] if frequency.ndim == 1 else frequency[:, None, None]
     angle = positions_BL[:, None, :, None].astype(jnp.float32) * frequency
-    turns = Turns(*(_apart(x) for x in (jnp.cos(angle), jnp.sin(angle))))
+    turns = Turns(*(backend.materialize(x) for x in (jnp.cos(angle), jnp.sin(angle))))
     return turns if scaling.magnitude == 1.0 else Turns(*(x * scaling.magnitude for x in turns))
-
-
-def _apart(x: Array) -> Array:
-    """x to the bit, as an array of its own on a CPU: a product with the identity, which XLA merges into nothing.
-
-    Where a lone layer is no loop, cosines and sines would else be computed again in every head, forwards and backwards:
-    a sixth of the step of a tiny student. The identity is a constant: teacher and student of one head size, in one
-    program, share what comes out.
-    """
-    return x @ np.eye(x.shape[-1], dtype=x.dtype) if platform() == "cpu" else x
 
 
 def choose(local: Array, turns: Sequence[Turns]) -> Turns:

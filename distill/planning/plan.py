@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from distill.batch import Batch
+from distill.devices import backend
+from distill.devices.backend import fuse_attention as fused_on
 from distill.devices.chips import Topology, devices_of
 from distill.experiments.preflight import placed_bytes
 from distill.experiments.text.config import TextConfig
 from distill.experiments.text.run import learner
-from distill.losses.fused_head import default_chunk_size
 from distill.models import DecoderConfig, decoder
-from distill.models.attention import fused_on
 from distill.models.int8 import held
 from distill.models.placement import ROW_AXES
 from distill.parallel import batch_axes, make_mesh
@@ -237,7 +237,7 @@ def _split(config: TextConfig, task: Task, mesh: dict[str, int], topology: Topol
     chunk = config.training.chunk_size
     if chunk is None:
         platform = "tpu" if topology.tpu else "gpu"
-        chunk = default_chunk_size(words, platform) if task.student.vocab_size >= CHUNKED_FROM else 0
+        chunk = backend.chunk_size(words, platform) if task.student.vocab_size >= CHUNKED_FROM else 0
     rows = topology.devices // mesh["tensor"]
     tokens = config.training.batch_size * config.data.length // config.training.micro_batches // rows
     return roofline.Split(

@@ -16,7 +16,8 @@ import numpy as np
 from distill import fetch, losses
 from distill.models import Model
 from distill.shapes import Params
-from distill.weights.gguf import GGUFSource, load
+from distill.weights.folder import load
+from distill.weights.gguf import GGUFSource
 from distill.weights.gguf_tokenizer import tokenizer_of
 
 LENGTH, WINDOWS, BATCH = 256, 32, 8
@@ -88,7 +89,7 @@ def smollm2(folder: Path | None = None) -> list[str]:
       RuntimeError: a number differs from the stored one.
     """
     source = GGUFSource(fetch.fetch(fetch.SMOLLM2, folder))
-    tokenizer, (model, params) = tokenizer_of(source), load(source)
+    tokenizer, (model, params) = tokenizer_of(source), load(source.path)
     lines, wrong = [], []
     for name, text in (("topics", topics()), ("chitchat", chitchat(folder))):
         nats, top1 = measure(model, params, windows(tokenizer.encode(text).ids))

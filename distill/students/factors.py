@@ -18,12 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.models.model import Model, normal
+from distill.models.model import Model
+from distill.models.parameters import KERNELS, normal
 from distill.shapes import Array, Params
 from distill.trees import Keys, flat, get, nested
-
-KERNELS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
-"""Projection → how many axes of its kernel are summed over; the leading axis of layers is not counted."""
 
 
 class Kernel(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill.models.model import Model, normal
+from distill.models.model import Model
+from distill.models.parameters import normal
 from distill.shapes import Array, Params
 from distill.students.factors import (
     _check_rank,

@@ -14,7 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from distill.models import DecoderConfig, Model, decoder
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
+from distill.models.model import Model
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -15,17 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.devices import processes
-from distill.models import DecoderConfig, EncoderConfig, Model, decoder
+from distill.models.config import DecoderConfig, EncoderConfig, NetworkConfig
 from distill.models.int8 import int8, quantizer
+from distill.models.model import Model
 from distill.progress import loading
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
-from distill.weights.assemble import NetworkConfig, Renamed, assemble, disassemble, network, shapes_of
-from distill.weights.families import FAMILIES, encoders, from_json, table_of, to_json
+from distill.weights import gguf
+from distill.weights.assemble import assemble
+from distill.weights.families import FAMILIES, canonical, from_json, to_json
 from distill.weights.families.gemma import text_of
+from distill.weights.networks import network, shapes_of, table_of, tensors
 from distill.weights.place import Place
 from distill.weights.replace import replacing, there
 from distill.weights.safetensors import SafetensorsSource, is_weights, write
+from distill.weights.table import Completed, Opened, Renamed
 
 STUDENT = "student_hf"
 """Where a run folder holds its student, as ``save`` writes it."""
@@ -85,29 +90,34 @@ def load(
       model, params = distill.load("path/to/folder", dtype="bfloat16", activations="bfloat16")
       logits = model.logits(params, tokens)  # [B, L, V] float32
     """
-    path = located(path_or_name)
     dtype = None if dtype is None else jnp.dtype(dtype)
-    whole = dtype == jnp.int8
-    dtype = jnp.dtype("bfloat16") if whole else dtype
-    if path.is_file() and path.suffix == ".gguf":
-        from distill.weights import gguf
-
-        source = gguf.GGUFSource(path)
-        with _placing(path_or_name, decoder(gguf.config_of(source, activations)), sharding, whole) as place:
-            kept = np.float32 if dtype is None else dtype
-            model, params = gguf.load(source, place=place, dtype=kept, activations=activations)
-            return int8(model) if whole else model, params
-    folder = path if path.is_dir() else download(path_or_name, revision)
-    config, family = _config_of(folder)
-    config = dataclasses.replace(config, dtype=activations)
-    model = network(config)
+    quantized = dtype == jnp.int8
     try:
-        held = int8(model) if whole else model
-        with _placing(path_or_name, model, sharding, whole) as place:
-            read = encoders.read if isinstance(config, EncoderConfig) else _read_decoder
-            return held, read(folder, config, family, place, dtype)
+        opened = _opened(path_or_name, revision, activations)
+        model = network(opened.config)
+        held = int8(model) if quantized else model
+        stored = jnp.dtype("bfloat16") if quantized else dtype
+        with _placing(path_or_name, model, sharding, quantized) as place:
+            shapes, (_, table, source, ignored) = shapes_of(opened.config), opened
+            return held, assemble(shapes, table, source, place, dtype=stored, ignored=ignored)
     except ValueError as error:
         raise ValueError(f"{path_or_name}: {error}") from error
+
+
+def _opened(path_or_name: str | Path, revision: str | None, activations: Literal["float32", "bfloat16"]) -> Opened:
+    """The configuration, name table and tensors of a GGUF file or a folder."""
+    path = located(path_or_name)
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf.opened(path, activations)
+    folder = path if path.is_dir() else download(path_or_name, revision)
+    config, name = _config_of(folder)
+    config, family, source = dataclasses.replace(config, dtype=activations), FAMILIES[name], SafetensorsSource(folder)
+    table = {
+        path: dataclasses.replace(row, name=row.name.removeprefix(family.prefix))
+        for path, row in table_of(config, name).items()
+    }
+    renamed = Completed(Renamed(source, functools.partial(canonical, family)), family.absent(config))
+    return Opened(config, table, renamed, family.ignored + family.ignored_by(config))
 
 
 def located(path: str | Path) -> Path:
@@ -125,28 +135,17 @@ def located(path: str | Path) -> Path:
     return path / STUDENT if (path / STUDENT).is_dir() else path
 
 
-def _read_decoder(folder: Path, config: DecoderConfig, family: str, place: Place, dtype: Any) -> Params:
-    table, ignored, prefix = table_of(config, family), FAMILIES[family].ignored, FAMILIES[family].prefix
-    if config.tied:
-        ignored += (r"lm_head\.weight",)
-    source, rename = SafetensorsSource(folder), FAMILIES[family].rename
-    if prefix and not any(name.startswith(prefix) for name in source.names()):
-        rename = prefix.__add__
-    source = source if rename is None else Renamed(source, rename)
-    return assemble(config, table, source, place, dtype=dtype, ignored=ignored)
-
-
 @contextlib.contextmanager
-def _placing(name: str | Path, model: Model, sharding: Callable[[Model], Any] | None, whole: bool) -> Iterator[Place]:
-    """A ``Place`` that moves a bar on a terminal."""
+def _placing(
+    name: str | Path, model: Model, sharding: Callable[[Model], Any] | None, quantized: bool
+) -> Iterator[Place]:
+    """A ``Place`` with a progress bar on a terminal; it quantises what it has placed if asked."""
     with loading(Path(name).name, sum(map(math.prod, shapes_of(model.config).values()))) as advance:
         place = Place(None if sharding is None else sharding(model), advance)
-        yield dataclasses.replace(place, finish=quantizer(model)) if whole else place
+        yield dataclasses.replace(place, finish=quantizer(model)) if quantized else place
 
 
-def read_config(
-    folder: str | Path, activations: Literal["float32", "bfloat16"] = "float32"
-) -> DecoderConfig | EncoderConfig:
+def read_config(folder: str | Path, activations: Literal["float32", "bfloat16"] = "float32") -> NetworkConfig:
     """The network that a folder's ``config.json`` describes, without its weights.
 
     Raises:
@@ -167,15 +166,13 @@ def _config_of(folder: Path) -> tuple[NetworkConfig, str]:
             raise ValueError("config.json: expected an object.")
         _refuse_code(values)
         values = text_of(values) if values.get("model_type") == "gemma3" else values
-        if values.get("model_type") in encoders.ENCODERS:
-            return encoders.read_config(folder, values), values["model_type"]
-        return from_json(values), values["model_type"]
+        return from_json(values, lambda: SafetensorsSource(folder).names()), values["model_type"]
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
 def _refuse_code(values: dict[str, Any]) -> None:
-    family = (FAMILIES | encoders.ENCODERS).get(values.get("model_type"))
+    family = FAMILIES.get(values.get("model_type"))
     if values.get("auto_map") and (family is None or "auto_map" not in family.harmless):
         raise ValueError(
             f"config.json: auto_map names code for model_type {values.get('model_type')!r} that comes with "
@@ -240,20 +237,16 @@ def save(
         raise ValueError(f"save: a model with config {config!r}; expected one made by decoder(...) or encoder(...).")
     dtype = str(np.dtype(params["embedding"].dtype)) if "embedding" in params else "float32"
     params = processes.fetch(params) if processes.count() > 1 else params
-    if isinstance(config, EncoderConfig):
-        values = encoders.to_json(config, family, dtype) | _special_ids(tokenizer)
-        tensors = encoders.tensors(config, values["model_type"], params)
-    else:
-        params = params if model.merge is None else model.merge(params)
-        values = to_json(config, family, dtype) | _special_ids(tokenizer)
-        tensors = disassemble(config, table_of(config, values["model_type"]), params)
+    params = params if model.merge is None else model.merge(params)
+    values = to_json(config, family, dtype) | _special_ids(tokenizer)
+    written = tensors(config, values["model_type"], params)
     stale = {"config.json"} | (_OF_TOKENIZER if isinstance(tokenizer, TextTokenizer) else set())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 2**20
 
     def write_all() -> None:
         with replacing(Path(folder), size, lambda name: is_weights(name) or name in stale) as partial:
             _save_tokenizer(partial, tokenizer)
-            write(partial, tensors, shard_bytes)
+            write(partial, written, shard_bytes)
             (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
     processes.from_first(write_all)

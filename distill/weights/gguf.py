@@ -8,15 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
-from distill.models import DecoderConfig, Model, RopeScaling, decoder
+from distill.models.config import DecoderConfig, RopeScaling
 from distill.models.rope import slowed
-from distill.shapes import Params
-from distill.weights.assemble import Row, Shape, Table, Transform, assemble, flat, linear
-from distill.weights.place import Place
 from distill.weights.safetensors import refuse_nonfinite
+from distill.weights.table import Opened, Row, Shape, Table, Transform, flat, linear
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Those whose header and tensors are read here."""
@@ -279,25 +276,13 @@ def table_of(architecture: str, config: DecoderConfig) -> Table:
     return table
 
 
-def load(
-    source: GGUFSource,
-    *,
-    place: Place | None = None,
-    dtype: Any = np.float32,
-    activations: Literal["float32", "bfloat16"] = "float32",
-) -> tuple[Model, Params]:
-    """The model of a file and its parameters, dequantised.
-
-    Args:
-      source: the file.
-      place: puts parameters onto their devices; None: onto the default one.
-      dtype: of the parameters.
-      activations: type of activations and matmul operands.
+def opened(path: str | Path, activations: Literal["float32", "bfloat16"] = "float32") -> Opened:
+    """A file with its configuration and its name table; its tensors are not read.
 
     Raises:
-      ValueError: what the decoder cannot be, named.
+      ValueError: an option of the file that the decoder lacks, named.
     """
+    source = GGUFSource(path)
     config = config_of(source, activations)
-    table = table_of(architecture_of(source), config)
-    ignored = (re.escape(ROPE_FACTORS),)  # it is in the configuration
-    return decoder(config), assemble(config, table, source, place, dtype=jnp.dtype(dtype), ignored=ignored)
+    # The factors of Llama 3.1 are read into the configuration.
+    return Opened(config, table_of(architecture_of(source), config), source, (re.escape(ROPE_FACTORS),))

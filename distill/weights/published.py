@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from distill import fetch
-from distill.models import EncoderConfig, Model
+from distill.models.config import EncoderConfig
+from distill.models.model import Model
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
 from distill.weights import folder, gguf, gguf_tokenizer

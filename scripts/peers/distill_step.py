@@ -9,8 +9,9 @@ from step_worker import TASK, turns
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from distill import cli, parallel
+from distill import parallel
 from distill.batch import Batch
+from distill.devices import backend
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
@@ -25,7 +26,7 @@ def model(layers, width):
 
 def main():
     """Two steps in every turn."""
-    cli.keep_memory()  # as scripts/distill.py does for texts
+    backend.keep_memory()  # as scripts/distill.py does for texts
     student, teacher = model(*TASK["student"]), model(*TASK["teacher"])
     update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
     step = make_train_step(student, terms_of(ObjectiveConfig(temperature=2.0)), update, teacher=teacher)

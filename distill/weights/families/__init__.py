@@ -1,25 +1,26 @@
-"""Families of language models: ``config.json`` to a decoder and a name table, and back.
+"""Families of networks: ``config.json`` to a configuration and a name table, and back.
 
-A key of ``config.json`` is used, or known not to matter, or an error with its value: nothing is passed over silently.
+A key of ``config.json`` is used, or known not to matter, or an error with its value: none is skipped silently.
 """
 
-from typing import Any
+from collections.abc import Callable
 
-from distill.models import DecoderConfig
-from distill.weights.assemble import Table, shapes_of
-from distill.weights.families import gemma, gpt, llama, moe, relatives
-from distill.weights.families.encoders import ENCODERS
-from distill.weights.families.family import HARMLESS, NEUTRAL, Family, Json, Keys, chosen
+from distill.models.config import DecoderConfig, EncoderConfig, NetworkConfig
+from distill.weights.families import encoders, gemma, gpt, llama, moe, relatives
+from distill.weights.families.family import HARMLESS, Family, Json, Keys, changed, chosen
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | relatives.FAMILIES | moe.FAMILIES | gemma.FAMILIES | gpt.FAMILIES
-"""``model_type`` → family, the most common first: a decoder is saved as the first that has all it needs."""
+FAMILIES |= encoders.FAMILIES
+"""``model_type`` → family, the most common first: a network is saved as the first that has all its options."""
 
 
-# ---- config.json → decoder
+def from_json(values: Json, tensors: Callable[[], set[str]] = set) -> NetworkConfig:
+    """The network a ``config.json`` describes.
 
-
-def from_json(values: Json) -> DecoderConfig:
-    """The decoder a ``config.json`` describes.
+    Args:
+      values: of the file.
+      tensors: the names of the tensors beside it, which tell whether an encoder has a head or a pooler. It is called
+        for families that need it.
 
     Example:
       >>> sizes = {"vocab_size": 14, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
@@ -32,93 +33,73 @@ def from_json(values: Json) -> DecoderConfig:
     """
     name = values.get("model_type")
     if name not in FAMILIES:
-        known = ", ".join([*FAMILIES, *ENCODERS])
-        raise ValueError(f"config.json: model_type={name!r} is not supported; expected one of {known}.")
+        raise ValueError(f"config.json: model_type={name!r} is not supported; expected one of {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
     keys = Keys(values, family.defaults)
     options = family.options(keys)
-    for key, allowed in NEUTRAL.items():
+    for key, allowed in family.neutral.items():
         if key not in keys.seen:
             keys.neutral(key, *allowed)
     sizes = {field: keys.get(key) for field, key in family.sizes.items()}
-    config = DecoderConfig(**(sizes | {"tied": bool(sizes["tied"])} | options))
+    sizes |= {"tied": bool(sizes["tied"])} if "tied" in sizes else {}
     understood = keys.seen | HARMLESS | family.harmless
     unknown = [f"{key}={value!r}" for key, value in values.items() if key not in understood]
+    found = family.by_tensors({canonical(family, tensor) for tensor in tensors()}) if family.by_tensors else {}
+    config = family.config(**(sizes | options | found))
     if unknown:
         raise ValueError(f"config.json: {', '.join(unknown)} of model_type {name!r}: not known, and it might matter.")
     return config
 
 
-# ---- decoder → config.json
+def canonical(family: Family, tensor: str) -> str:
+    """The name of a tensor in a table without the family's prefix, from its name in a file."""
+    return family.rename(tensor).removeprefix(family.prefix)
 
 
-def family_of(config: DecoderConfig) -> str:
-    """The ``model_type`` a decoder is saved as: the first family that has all its options.
-
-    Raises:
-      ValueError: none has.
-    """
-    for name, family in FAMILIES.items():
-        if family.expresses(config):
-            return name
-    options = {"width": config.width, "heads": config.heads} | chosen(config)
-    text = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    raise ValueError(f"no family among {', '.join(FAMILIES)} has a decoder with {text}.")
-
-
-def to_json(config: DecoderConfig, family: str | None = None, dtype: str = "float32") -> Json:
-    """The ``config.json`` of a decoder, as transformers reads it: ``from_json`` of it describes the same decoder.
+def family_of(config: NetworkConfig, family: str | None = None) -> str:
+    """The ``model_type`` a network is saved as.
 
     Args:
-      config: the decoder.
+      config: the network.
+      family: the one asked for; None: the first that has all options of the network.
+
+    Raises:
+      ValueError: none has them, or not the one asked for.
+    """
+    kind = "encoder" if isinstance(config, EncoderConfig) else "decoder"
+    known = {name: one for name, one in FAMILIES.items() if isinstance(config, one.config)}
+    if family is not None and family not in known:
+        raise ValueError(f"family {family!r} is not known; expected one of {', '.join(known)} for this {kind}.")
+    able = [name for name, one in known.items() if one.expresses(config)]
+    if not able:
+        options = chosen(config) if isinstance(config, DecoderConfig) else changed(config)
+        options = {"width": config.width, "heads": config.heads} | options
+        text = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ValueError(f"no family among {', '.join(known)} has all options of this {kind}: {text}.")
+    if family is not None and family not in able:
+        raise ValueError(f"family {family!r} has not all options of this {kind}; {able[0]!r} has.")
+    return family or able[0]
+
+
+def to_json(config: NetworkConfig, family: str | None = None, dtype: str = "float32") -> Json:
+    """The ``config.json`` of a network, as transformers reads it: ``from_json`` of it describes the same network.
+
+    Args:
+      config: the network.
       family: its ``model_type``; None: ``family_of(config)``.
       dtype: of the tensors beside it.
 
     Raises:
-      ValueError: a family that is not known or has not all of this decoder's options.
+      ValueError: a family that is not known or does not have all options of this network.
     """
-    name = _named(config, family)
-    values: dict[str, Any] = {field: getattr(config, field) for field in FAMILIES[name].sizes}
-    values |= {"kv_heads": config.groups, "head_dim": config.key_size, "max_length": _length(config)}
+    name = family_of(config, family)
+    spec = FAMILIES[name]
+    values = vars(config) | spec.derived(config)
     return {
-        "architectures": [FAMILIES[name].architecture],
+        "architectures": [spec.architecture],
         "model_type": name,
         "dtype": dtype,
-        **{key: values[field] for field, key in FAMILIES[name].sizes.items()},
-        "use_cache": True,
-        **FAMILIES[name].keys(config),
+        **{key: values[field] for field, key in spec.sizes.items()},
+        **spec.constant,
+        **spec.keys(config),
     }
-
-
-def _named(config: DecoderConfig, family: str | None) -> str:
-    name = family or family_of(config)
-    if name not in FAMILIES:
-        raise ValueError(f"family {name!r} is not known; expected one of {', '.join(FAMILIES)}.")
-    if not FAMILIES[name].expresses(config):
-        raise ValueError(f"family {name!r} has not all options of this decoder; {family_of(config)!r} has.")
-    return name
-
-
-def _length(config: DecoderConfig) -> int:
-    """Dynamic scaling reads the original length from here; the others read nothing."""
-    scaling = config.rope_scaling
-    if scaling.kind == "dynamic":
-        return scaling.original_length
-    return config.max_length or max(2048, int(scaling.factor * scaling.original_length))
-
-
-# ---- names
-
-
-def table_of(config: DecoderConfig, family: str | None = None) -> Table:
-    """The names of a decoder's tensors in files of a family, for transformers.
-
-    Args:
-      config: the decoder.
-      family: the ``model_type``; None: ``family_of(config)``.
-
-    Raises:
-      ValueError: a family that is not known or has not all of this decoder's options.
-    """
-    row = FAMILIES[_named(config, family)].row
-    return {path: row(config, path) for path in shapes_of(config)}

@@ -1,12 +1,14 @@
 """What a family of models is, and the keys of ``config.json`` that mean the same in all of them."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from distill.models import DecoderConfig
-from distill.weights.assemble import Path, Row, Transform, flat, linear, same
+import numpy as np
+
+from distill.models.config import DecoderConfig, NetworkConfig
 from distill.weights.families.rope_json import from_rope_json, to_rope_json
+from distill.weights.table import ParameterPath, Part, Row, Transform, flat, linear, same
 
 Json = dict[str, Any]
 
@@ -37,31 +39,59 @@ class Keys:
             raise ValueError(f"config.json: {key}={value!r} is not supported; expected {values[0]!r}.")
 
 
-class Family(NamedTuple):
-    """What is particular to one ``model_type``."""
+def _head_of(config: Any) -> tuple[str, ...]:
+    """The head, where it is the embedding."""
+    return (r"lm_head\.weight",) if config.tied else ()
 
+
+def _derived(config: Any) -> Json:
+    """Sizes of a decoder that a ``config.json`` always has. Dynamic scaling reads the original length from its key."""
+    scaling = config.rope_scaling
+    length = config.max_length or max(2048, int(scaling.factor * scaling.original_length))
+    length = scaling.original_length if scaling.kind == "dynamic" else length
+    return {"kv_heads": config.groups, "head_dim": config.key_size, "max_length": length}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One ``model_type``: its ``config.json`` and the names of its tensors. The defaults are a decoder's."""
+
+    config: type[NetworkConfig] = DecoderConfig
+    """Type of the configuration."""
     architecture: str
-    """Name of the class in transformers."""
-    sizes: dict[str, str]
-    """Field of ``DecoderConfig`` → key, for what is the same number in both."""
+    """Name of the class in transformers, unless ``keys`` has another."""
+    sizes: Mapping[str, str]
+    """Field of the configuration → key, for what is the same number in both."""
     defaults: Json
-    """Values of keys that a ``config.json`` leaves out, where the decoder depends on them."""
+    """Values of keys that a ``config.json`` leaves out, where the network depends on them."""
     options: Callable[[Keys], Json]
-    """The other fields of ``DecoderConfig``."""
-    keys: Callable[[DecoderConfig], Json]
+    """The other fields of the configuration."""
+    keys: Callable[[Any], Json]
     """The inverse of ``options``."""
-    expresses: Callable[[DecoderConfig], bool]
-    """Whether this family has all of a decoder's options."""
-    row: Callable[[DecoderConfig, Path], Row]
-    """Where a parameter of a decoder stands in a file."""
-    ignored: tuple[str, ...] = ()
-    """Regular expressions of tensors that are computed, not learned."""
+    expresses: Callable[[Any], bool]
+    """Whether this family has all options of a configuration."""
+    row: Callable[[Any, ParameterPath], Row]
+    """Where a parameter stands in a file."""
+    by_tensors: Callable[[set[str]], Json] | None = None
+    """Fields of the configuration that only the names of the tensors tell."""
+    derived: Callable[[Any], Json] = _derived
+    """Values of ``sizes`` that are no field, or not the field's."""
+    constant: Json = dataclasses.field(default_factory=lambda: {"use_cache": True})
+    """Keys that are always written."""
+    neutral: Mapping[str, tuple] = dataclasses.field(default_factory=lambda: NEUTRAL)
+    """Keys that mean nothing at these values and something else at any other, unless the family uses them."""
     harmless: frozenset[str] = frozenset()
-    """Keys of this family alone that change no logit."""
+    """Keys of this family that change no output."""
+    ignored: tuple[str, ...] = ()
+    """Regular expressions of tensors, without the prefix, that are computed, not learned."""
+    ignored_by: Callable[[Any], tuple[str, ...]] = _head_of
+    """The same, for tensors that depend on the configuration."""
     prefix: str = ""
-    """Of all names; files may leave it out."""
-    rename: Callable[[str], str] | None = None
+    """Prefix of tensor names, which files may leave out."""
+    rename: Callable[[str], str] = lambda name: name
     """Another name in files → the name in the table."""
+    absent: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
+    """Tensors, without the prefix, that the stacked parameters have and no file holds."""
 
 
 HARMLESS = {
@@ -122,16 +152,34 @@ def chosen(config: DecoderConfig) -> Json:
       >>> chosen(DecoderConfig(width=32, qk_norm=True))
       {'qk_norm': True}
     """
-    options = [field for field in dataclasses.fields(config) if field.name not in UNIVERSAL]
-    return {o.name: getattr(config, o.name) for o in options if getattr(config, o.name) != o.default}
+    return {name: value for name, value in changed(config).items() if name not in UNIVERSAL}
+
+
+def changed(config: NetworkConfig) -> Json:
+    """The fields of a configuration that differ from the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in vars(config).items() if value != defaults[name]}
 
 
 def only(config: DecoderConfig, *options: str) -> bool:
-    """Whether a decoder has none of the options that few families have, but those named."""
+    """Whether a decoder has none of the options that few families have, except those named."""
     return not chosen(config).keys() - set(options)
 
 
-def row(path: Path, names: dict[str, str], layer: str, matrix: Callable[[int], Transform] = linear) -> Row:
+def has(config: NetworkConfig, values: Json) -> bool:
+    """Whether fields of a configuration have these values."""
+    fields = vars(config)
+    return all(fields[name] == value for name, value in values.items())
+
+
+def row(
+    path: ParameterPath,
+    names: Mapping[str, str],
+    layer: str,
+    *,
+    matrix: Callable[[int], Transform] = linear,
+    parts: Mapping[str, Part] | None = None,
+) -> Row:
     """Where a parameter stands in a file.
 
     Args:
@@ -139,17 +187,20 @@ def row(path: Path, names: dict[str, str], layer: str, matrix: Callable[[int], T
       names: the module a parameter belongs to → the module in the file.
       layer: what stands before the names of a layer.
       matrix: ``inputs -> Transform``, how matrices lie.
+      parts: module, such as ``query`` → its part of a tensor that holds several.
 
     Example:
       >>> row(("layers", "mlp", "down", "kernel"), {"layers/mlp/down": "mlp.down_proj"}, "model.layers.{layer}.").name
       'model.layers.{layer}.mlp.down_proj.weight'
     """
     if len(path) == 1:
-        return Row(f"{names[path[0]]}.weight", linear() if path[0] == "head" else same)
+        kind = "bias" if path[0].endswith("bias") else "weight"
+        return Row(f"{names[path[0]]}.{kind}", linear() if path[0] == "head" else same)
     name = (layer if path[0] == "layers" else "") + names["/".join(path[:-1])]
+    part = (parts or {}).get(path[-2])
     if path[-1] == "kernel":
-        return Row(f"{name}.weight", matrix(2 if path[-2] == "output" else 1))
-    return Row(f"{name}.{'weight' if path[-1] == 'scale' else 'bias'}", flat)
+        return Row(f"{name}.weight", matrix(2 if path[-2] == "output" else 1), part)
+    return Row(f"{name}.{'weight' if path[-1] == 'scale' else 'bias'}", flat, part)
 
 
 # ---- groups of keys
@@ -162,24 +213,28 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-"""Their names → ours."""
+"""Name in ``config.json`` → name in a configuration."""
 
 
-def activation(key: str, given: str) -> str:
-    """The activation by our name; ValueError if there is none."""
-    if given not in ACTIVATIONS:
-        raise ValueError(f"config.json: {key}={given!r} is not supported; expected {', '.join(ACTIVATIONS)}.")
+def activation(key: str, given: str, known: Sequence[str] = tuple(ACTIVATIONS)) -> str:
+    """The activation by the name of our configurations.
+
+    Args:
+      key: the key, for the message.
+      given: its value.
+      known: the values that the network has.
+
+    Raises:
+      ValueError: another value.
+    """
+    if given not in known:
+        raise ValueError(f"config.json: {key}={given!r} is not supported; expected one of {', '.join(known)}.")
     return ACTIVATIONS[given]
 
 
-def activation_key(c: DecoderConfig) -> str:
+def activation_key(c: NetworkConfig) -> str:
     """The inverse of ``activation``."""
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.activation)
-
-
-ROTARY = {"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None}
-ROTARY |= {"original_max_position_embeddings": None, "max_position_embeddings": 2048}
-"""Defaults of what ``rotary`` reads."""
 
 
 def rotary(keys: Keys, fraction: float | None = None, theta: str = "rope_theta") -> Json:
@@ -209,13 +264,7 @@ def windows(keys: Keys, used: Any, by_default: Callable[[int], bool]) -> Json:
       by_default: whether a layer, counted from 0, has a window if ``layer_types`` is not given.
     """
     layers, window, kinds = keys.get("num_hidden_layers"), keys.get("sliding_window"), keys.get("layer_types")
-    if kinds is None:
-        kinds = ["sliding_attention" if used and by_default(n) else "full_attention" for n in range(layers)]
-    if set(kinds) - {"sliding_attention", "full_attention"} or len(kinds) != layers:
-        raise ValueError(
-            f"config.json: layer_types={kinds!r}; expected sliding_attention or full_attention for {layers} layers."
-        )
-    windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    windowed = windowed_layers(layers, kinds, lambda n: bool(used) and by_default(n))
     if not any(windowed):
         return {}
     if not used:
@@ -226,7 +275,22 @@ def windows(keys: Keys, used: Any, by_default: Callable[[int], bool]) -> Json:
     return {"sliding_window": window, "window_layers": () if all(windowed) else windowed}
 
 
-def layer_types(c: DecoderConfig) -> list[str]:
+def windowed_layers(layers: int, kinds: Sequence[str] | None, by_default: Callable[[int], bool]) -> tuple[bool, ...]:
+    """For each layer, whether it has a window by the key ``layer_types``; without that key by default.
+
+    Raises:
+      ValueError: a kind that is not known, or another number of layers.
+    """
+    if kinds is None:
+        return tuple(by_default(n) for n in range(layers))
+    if set(kinds) - {"sliding_attention", "full_attention"} or len(kinds) != layers:
+        raise ValueError(
+            f"config.json: layer_types={kinds!r}; expected sliding_attention or full_attention for {layers} layers."
+        )
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def layer_types(c: NetworkConfig) -> list[str]:
     """The key ``layer_types``."""
     windowed = c.window_layers or (c.sliding_window is not None,) * c.layers
     return ["sliding_attention" if there else "full_attention" for there in windowed]

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-from distill.models import DecoderConfig
-from distill.weights.assemble import Path, Row
-from distill.weights.families import llama
+from distill.models.config import DecoderConfig
+from distill.weights.families import usual
 from distill.weights.families.family import (
     HARMLESS,
     Family,
@@ -13,6 +12,7 @@ from distill.weights.families.family import (
     activation,
     activation_key,
     biases,
+    has,
     layer_types,
     only,
     rotary,
@@ -21,8 +21,9 @@ from distill.weights.families.family import (
     windows,
 )
 from distill.weights.families.rope_json import from_rope_json, to_rope_json
+from distill.weights.table import ParameterPath, Row
 
-NAMES = llama.NAMES | {
+NAMES = usual.NAMES | {
     "layers/attention_post_norm": "post_attention_layernorm",
     "layers/mlp_norm": "pre_feedforward_layernorm",
     "layers/mlp_post_norm": "post_feedforward_layernorm",
@@ -44,8 +45,8 @@ _DEFAULTS = {
 }
 
 
-def _row(config: DecoderConfig, path: Path) -> Row:
-    return row(path, NAMES, llama.LAYER)
+def _row(_: DecoderConfig, path: ParameterPath) -> Row:
+    return row(path, NAMES, usual.LAYER)
 
 
 def _common(keys: Keys, windowed: Callable[[int], bool]) -> Json:
@@ -77,8 +78,12 @@ def _common_keys(c: DecoderConfig) -> Json:
 def _expresses(c: DecoderConfig, *more: str) -> bool:
     options = ("qkv_bias", "output_bias", "activation", "attention_scalar", "attention_softcap", "logit_softcap")
     options += ("sliding_window", "window_layers")
-    always = all(getattr(c, name) == value for name, value in _ALWAYS.items())
-    return always and c.qkv_bias == c.output_bias and only(c, *_ALWAYS, *options, *more) and c.width % c.heads == 0
+    return (
+        has(c, _ALWAYS)
+        and c.qkv_bias == c.output_bias
+        and only(c, *_ALWAYS, *options, *more)
+        and c.width % c.heads == 0
+    )
 
 
 def _every_other(layer: int) -> bool:
@@ -165,21 +170,21 @@ OF_IMAGES = (r"(model\.)?vision_tower\..*", r"(model\.)?multi_modal_projector\..
 
 FAMILIES: dict[str, Family] = {
     "gemma2": Family(
-        "Gemma2ForCausalLM",
-        llama.SIZES,
-        llama.DEFAULTS
+        architecture="Gemma2ForCausalLM",
+        sizes=usual.SIZES,
+        defaults=usual.DEFAULTS
         | _DEFAULTS
         | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192},
-        lambda keys: rotary(keys) | _common(keys, _every_other),
-        lambda c: rotary_keys(c) | _common_keys(c),
-        _expresses,
-        _row,
-        llama.IGNORED,
+        options=lambda keys: rotary(keys) | _common(keys, _every_other),
+        keys=lambda c: rotary_keys(c) | _common_keys(c),
+        expresses=_expresses,
+        row=_row,
+        ignored=usual.IGNORED,
     ),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM",
-        llama.SIZES,
-        llama.DEFAULTS
+        architecture="Gemma3ForCausalLM",
+        sizes=usual.SIZES,
+        defaults=usual.DEFAULTS
         | _DEFAULTS
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "max_position_embeddings": 131_072}
         | {
@@ -188,16 +193,16 @@ FAMILIES: dict[str, Family] = {
             "rope_local_base_freq": 10_000.0,
             "sliding_window_pattern": 6,
         },
-        _gemma3,
-        _gemma3_keys,
-        lambda c: (
+        options=_gemma3,
+        keys=_gemma3_keys,
+        expresses=lambda c: (
             c.qk_norm
             and _expresses(c, "qk_norm", "rope_theta_local")
             and (c.rope_theta_local is not None or c.sliding_window is None or c.rope_scaling.kind == "none")
         ),
-        _row,
-        llama.IGNORED + OF_IMAGES,
-        frozenset({"_sliding_window_pattern"}),
+        row=_row,
+        ignored=usual.IGNORED + OF_IMAGES,
+        harmless=frozenset({"_sliding_window_pattern"}),
         rename=text_name,
     ),
 }

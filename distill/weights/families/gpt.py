@@ -1,30 +1,28 @@
 """GPT-2 and GPT-NeoX (arXiv 2204.06745), Pythia among them: LayerNorm, no gate, one matrix for all of q, k and v."""
 
-import dataclasses
-
-from distill.models import DecoderConfig
-from distill.weights.assemble import Part, Path, Row, conv1d
+from distill.models.config import DecoderConfig
 from distill.weights.families.family import (
-    ROTARY,
     Family,
     Json,
     Keys,
     activation,
     activation_key,
     biases,
+    has,
     only,
     rotary,
     rotary_keys,
     row,
 )
+from distill.weights.families.usual import ROTARY
+from distill.weights.table import ParameterPath, Part, Row, conv1d
 
-_JOINED = {"query": 0, "key": 1, "value": 2}
 _ALWAYS = {"norm": "layer", "gated": False, "mlp_bias": True}
 
 
 def _has(c: DecoderConfig, always: Json, *options: str) -> bool:
     plain = c.groups == c.heads and c.key_size * c.heads == c.width
-    return plain and all(getattr(c, n) == value for n, value in always.items()) and only(c, *always, *options)
+    return plain and has(c, always) and only(c, *always, *options)
 
 
 # ---- GPT-2
@@ -51,11 +49,9 @@ _GPT2_HARMLESS |= {"summary_activation", "summary_first_dropout", "summary_proj_
 _GPT2_HARMLESS |= {"summary_use_proj"}
 
 
-def _gpt2_row(config: DecoderConfig, path: Path) -> Row:
-    there = row(path, _GPT2_NAMES, "transformer.h.{layer}.", conv1d)
-    index = _JOINED.get(path[-2]) if len(path) > 1 else None
-    axis = 1 if path[-1] == "kernel" else 0
-    return there if index is None else dataclasses.replace(there, part=Part(index, axis))
+def _gpt2_row(config: DecoderConfig, path: ParameterPath) -> Row:
+    parts = {"query": Part(0, axis=-1), "key": Part(1, axis=-1), "value": Part(2, axis=-1)}
+    return row(path, _GPT2_NAMES, "transformer.h.{layer}.", matrix=conv1d, parts=parts)
 
 
 def _gpt2(keys: Keys) -> Json:
@@ -91,10 +87,9 @@ _NEOX_NAMES = {
 }
 
 
-def _neox_row(config: DecoderConfig, path: Path) -> Row:
-    there = row(path, _NEOX_NAMES, "gpt_neox.layers.{layer}.")
-    index = _JOINED.get(path[-2]) if len(path) > 1 else None
-    return there if index is None else dataclasses.replace(there, part=Part(index, blocks=config.heads))
+def _neox_row(config: DecoderConfig, path: ParameterPath) -> Row:
+    parts = {name: Part(n, blocks=config.heads) for n, name in enumerate(("query", "key", "value"))}
+    return row(path, _NEOX_NAMES, "gpt_neox.layers.{layer}.", parts=parts)
 
 
 def _neox(keys: Keys) -> Json:
@@ -110,8 +105,8 @@ def _neox_keys(c: DecoderConfig) -> Json:
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
-        "GPT2LMHeadModel",
-        {
+        architecture="GPT2LMHeadModel",
+        sizes={
             "vocab_size": "vocab_size",
             "layers": "n_layer",
             "width": "n_embd",
@@ -120,24 +115,24 @@ FAMILIES: dict[str, Family] = {
             "norm_epsilon": "layer_norm_epsilon",
             "max_length": "n_positions",
         },
-        {
+        defaults={
             "n_positions": 1024,
             "n_inner": None,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,
             "tie_word_embeddings": True,
         },
-        _gpt2,
-        _gpt2_keys,
-        lambda c: _has(c, _GPT2_ALWAYS, "activation"),
-        _gpt2_row,
-        (r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
-        frozenset(_GPT2_HARMLESS),
-        "transformer.",
+        options=_gpt2,
+        keys=_gpt2_keys,
+        expresses=lambda c: _has(c, _GPT2_ALWAYS, "activation"),
+        row=_gpt2_row,
+        ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
+        harmless=frozenset(_GPT2_HARMLESS),
+        prefix="transformer.",
     ),
     "gpt_neox": Family(
-        "GPTNeoXForCausalLM",
-        {
+        architecture="GPTNeoXForCausalLM",
+        sizes={
             "vocab_size": "vocab_size",
             "layers": "num_hidden_layers",
             "width": "hidden_size",
@@ -147,7 +142,7 @@ FAMILIES: dict[str, Family] = {
             "norm_epsilon": "layer_norm_eps",
             "max_length": "max_position_embeddings",
         },
-        {
+        defaults={
             **ROTARY,
             "rotary_emb_base": 10_000.0,
             "rotary_pct": 0.25,
@@ -157,14 +152,14 @@ FAMILIES: dict[str, Family] = {
             "attention_bias": True,
             "hidden_act": "gelu",
         },
-        _neox,
-        _neox_keys,
-        lambda c: (
+        options=_neox,
+        keys=_neox_keys,
+        expresses=lambda c: (
             c.qkv_bias == c.output_bias
             and _has(c, _ALWAYS, "qkv_bias", "output_bias", "activation", "parallel", "rope_fraction")
         ),
-        _neox_row,
-        (r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
-        frozenset({"classifier_dropout", "hidden_dropout"}),
+        row=_neox_row,
+        ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+        harmless=frozenset({"classifier_dropout", "hidden_dropout"}),
     ),
 }

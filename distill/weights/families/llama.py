@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from distill.models import DecoderConfig
+from distill.models.config import DecoderConfig
+from distill.weights.families import usual
 from distill.weights.families.family import (
-    ROTARY,
     Family,
     Json,
     Keys,
@@ -17,69 +17,24 @@ from distill.weights.families.family import (
     windows,
 )
 
-SIZES = {
-    "vocab_size": "vocab_size",
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "feed_forward": "intermediate_size",
-    "tied": "tie_word_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "max_length": "max_position_embeddings",
-}
-"""The usual names of sizes."""
-
-DEFAULTS = {
-    "head_dim": None,
-    "num_key_value_heads": None,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    **ROTARY,
-}
-
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
-"""In older files."""
-
-NAMES = {
-    "embedding": "model.embed_tokens",
-    "head": "lm_head",
-    "norm": "model.norm",
-    "layers/attention_norm": "input_layernorm",
-    "layers/mlp_norm": "post_attention_layernorm",
-    "layers/attention/query_norm": "self_attn.q_norm",
-    "layers/attention/key_norm": "self_attn.k_norm",
-    "layers/attention/query": "self_attn.q_proj",
-    "layers/attention/key": "self_attn.k_proj",
-    "layers/attention/value": "self_attn.v_proj",
-    "layers/attention/output": "self_attn.o_proj",
-    "layers/mlp/gate": "mlp.gate_proj",
-    "layers/mlp/up": "mlp.up_proj",
-    "layers/mlp/down": "mlp.down_proj",
-}
-"""The module a parameter belongs to → the module in the file."""
-
-LAYER = "model.layers.{layer}."
-
 
 def _family(
     architecture: str,
+    *,
     defaults: Json,
     options: Callable[[Keys], Json],
     keys: Callable[[DecoderConfig], Json],
     expresses: Callable[[DecoderConfig], bool],
 ) -> Family:
     return Family(
-        architecture,
-        SIZES,
-        DEFAULTS | defaults,
-        lambda given: rotary(given) | options(given),
-        lambda c: {"hidden_act": "silu"} | rotary_keys(c) | keys(c),
-        expresses,
-        lambda config, path: row(path, NAMES, LAYER),
-        IGNORED,
+        architecture=architecture,
+        sizes=usual.SIZES,
+        defaults=usual.DEFAULTS | defaults,
+        options=lambda given: rotary(given) | options(given),
+        keys=lambda c: {"hidden_act": "silu"} | rotary_keys(c) | keys(c),
+        expresses=expresses,
+        row=lambda config, path: row(path, usual.NAMES, usual.LAYER),
+        ignored=usual.IGNORED,
     )
 
 
@@ -123,31 +78,37 @@ _WINDOWS = {"use_sliding_window": False, "layer_types": None, "max_position_embe
 FAMILIES: dict[str, Family] = {
     "llama": _family(
         "LlamaForCausalLM",
-        {"mlp_bias": False},
-        lambda keys: biases(keys) | {"mlp_bias": bool(keys.get("mlp_bias"))},
-        lambda c: {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias},
-        lambda c: _one_bias(c) and only(c, "qkv_bias", "output_bias", "mlp_bias") and c.width % c.heads == 0,
+        defaults={"mlp_bias": False},
+        options=lambda keys: biases(keys) | {"mlp_bias": bool(keys.get("mlp_bias"))},
+        keys=lambda c: {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias},
+        expresses=lambda c: _one_bias(c) and only(c, "qkv_bias", "output_bias", "mlp_bias") and c.width % c.heads == 0,
     ),
     "mistral": _family(
         "MistralForCausalLM",
-        {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
-        lambda keys: {"sliding_window": keys.get("sliding_window")},
-        lambda c: {"sliding_window": c.sliding_window},
-        lambda c: only(c, "sliding_window"),
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
+        options=lambda keys: {"sliding_window": keys.get("sliding_window")},
+        keys=lambda c: {"sliding_window": c.sliding_window},
+        expresses=lambda c: only(c, "sliding_window"),
     ),
     "qwen2": _family(
         "Qwen2ForCausalLM",
-        {"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32, **_WINDOWS},
-        lambda keys: {"qkv_bias": True} | _late_window(keys),
-        _window_keys,
-        lambda c: c.qkv_bias and only(c, "qkv_bias", "sliding_window", "window_layers"),
+        defaults={"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32, **_WINDOWS},
+        options=lambda keys: {"qkv_bias": True} | _late_window(keys),
+        keys=_window_keys,
+        expresses=lambda c: c.qkv_bias and only(c, "qkv_bias", "sliding_window", "window_layers"),
     ),
     "qwen3": _family(
         "Qwen3ForCausalLM",
-        {"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128, **_WINDOWS},
-        lambda keys: {"qk_norm": True} | biases(keys) | _late_window(keys),
-        lambda c: {"attention_bias": c.qkv_bias, **_window_keys(c)},
-        lambda c: (
+        defaults={
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            **_WINDOWS,
+        },
+        options=lambda keys: {"qk_norm": True} | biases(keys) | _late_window(keys),
+        keys=lambda c: {"attention_bias": c.qkv_bias, **_window_keys(c)},
+        expresses=lambda c: (
             c.qk_norm
             and _one_bias(c)
             and only(c, "qk_norm", "qkv_bias", "output_bias", "sliding_window", "window_layers")
@@ -155,7 +116,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": _family(
         "SmolLM3ForCausalLM",
-        {
+        defaults={
             "sliding_window": None,
             "no_rope_layers": None,
             "no_rope_layer_interval": 4,
@@ -165,9 +126,9 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
             **_WINDOWS,
         },
-        _smollm3,
-        _smollm3_keys,
-        lambda c: (
+        options=_smollm3,
+        keys=_smollm3_keys,
+        expresses=lambda c: (
             _one_bias(c)
             and only(c, "qkv_bias", "output_bias", "mlp_bias", "sliding_window", "window_layers", "rope_layers")
         ),

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from distill.models import DecoderConfig
-from distill.weights.assemble import Path, Row
+from distill.models.config import DecoderConfig
 from distill.weights.families.family import Family, Json, Keys, biases, only, rotary, rotary_keys, row
-from distill.weights.families.llama import DEFAULTS, IGNORED, LAYER, NAMES, SIZES
+from distill.weights.families.usual import DEFAULTS, IGNORED, LAYER, NAMES, SIZES
+from distill.weights.table import ParameterPath, Row
 
 _MIXTRAL = {
     "layers/mlp/router": "block_sparse_moe.gate",
@@ -22,7 +22,7 @@ _QWEN = {
 _OPTIONS = ("experts", "experts_per_token", "normalize_experts", "router_loss_weight", "sliding_window")
 
 
-def _named(names: dict[str, str]) -> Callable[[DecoderConfig, Path], Row]:
+def _named(names: dict[str, str]) -> Callable[[DecoderConfig, ParameterPath], Row]:
     return lambda config, path: row(path, NAMES | names, LAYER)
 
 
@@ -85,37 +85,37 @@ def _qwen_keys(c: DecoderConfig) -> Json:
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
-        "MixtralForCausalLM",
-        SIZES,
-        DEFAULTS
+        architecture="MixtralForCausalLM",
+        sizes=SIZES,
+        defaults=DEFAULTS
         | {"num_experts": None, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001}
         | {"sliding_window": None, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
         | {"max_position_embeddings": 131_072},
-        _mixtral,
-        _mixtral_keys,
-        lambda c: c.experts > 0 and c.normalize_experts and only(c, *_OPTIONS),
-        _named(_MIXTRAL),
-        IGNORED,
-        frozenset({"output_router_logits"}),
+        options=_mixtral,
+        keys=_mixtral_keys,
+        expresses=lambda c: c.experts > 0 and c.normalize_experts and only(c, *_OPTIONS),
+        row=_named(_MIXTRAL),
+        ignored=IGNORED,
+        harmless=frozenset({"output_router_logits"}),
     ),
     "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
-        SIZES,
-        DEFAULTS
+        architecture="Qwen3MoeForCausalLM",
+        sizes=SIZES,
+        defaults=DEFAULTS
         | {"num_experts": None, "num_local_experts": None, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.001}
         | {"decoder_sparse_step": 1, "mlp_only_layers": None, "moe_intermediate_size": 768, "norm_topk_prob": False}
         | {"use_sliding_window": False, "sliding_window": 4096, "num_key_value_heads": 4}
         | {"max_position_embeddings": 32_768},
-        _qwen,
-        _qwen_keys,
-        lambda c: (
+        options=_qwen,
+        keys=_qwen_keys,
+        expresses=lambda c: (
             c.experts > 0
             and c.qk_norm
             and c.qkv_bias == c.output_bias
             and only(c, "qk_norm", "qkv_bias", "output_bias", *_OPTIONS)
         ),
-        _named(_QWEN),
-        IGNORED,
-        frozenset({"output_router_logits"}),
+        row=_named(_QWEN),
+        ignored=IGNORED,
+        harmless=frozenset({"output_router_logits"}),
     ),
 }

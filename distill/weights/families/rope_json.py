@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from distill.models import RopeScaling
+from distill.models.config import RopeScaling
 
 Json = dict[str, Any]
 
