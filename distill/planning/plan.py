@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from distill.batch import Batch
 from distill.devices.chips import Topology, devices_of
+from distill.experiments.learner import learner
 from distill.experiments.preflight import placed_bytes
 from distill.experiments.text.config import TextConfig
-from distill.experiments.text.run import learner
 from distill.losses.fused_head import default_chunk_size
 from distill.models import DecoderConfig, decoder
 from distill.models.attention import fused_on
@@ -36,7 +36,7 @@ from distill.train import Task, lower
 
 
 def abstract_task(config: TextConfig) -> Task:
-    """What the distilled student learns (``text_experiment.distillation``), as shapes.
+    """What the distilled student learns (``experiments.text.run.distillation``), as shapes.
 
     The examples are those of one dispatch.
 
@@ -58,7 +58,7 @@ def abstract_task(config: TextConfig) -> Task:
         words = min(words, config.vocabulary)
         teacher, student = (dataclasses.replace(one, vocab_size=words) for one in (teacher, student))
     of_teacher, of_student = (decoder(one).with_vocabulary(words) for one in (teacher, student))
-    of_student, terms = learner(config, of_student, of_teacher)
+    of_student, terms = learner(config.objective, of_student, of_teacher)
     of_teacher, params = held(of_teacher, config.teacher_dtype)
     shape = config.training.steps_per_dispatch * config.training.batch_size, config.data.length
     ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
