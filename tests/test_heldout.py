@@ -4,9 +4,13 @@ import jax
 import pytest
 from builders import random_params, tiny_decoder, uneven_batch
 
+from distill.data.text import TextDataConfig
 from distill.evaluation import heldout
 from distill.evaluation.heldout import Heldout
+from distill.experiments.text.config import TextConfig
 from distill.parallel import RULES, ParallelConfig, make_mesh, param_shardings
+from distill.planning.plan import heldout_bytes
+from distill.train import Task
 
 TEACHER, STUDENT = tiny_decoder(layers=2, width=16, vocab_size=12), tiny_decoder(layers=1, vocab_size=12)
 TEXT = uneven_batch(rows=19, length=8)
@@ -41,6 +45,16 @@ def test_on_a_mesh_each_device_keeps_its_own_rows_and_all_measures_are_those_of_
     for states in spread.states():
         held = {shard.device: shard.data.nbytes for shard in states.addressable_shards}
         assert set(held.values()) == {states.nbytes // parts} and len(held) == 8
+
+
+@pytest.mark.parametrize("config", [ParallelConfig(), ParallelConfig(fsdp=2, tensor=4)], ids=["data", "tensor"])
+def test_the_bytes_that_are_kept_are_planned(params, config):
+    mesh = make_mesh(config)
+    spread = Heldout(TEACHER, params[0], TEXT, mesh)
+    spread.measure(STUDENT, params[1])
+    held = sum(states.addressable_shards[0].data.nbytes for states in spread.states())
+    run = TextConfig(data=TextDataConfig(length=8), heldout_rows=19, prompt_tokens=4, parallel=config)
+    assert heldout_bytes(run, Task(STUDENT, [], TEXT, teacher=TEACHER), mesh) == held
 
 
 def test_parameters_that_are_not_on_the_mesh_are_put_there(params, alone):

@@ -38,6 +38,12 @@ def restore(model: Model, run: Path, best: str | None = None) -> Trained:
     return Trained(model, params)
 
 
+def identity(config: Any, *parts: str, **more: Any) -> dict[str, Any]:
+    """What may not change when a training goes on: parts of the configuration, and fingerprints."""
+    everything = to_dict(config)
+    return {part: everything[part] for part in parts} | more
+
+
 @contextlib.contextmanager
 def configured(run: Path, config: Any) -> Iterator[None]:
     """Writes RUN/config.json for the block; puts the old one back if the block finds that the run is another.

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from distill.batch import Batch
 from distill.checkpoint import lock
-from distill.config import to_dict, write_json
+from distill.config import write_json
 from distill.experiments import kinds
 from distill.experiments.cost import evaluation_cost, ledger, training_cost
 from distill.experiments.folder import Trained, configured, read_config, restore
@@ -92,12 +92,6 @@ class Arm:
     """Learnt parameters → those of ``model``."""
     export: Callable[[Trained], tuple[Any, ...]] | None = None
     """Arguments of ``export`` after the folder; None: not exported."""
-
-
-def identity(config: Any, *parts: str, **more: Any) -> dict[str, Any]:
-    """What may not change when a training goes on: parts of the configuration, and fingerprints."""
-    everything = to_dict(config)
-    return {part: everything[part] for part in parts} | more
 
 
 def run_experiment(config: Any, run: Path) -> dict[str, Any]:

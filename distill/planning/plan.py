@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from distill.batch import Batch
 from distill.devices.chips import Topology, devices_of
+from distill.evaluation.heldout import rows_at_a_time
 from distill.experiments.learner import learner
 from distill.experiments.preflight import placed_bytes
 from distill.experiments.text.config import TextConfig
@@ -133,20 +134,35 @@ def compile_step(config: TextConfig, topology: Topology, task: Task | None = Non
     seconds = {"lower": time.perf_counter() - start}
     placed = {name: placed_bytes(tree) for name, tree in (("parameters", state.params), ("optimizer", state.opt_state))}
     placed |= {"teacher": placed_bytes(frozen), "data": placed_bytes(task.examples)}
+    kept = heldout_bytes(config, task, make_mesh(parallel, devices))
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(error, sum(placed.values()))
+        needed = needed | {"evaluation": kept, "total": needed["total"] + kept}
         seconds |= {"compile": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         return Program(placed | needed, [], math.nan, seconds, False)
     seconds |= {"compile": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     memory = compiled.memory_analysis()
     names = {"arguments": "argument", "outputs": "output", "shared": "alias", "temporary": "temp"}
     placed |= {name: int(getattr(memory, f"{of}_size_in_bytes")) for name, of in names.items()}
-    placed["total"] = placed["arguments"] + placed["outputs"] - placed["shared"] + placed["temporary"]
+    program = placed["arguments"] + placed["outputs"] - placed["shared"] + placed["temporary"]
+    placed |= {"evaluation": kept, "total": program + kept}
     flops = float((compiled.cost_analysis() or {}).get("flops", math.nan))
     return Program(placed, collectives(compiled.as_text()), flops, seconds, placed["total"] <= topology.chip.memory)
+
+
+def heldout_bytes(config: TextConfig, task: Task, mesh: Any) -> int:
+    """Bytes on one device of the teacher's states on the held-out rows, which are kept (``evaluation/heldout.py``).
+
+    Where the configuration does not say how many rows there are, those of the learning curve.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+    rows = rows_at_a_time(parts)
+    count = -(-(config.heldout_rows or config.curve_rows) // rows) * rows
+    teacher = task.teacher.config
+    return count // parts * config.data.length * teacher.width * jnp.dtype(teacher.dtype).itemsize
 
 
 def _check_batch(config: TextConfig, parallel: Any, devices: Any) -> None:
@@ -400,6 +416,7 @@ BYTES = {
     "optimizer": "optimizer",
     "teacher": "teacher",
     "data": "data of one dispatch",
+    "evaluation": "evaluation: teacher's states of the held-out rows (by arithmetic)",
     "gradients": "gradients",
     "head": "head: logits of a chunk, kernels, their gradient (by arithmetic)",
     "activations": "activations and the rest",

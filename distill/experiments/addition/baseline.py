@@ -8,11 +8,11 @@ import numpy as np
 
 from distill.checkpoint import lock, refuse_changes, resumed
 from distill.config import to_dict
-from distill.data.addition import TOKENIZER, Examples
+from distill.data.addition import Examples
 from distill.experiments.addition import replicas as arms
 from distill.experiments.addition.config import Config
-from distill.experiments.addition.measure import network, token_flops
-from distill.experiments.runner import Work, identity
+from distill.experiments.addition.measure import identity_of, network, token_flops
+from distill.experiments.runner import Work
 from distill.metrics import Writer
 from distill.objective import router_terms, task_term
 from distill.shapes import Params
@@ -46,7 +46,7 @@ def learn(config: Config, folder: Path, train: Examples) -> Params:
     """The best of the sweep, trained or read from its folder; its checkpoint says what was chosen."""
     model, sweep, seed = network(config.student), config.baseline, config.student.training.seed
     of_student = {"model": to_dict(config)["student"]["model"], "seed": seed}
-    asked = identity(config, "data", "baseline", tokenizer=TOKENIZER.fingerprint(), **of_student)
+    asked = identity_of(config, "data", "baseline", **of_student)
     with lock(folder), resumed(folder) as checkpoints:
         if checkpoints.latest is not None:
             refuse_changes(folder, checkpoints.meta()["identity"], asked)

@@ -13,6 +13,7 @@ import numpy as np
 from distill.data.addition import TOKENIZER, AdditionConfig, Examples
 from distill.evaluation.measures import calibration, continued, log_softmax, logits_on, nats_per_token
 from distill.experiments.addition.config import Config, Recipe
+from distill.experiments.folder import identity
 from distill.models.decoder import decoder
 from distill.models.model import Model
 from distill.shapes import Params
@@ -21,6 +22,11 @@ from distill.shapes import Params
 def network(recipe: Recipe) -> Model:
     """The decoder of a recipe; rows of its embedding that are no token of the tokenizer get no logit."""
     return decoder(recipe.model).with_vocabulary(TOKENIZER.vocab_size)
+
+
+def identity_of(config: Config, *parts: str, **more: Any) -> dict[str, Any]:
+    """``identity`` of a training on additions: with the tokenizer."""
+    return identity(config, *parts, tokenizer=TOKENIZER.fingerprint(), **more)
 
 
 def token_flops(recipe: Recipe, config: Config) -> float:

@@ -27,7 +27,7 @@ from distill.experiments.addition.measure import network
 from distill.experiments.folder import Trained, restore
 from distill.experiments.learner import first_params, learner
 from distill.experiments.preflight import Side
-from distill.experiments.runner import Arm, Look, Work, identity
+from distill.experiments.runner import Arm, Look, Work
 from distill.features import without_projectors
 from distill.models.model import Model
 from distill.objective import router_terms, task_term
@@ -91,7 +91,7 @@ def alone(world: World, recipe: Recipe, folder: Path, role: str) -> Arm:
             terms=[task_term(), *router_terms(model)],
             examples=world.sides["train"].batch(config.data),
             evaluate=_curve(model, world),
-            identity=identity(config, "data", role, tokenizer=TOKENIZER.fingerprint()),
+            identity=measure.identity_of(config, "data", role),
         )
         return Work(recipe.training.steps * measure.step_flops(recipe, config), task, recipe.training)
 
@@ -109,11 +109,13 @@ def student_arm(world: World, teacher: Trained) -> Arm:
         # What is not in the checkpoint of such a student is made again.
         return learnt if config.student_start.plain else begin().plain(learnt)
 
-    def export(student: Trained) -> tuple[Model, Params]:
-        return prune_model(*student, np.arange(student.model.vocab_size))  # without the rows that are no token
-
     work = functools.partial(distillation, world, teacher, begin)
-    return Arm("student", "student distillation", world.run, outlined, work, model, plain, export)
+    return Arm("student", "student distillation", world.run, outlined, work, model, plain, exported)
+
+
+def exported(student: Trained) -> tuple[Model, Params]:
+    """The student without the rows of its embedding that are no token."""
+    return prune_model(*student, np.arange(student.model.vocab_size))
 
 
 def distillation(world: World, teacher: Trained, begin: Any) -> Work:
@@ -128,7 +130,6 @@ def distillation(world: World, teacher: Trained, begin: Any) -> Work:
     if cached:
         examples = examples._replace(teacher_logits=measures.logits_on(*teacher, examples))
     parts = ("data", "student", "objective", "answers", "teacher_signal", "student_start")
-    prints = {"tokenizer": TOKENIZER.fingerprint(), "teacher_weights": fingerprints.of_tree(teacher.params)}
     task = Task(
         student=model,
         terms=terms,
@@ -139,7 +140,7 @@ def distillation(world: World, teacher: Trained, begin: Any) -> Work:
         params=first_params(model, begin().params, key),
         base_params=begin().base,
         evaluate=_curve(model, world),
-        identity=identity(config, *parts, **prints),
+        identity=measure.identity_of(config, *parts, teacher_weights=fingerprints.of_tree(teacher.params)),
     )
 
     def look() -> Look:

@@ -20,10 +20,10 @@ from distill import losses
 from distill.batch import Batch
 from distill.experiments import fingerprints
 from distill.experiments.cost import ledger
-from distill.experiments.folder import Trained
+from distill.experiments.folder import Trained, identity
 from distill.experiments.learner import first_params
 from distill.experiments.preflight import Side
-from distill.experiments.runner import Arm, Look, Work, identity
+from distill.experiments.runner import Arm, Look, Work
 from distill.experiments.sentences import corpus
 from distill.experiments.sentences.config import SentenceConfig
 from distill.experiments.sentences.corpus import Sentences

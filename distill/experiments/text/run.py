@@ -22,10 +22,10 @@ import numpy as np
 from distill.data import prepared
 from distill.devices.speed import flops_per_token
 from distill.evaluation import measures
-from distill.experiments.folder import Trained
+from distill.experiments.folder import Trained, identity
 from distill.experiments.learner import first_params, learner
 from distill.experiments.preflight import Side
-from distill.experiments.runner import Arm, Look, Work, identity
+from distill.experiments.runner import Arm, Look, Work
 from distill.experiments.text.config import TextConfig
 from distill.experiments.text.equal_time import equal_steps, training_of
 from distill.experiments.text.world import World
