@@ -30,27 +30,31 @@ def main(argv: Sequence[str]) -> None:
         os.environ.setdefault("NPROC", "1")  # threads of XLA on a CPU, here and in the workers
     cli.set_up_jax(keep=known.what == "smollm2")
     from distill.config import load_config
-    from distill.reproduce import page as reproduce
 
     if known.what == "conformance":
         from distill.reproduce import conformance
 
         conformance.run(peers)
-        return
-    if known.what == "golden":
+    elif known.what == "golden":
         from distill.reproduce import golden
 
         print(*golden.smollm2(), sep="\n")
-        return
-    if known.what == "survival":
+    elif known.what == "survival":
+        from distill.reproduce import survival
+
         with tempfile.TemporaryDirectory() as folder:
-            print(*reproduce.survival(Path(folder), known.page), sep="\n")
-        return
-    if known.what == "smollm2":
-        reproduce.text(load_config("smollm2_text"), known.run or Path("runs/smollm2_seeds"), known.page)
+            print(*survival.section(Path(folder), known.page), sep="\n")
+    elif known.what == "smollm2":
+        from distill.reproduce import text
+
+        text.text(load_config("smollm2_text"), known.run or Path("runs/smollm2_seeds"), known.page)
     else:
-        reproduce.addition(load_config("addition_arms"), known.run or Path("runs/addition_arms"), known.page)
-    print(f"written: {known.page}")
+        from distill.reproduce import addition
+
+        run = known.run or Path("runs/addition_arms")
+        addition.addition(load_config("addition_arms"), run, known.page, cli.set_up_jax)
+    if known.what in ("addition", "smollm2"):
+        print(f"written: {known.page}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def learn_text(folder: Path, config, **changes) -> None:
     """A distillation on text into FOLDER/text, from the teacher there."""
     from text_builders import text_config
 
-    from distill.experiments.text.run import run_experiment
+    from distill.experiments.runner import run_experiment
     from distill.training import TrainingConfig
 
     short = TrainingConfig(steps=2, batch_size=8, steps_per_dispatch=2, evaluate_every=2, save_every=2)

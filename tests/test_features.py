@@ -13,8 +13,11 @@ from builders import VOCAB, nnx_model, on_device, random_params, tiny_decoder, u
 from distill import losses, parallel
 from distill.batch import shift
 from distill.data import addition
+from distill.experiments import runner
 from distill.experiments.addition.config import Config, Recipe
-from distill.experiments.addition.run import Trained, distil, network, restore, run_experiment, transfer_set
+from distill.experiments.addition.measure import network
+from distill.experiments.addition.run import World, student_arm, transfer_set
+from distill.experiments.folder import Trained, restore
 from distill.features import (
     FeatureConfig,
     feature_terms,
@@ -321,7 +324,7 @@ def test_an_experiment_refuses_what_cannot_be_compared_before_it_trains(tmp_path
     objective = ObjectiveConfig(features=FeatureConfig(attention_weight=1.0))
     config = Config(teacher=teacher, student=student, objective=objective, teacher_signal="live")
     with pytest.raises(ValueError, match="student has 2 heads, teacher 4"):
-        run_experiment(config, tmp_path)
+        runner.run_experiment(config, tmp_path)
     assert not (tmp_path / "teacher").exists()
 
 
@@ -363,10 +366,11 @@ def test_an_experiment_with_features_sequence_means_and_padded_vocabularies(tmp_
     )
     teacher = network(config.teacher)
     trained = Trained(teacher, teacher.init(jax.random.key(1)))
-    student = distil(config, tmp_path, addition.load(config.data), trained)
+    sides = addition.load(config.data)
+    student = runner.train(student_arm(World(config, tmp_path, sides), trained), config)
     again = restore(network(config.student), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, student.params, again.params)
     assert student.model.vocab_size == 14
     with pytest.raises(ValueError, match="hidden_weight: 1.0 → 0.0"):
         plain = dataclasses.replace(config, objective=ObjectiveConfig(reduction="sequence_mean"))
-        distil(plain, tmp_path, addition.load(config.data), trained)
+        runner.train(student_arm(World(plain, tmp_path, sides), trained), plain)

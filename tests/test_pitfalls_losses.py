@@ -15,10 +15,11 @@ from builders import VOCAB, random_params, tiny_decoder
 
 from distill import losses
 from distill.batch import shift
-from distill.checkpoint import fingerprint, refuse_changes
+from distill.checkpoint import refuse_changes
 from distill.config import load_config
 from distill.data.addition import TOKENIZER, AdditionConfig, encode
-from distill.experiments.addition import run as experiment
+from distill.experiments.addition import measure
+from distill.experiments.fingerprints import of_tree
 from distill.generation.sampler import greedy
 from distill.models import Model, Output
 from distill.objective import ObjectiveConfig, terms_of
@@ -331,15 +332,15 @@ def test_the_temperature_of_the_loss_is_not_one_of_sampling(config):
 @pytest.mark.parametrize("what", ["teacher_weights", "tokenizer", "data.split_seed"])
 def test_another_teacher_tokenizer_or_data_is_refused_naming_both(what, tmp_path, monkeypatch):
     config, params = load_config("addition"), random_params(TEACHER)
-    before = experiment.identity(config, "data", teacher_weights=fingerprint(params))
+    before = measure.identity_of(config, "data", teacher_weights=of_tree(params))
     refuse_changes(tmp_path, before, before)
     if what == "teacher_weights":
         params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].multiply(1.0 + 2.0**-23), params)
     if what == "tokenizer":
-        monkeypatch.setattr(experiment, "TOKENIZER", CharacterTokenizer("0123456789=+"))
+        monkeypatch.setattr(measure, "TOKENIZER", CharacterTokenizer("0123456789=+"))
     if what == "data.split_seed":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, split_seed=1))
-    after = experiment.identity(config, "data", teacher_weights=fingerprint(params))
+    after = measure.identity_of(config, "data", teacher_weights=of_tree(params))
     sides = ("0", "1") if what == "data.split_seed" else (before[what], after[what])
     assert sides[0] != sides[1]
     with pytest.raises(ValueError, match=f"{what}: .?{sides[0]}.? → .?{sides[1]}"):

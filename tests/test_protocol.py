@@ -15,7 +15,7 @@ from distill.models import DecoderConfig, decoder
 from distill.objective import task_term
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
-from distill.reproduce import page as reproduce
+from distill.reproduce import addition as reproduce
 from distill.train import Task, fit
 from distill.training import LogConfig, TrainingConfig
 

@@ -18,8 +18,8 @@ from distill import train
 from distill.checkpoint import Checkpoints, KeepConfig, lock
 from distill.data import addition
 from distill.data.addition import TOKENIZER
-from distill.experiments.addition.run import open_run
-from distill.experiments.cost import restore
+from distill.experiments.folder import restore
+from distill.experiments.runner import open_run
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of

@@ -1,4 +1,4 @@
-"""Preflight: what can be known to be wrong before the first step, as one function and one table.
+"""Preflight: checks before the first step, as one function and one table.
 
 Errors stop the run; warnings are printed loudly. The memory plan is XLA's own, of the step that will run, compiled and
 not executed.
@@ -49,20 +49,21 @@ class Side:
 def preflight(
     student: Side,
     teacher: Side,
-    heldout: Batch,
+    heldout: Batch | None,
     terms: Terms,
     *,
     plan: dict[str, int] | None = None,
     run: Path | None = None,
 ) -> list[Check]:
-    """All checks, in order.
+    """Makes all checks, in order.
 
     Args:
       student: before its first step.
-      teacher: of the same words.
-      heldout: text on which both are measured; a few rows are enough.
+      teacher: of the same vocabulary.
+      heldout: text on which both are measured; a few rows are enough. None: models without logits, such as sentence
+        encoders, of which only weights and memory are checked.
       terms: of the objective; those that compare logits are held to 0 at student = teacher.
-      plan: of ``memory_plan``; None: memory is not looked at.
+      plan: of ``memory_plan``; None: memory is not checked.
       run: where preflight.json goes; None: nowhere.
 
     Raises:
@@ -71,14 +72,12 @@ def preflight(
     sides = {"student": student, "teacher": teacher}
     checks = [*_tokenizers(student.tokenizer, teacher.tokenizer, student.model, teacher.model)]
     checks += [_finite(f"weights of the {name}", jax.tree.leaves(side.params)) for name, side in sides.items()]
-    logits = {name: _logits(side, heldout) for name, side in sides.items()}
-    checks += [_finite(f"logits of the {name}", [x], heldout.mask) for name, x in logits.items()]
-    nats = {name: _nats(x, heldout) for name, x in logits.items()}
-    worse = nats["teacher"] > nats["student"]
-    found = f"teacher {nats['teacher']:.4f}, student before its first step {nats['student']:.4f} nats per token"
-    found += ": the teacher is WORSE than its student on this text" if worse else ""
-    checks.append(Check("held-out loss", "warning" if worse else "ok", found))
-    checks += _zero_at_teacher(terms, logits["teacher"], heldout)
+    nats: dict[str, float] = {}
+    if heldout is not None:
+        logits = {name: _logits(side, heldout) for name, side in sides.items()}
+        checks += [_finite(f"logits of the {name}", [x], heldout.mask) for name, x in logits.items()]
+        nats = {name: _nats(x, heldout) for name, x in logits.items()}
+        checks += [_worse(nats), *_zero_at_teacher(terms, logits["teacher"], heldout)]
     checks += [] if plan is None else [_fits(plan)]
     if run is not None:
         values = {"checks": [dataclasses.asdict(check) for check in checks], "memory": plan, "nats_per_token": nats}
@@ -87,6 +86,13 @@ def preflight(
     if wrong:
         raise ValueError("preflight: " + "\n  ".join(wrong))
     return checks
+
+
+def _worse(nats: dict[str, float]) -> Check:
+    found = f"teacher {nats['teacher']:.4f}, student before its first step {nats['student']:.4f} nats per token"
+    if nats["teacher"] > nats["student"]:
+        return Check("held-out loss", "warning", f"{found}: the teacher is WORSE than its student on this text")
+    return Check("held-out loss", "ok", found)
 
 
 def _tokenizers(student: Any, teacher: Any, of_student: Model, of_teacher: Model) -> list[Check]:
@@ -197,7 +203,7 @@ def _fits(plan: dict[str, int]) -> Check:
 
 
 def print_checks(checks: list[Check]) -> None:
-    """The table."""
+    """Prints the table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -27,11 +27,12 @@ import numpy as np
 from distill.data import addition
 from distill.data.feed import DataTimeout
 from distill.data.loader import Loader
-from distill.experiments.addition import run as experiment
+from distill.experiments import runner
 from distill.losses import DenseTargets
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, terms_of
+from distill.reproduce.page import made_on, write_section
 from distill.train import Task, fit
 from distill.training import LogConfig, TrainingConfig
 
@@ -105,7 +106,7 @@ class Run:
 
     def differs(self, other: "Run") -> str:
         """Where this run ended otherwise than another, in words; empty where every weight and metric is equal."""
-        mine, others = (experiment.open_run(run.folder)[1] for run in (self, other))
+        mine, others = (runner.open_run(run.folder)[1] for run in (self, other))
         for name, trained in others.items():
             for a, b in zip(jax.tree.leaves(trained.params), jax.tree.leaves(mine[name].params), strict=True):
                 if not np.array_equal(a, b):
@@ -360,3 +361,11 @@ def survive(folder: Path, count: int = 50, overrides: Sequence[str] = SMALL) -> 
         "",
         f"{(time.monotonic() - began) / 60:.0f} minutes in all.",
     ]
+
+
+def section(folder: Path, page: Path, count: int = 50) -> list[str]:
+    """Kills, failures and resumes; writes their section, returns its lines."""
+    lines = survive(folder, count)
+    made = f"{made_on()}."
+    write_section(page, "\n".join(["## Survival: `python scripts/reproduce.py survival`", "", *lines, made]) + "\n")
+    return lines
