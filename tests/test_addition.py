@@ -231,8 +231,6 @@ def test_tensorflow_is_never_imported(tmp_path):
     (decoy / "__init__.py").write_text("raise SystemExit('tensorflow was imported')")
     code = f"from distill.data.addition import *; print(len(load(AdditionConfig(digits=1), {str(tmp_path)!r})))"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "2"

@@ -272,9 +272,7 @@ def test_offline_a_name_is_read_from_the_cache(saved, tmp_path):
 
     def run(name):
         env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "HOME": str(tmp_path), "PATH": ""}
-        return subprocess.run(
-            [sys.executable, "-c", code, name], env=env, capture_output=True, text=True, timeout=120, cwd=tmp_path
-        )
+        return subprocess.run([sys.executable, "-c", code, name], env=env, capture_output=True, text=True, cwd=tmp_path)
 
     done = run("some/model")
     assert done.returncode == 0, done.stderr
@@ -315,6 +313,6 @@ def test_only_files_that_are_read_are_downloaded(saved, monkeypatch):
 
 def test_the_package_is_imported_without_its_weights():
     code = "import sys, distill; assert not {'jax', 'distill.weights'} & set(sys.modules); distill.load; distill.save"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         distill.lode  # noqa: B018

@@ -149,12 +149,12 @@ def test_a_teacher_that_emits_nan_is_named(task, tmp_path):  # row 49
         fit(tmp_path, kd, TRAINING, **ALONE)
 
 
-def test_no_host_transfer_is_implicit(task, tmp_path, monkeypatch):  # row 58
+def test_nothing_is_moved_to_the_devices_or_between_them_implicitly(task, tmp_path, monkeypatch):
     seen = []
     original = train._loop
 
-    def loop(*args):
-        with jax.transfer_guard("disallow"):
+    def loop(*args):  # what a CPU device gives to the host is not copied: no guard would see it
+        with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_device("disallow"):
             seen.append(True)
             return original(*args)
 
