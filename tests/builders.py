@@ -58,11 +58,6 @@ def handmade(logits_of, vocab: int = VOCAB) -> Model:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _values(function, fixed, student, teacher, traced):
-    return function(student, teacher, **dict(fixed), **traced)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
 def _values_and_slopes(function, fixed, student, teacher, traced):
     def total(student):
         nats = function(student, teacher, **dict(fixed), **traced)
@@ -72,13 +67,11 @@ def _values_and_slopes(function, fixed, student, teacher, traced):
     return nats, slopes
 
 
-def values(function, student, teacher, *, traced=(), **fixed):
-    """The values of a loss, as one program for each loss and shape; ``traced`` options change without compiling."""
-    return _values(function, tuple(fixed.items()), student, teacher, dict(traced))
-
-
 def values_and_slopes(function, student, teacher, *, traced=(), **fixed):
-    """As ``values``, and the gradient of their sum with respect to the student's logits."""
+    """The values of a loss, and the gradient of their sum with respect to the student's logits.
+
+    One program for each loss, shape and set of ``fixed`` options; ``traced`` options change without compiling.
+    """
     return _values_and_slopes(function, tuple(fixed.items()), student, teacher, dict(traced))
 
 

@@ -101,7 +101,7 @@ def float64(array):
     return np.asarray(array.astype(jnp.float32), np.float64)
 
 
-# Rows 24 and 25: bf16 arithmetic, underflow of mixtures.
+# Fault: bf16 arithmetic, underflow of mixtures.
 @pytest.mark.parametrize(("shape", "dtype"), GRID)
 def test_value_is_that_of_float64(divergence, shape, dtype):
     function, expected, _ = divergence
@@ -115,7 +115,7 @@ def test_value_is_that_of_float64(divergence, shape, dtype):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=rounding, err_msg=case)
 
 
-# Row 22: right value, wrong gradient. Rows 23 and 25: no NaN from −inf or from extreme logits.
+# Fault: right value, wrong gradient; NaN from −inf or from extreme logits.
 @pytest.mark.parametrize(("shape", "dtype"), GRID)
 def test_gradient_is_that_of_float64(divergence, shape, dtype):
     function, _, expected = divergence
@@ -132,7 +132,7 @@ def test_gradient_is_that_of_float64(divergence, shape, dtype):
             np.testing.assert_allclose(got, want, rtol=rtol, atol=rounding, err_msg=case)
 
 
-# Row 22: and the closed forms above are gradients of the values above.
+# The closed forms above are gradients of the values above.
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_reference_gradients_are_finite_differences(name):
     _, value, gradient = CLOSED_FORMS[name]
@@ -147,7 +147,7 @@ def test_reference_gradients_are_finite_differences(name):
         np.testing.assert_allclose(gradient(student, teacher, temperature), slopes, rtol=1e-4, atol=1e-8)
 
 
-# Row 8: a mean over the vocabulary instead of a sum. Row 17: the two KLs exchanged.
+# Fault: a mean over the vocabulary instead of a sum; the two KLs exchanged.
 def test_three_words_by_hand():
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.1, 0.6, 0.3])
     student, teacher = jnp.log(jnp.asarray(q, jnp.float32)), jnp.log(jnp.asarray(p, jnp.float32))
@@ -158,7 +158,7 @@ def test_three_words_by_hand():
     np.testing.assert_allclose(losses.reverse_kl(student, teacher), reverse, rtol=1e-5)
 
 
-# Row 17: beta reversed; at 0.1 a reversed beta gives a clearly different number.
+# Fault: beta reversed; at 0.1 a reversed beta gives a clearly different number.
 def test_beta_is_the_weight_of_the_teacher():
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.05, 0.15, 0.8])
     student, teacher = jnp.log(jnp.asarray(q, jnp.float32)), jnp.log(jnp.asarray(p, jnp.float32))
@@ -172,7 +172,7 @@ def test_beta_is_the_weight_of_the_teacher():
         np.testing.assert_allclose(losses.generalized_jsd(student, teacher, beta=beta), by_hand(beta), rtol=1e-5)
 
 
-# Row 17: the ends of the JSD are the KLs, as limits and as values.
+# The ends of the JSD are the KLs, as limits and as values.
 def test_ends_of_the_jsd_are_the_kls():
     student, teacher = logits_of("large", (6, 5), jnp.float32, seed=3)
     student, teacher = student / 5, teacher / 5
@@ -191,13 +191,14 @@ def test_ends_of_the_jsd_are_the_kls():
 
 
 def test_half_way_jsd_is_symmetric_and_bounded():
+    """Fault: the two KLs exchanged, β reversed."""
     student, teacher = logits_of("large", (40, 9), jnp.float32, seed=4)
     there, back = losses.generalized_jsd(student, teacher), losses.generalized_jsd(teacher, student)
     np.testing.assert_allclose(there, back, rtol=1e-5, atol=1e-6)
     assert float(jnp.max(there)) <= np.log(2) + 1e-6
 
 
-# Row 18: a mixture averaged in log space. For disjoint words that mixture has no mass at all.
+# Fault: a mixture averaged in log space. For disjoint tokens that mixture has no mass at all.
 def test_mixture_is_of_probabilities():
     student, teacher = jnp.array([0.0, -jnp.inf, -jnp.inf]), jnp.array([-jnp.inf, 0.0, 0.0])
     for beta in (0.1, 0.5, 0.9):
@@ -205,7 +206,7 @@ def test_mixture_is_of_probabilities():
         np.testing.assert_allclose(losses.generalized_jsd(student, teacher, beta=beta), entropy, rtol=1e-6)
 
 
-# Row 19: the teacher's entropy dropped.
+# Fault: the teacher's entropy dropped.
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_self_divergence_is_zero(name):
     function, *_ = DIVERGENCES[name]
@@ -222,7 +223,7 @@ def test_self_divergence_is_zero(name):
             np.testing.assert_allclose(temperature * slope, 0.0, atol=1e-5 + rounding, err_msg=case)
 
 
-# Row 24: KL of close distributions reported as 0, JSD below 0.
+# Fault: the KL of close distributions is reported as 0, their JSD below 0.
 def test_close_distributions_in_bf16_keep_their_distance(divergence):
     function, expected, _ = divergence
     rng = np.random.default_rng(5)
@@ -235,7 +236,7 @@ def test_close_distributions_in_bf16_keep_their_distance(divergence):
     np.testing.assert_allclose(nats, want, rtol=0.01)
 
 
-# Row 23: a masked vocabulary is a smaller vocabulary, value and gradient.
+# A masked vocabulary is a smaller vocabulary, value and gradient.
 def test_words_that_cannot_occur_are_as_if_absent(divergence):
     function, *_ = divergence
     student, teacher = logits_of("masked", STACKED, jnp.float32)
@@ -247,7 +248,7 @@ def test_words_that_cannot_occur_are_as_if_absent(divergence):
     np.testing.assert_array_equal(long[..., -2:], 0.0)
 
 
-# Row 23: one side alone may rule a word out; infinite where the definition says so, NaN nowhere.
+# One side alone may rule a token out; infinite where the definition says so, NaN nowhere.
 def test_one_sided_zero():
     whole, part = jnp.array([0.3, -0.2, 1.0]), jnp.array([0.5, 0.1, -jnp.inf])
     assert losses.forward_kl(part, whole) == jnp.inf
@@ -267,7 +268,7 @@ def test_one_sided_zero():
         assert np.all(np.isfinite(gradient(losses.generalized_jsd, student, teacher)))
 
 
-# Row 25: certain and wrong, at logits of ±1e4: large or bounded, never infinite.
+# Certain and wrong, at logits of ±1e4: large or bounded, never infinite.
 def test_extreme_disagreement_stays_finite(divergence):
     function, *_ = divergence
     student = jnp.array([1e4, -1e4, 0.0, 0.0, 0.0, 0.0, 0.0])
@@ -277,7 +278,7 @@ def test_extreme_disagreement_stays_finite(divergence):
         assert np.isfinite(nats) and np.all(np.isfinite(slopes)), temperature
 
 
-# Row 20: no T² inside. Halving all logits and the temperature changes nothing.
+# No T² inside. Halving all logits and the temperature changes nothing.
 def test_temperature_only_divides_the_logits(divergence):
     function, *_ = divergence
     student, teacher = logits_of("small", STACKED, jnp.float32)

@@ -59,7 +59,7 @@ def test_three_words_by_hand(function, options, expected):
     same(function(STUDENT, TEACHER, **options), expected, atol=0.0)
 
 
-# Row 17: which of the two is the mixture's partner, and whose share alpha is.
+# Which of the two is the mixture's partner, and whose share alpha is.
 def test_skew_is_the_share_of_the_first_argument_of_the_kl():
     student, teacher = jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf])
     for alpha in (0.1, 0.9):
@@ -236,7 +236,7 @@ def test_close_distributions_keep_four_digits(distance):
         same(function(student, teacher, **options), value(student, teacher), rtol=1e-4, atol=0.0)
 
 
-# ---- words that one side alone rules out (row 23)
+# ---- tokens that one side alone rules out
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_disjoint_words():
         assert np.all(np.isfinite(gradient(function, student, teacher)))
 
 
-# Row 25: a ratio float32 cannot hold is infinite, and its gradient is not NaN.
+# A ratio that float32 cannot hold is infinite; its gradient is not NaN.
 def test_ratios_out_of_range():
     student, teacher = jnp.array([0.0, -500.0, 3.0]), jnp.array([-500.0, 0.0, 3.0])
     for options in ({"alpha": 2.0}, {"alpha": -1.0}):

@@ -146,6 +146,7 @@ def test_pmap_gives_the_state_back_as_it_was_placed(arguments):  # or a run woul
 
 @pytest.mark.parametrize("name", list(WRAPPINGS)[1:])
 def test_same_metrics_as_on_one_device(runs, name):
+    """Fault: a mean of the means of devices."""
     one, several = runs("one_device")["metrics"], runs(name)["metrics"]
     assert one.keys() == several.keys()
     for metric, (total, weight) in one.items():
@@ -154,7 +155,7 @@ def test_same_metrics_as_on_one_device(runs, name):
         assert weight.shape == (STEPS,)
 
 
-# Rows 47 and 48: the teacher is neither donated nor changed; the state is donated, and was a copy.
+# The teacher is neither donated nor changed; the state is donated, and was a copy.
 @pytest.mark.parametrize("name", WRAPPINGS)
 def test_teacher_is_kept_and_state_is_given(runs, arguments, name):
     run, (state, teacher_params, *_) = runs(name), arguments
@@ -165,7 +166,7 @@ def test_teacher_is_kept_and_state_is_given(runs, arguments, name):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(run["given"].params))
 
 
-# Row 47: parameters and moments lie in parts, on a mesh that can hold them in parts.
+# Parameters and moments lie in parts, on a mesh that can hold them in parts.
 def test_state_is_sharded_where_it_should_be(runs):
     where = runs("mesh_2x2x2")["where"]
     up = where.params["layers"]["mlp"]["up"]["kernel"]

@@ -53,7 +53,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused_before_anything_is_com
         train.lower(task, dataclasses.replace(TRAINING, batch_size=12), ParallelConfig())
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(task, tmp_path, monkeypatch):  # row 55
+def test_resumed_equals_uninterrupted_to_the_bit(task, tmp_path, monkeypatch):
     straight = fit(tmp_path / "straight", task, TRAINING, **ALONE)
     saves = Checkpoints.save
 
@@ -83,13 +83,14 @@ def test_a_finished_run_is_not_trained_again(task, tmp_path):
 
 
 def test_changed_identity_is_refused_with_the_difference(task, tmp_path):
+    """Fault: a cache of another teacher, tokenizer, order or data is used."""
     fit(tmp_path, task, TRAINING, **ALONE)
     changed = dataclasses.replace(task, identity={"learning_rate": 0.2, "teacher": "a"})
     with pytest.raises(ValueError, match=r"learning_rate: 0\.1 → 0\.2"):
         fit(tmp_path, changed, TRAINING, **ALONE)
 
 
-def test_a_damaged_checkpoint_goes_back_to_the_one_before(task, tmp_path, capsys):  # row 57
+def test_a_damaged_checkpoint_goes_back_to_the_one_before(task, tmp_path, capsys):
     straight = fit(tmp_path, task, TRAINING, **ALONE)
     want = [(r["kind"], r["step"], r["loss"]) for r in read_metrics(tmp_path) if "loss" in r]
     file = next((tmp_path / "checkpoints" / "20" / "state").glob("ocdbt*/d/*"))
@@ -133,7 +134,7 @@ class Free:
     free = 0
 
 
-def test_nan_stops_and_names_the_step(task, tmp_path):  # row 49
+def test_nan_stops_and_names_the_step(task, tmp_path):
     broken = Term("broken", lambda s, t, labels: s.sum(-1) * np.float32("nan"), needs_teacher=False)
     with pytest.raises(FloatingPointError, match=r"step 1 \(batch 0\)"):
         fit(tmp_path, dataclasses.replace(task, terms=[broken]), TRAINING, **ALONE)
@@ -141,7 +142,7 @@ def test_nan_stops_and_names_the_step(task, tmp_path):  # row 49
         assert checkpoints.latest is None
 
 
-def test_a_teacher_that_emits_nan_is_named(task, tmp_path):  # row 49
+def test_a_teacher_that_emits_nan_is_named(task, tmp_path):
     teacher = decoder(MODEL)
     params = jax.tree.map(lambda x: x * np.float32("nan"), teacher.init(jax.random.key(1)))
     kd = dataclasses.replace(task, terms=terms_of(ObjectiveConfig()), teacher=teacher, teacher_params=params)
@@ -186,7 +187,7 @@ def test_where_a_dispatch_ends_within_its_call_its_speed_is_its_own(task, tmp_pa
     assert [line["tokens_per_second"] for line in lines] == [tokens / 2.0] * 4
 
 
-def test_teacher_is_not_in_the_checkpoint(task, tmp_path):  # row 47
+def test_teacher_is_not_in_the_checkpoint(task, tmp_path):
     teacher = decoder(dataclasses.replace(MODEL, width=32))
     kd = dataclasses.replace(
         task, terms=terms_of(ObjectiveConfig()), teacher=teacher, teacher_params=teacher.init(jax.random.key(1))
@@ -286,7 +287,7 @@ def test_evaluate_report_generate(finished, monkeypatch, capsys):
     assert code == 2 and "no checkpoint measured by 'kl'" in error
 
 
-def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):  # row 55
+def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):
     # A killed process may leave half an entry: its compile cache is its own, with links to what is compiled already.
     cache = shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "cache", copy_function=os.link)
     straight = survival.Run(finished[0], SMALL, {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)})
