@@ -289,7 +289,7 @@ def test_evaluate_report_generate(finished, monkeypatch, capsys):
 
 def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):
     # A killed process may leave half an entry: its compile cache is its own, with links to what is compiled already.
-    cache = shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "cache", copy_function=os.link)
+    cache = shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "cache", copy_function=os.symlink)
     straight = survival.Run(finished[0], SMALL, {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)})
     hit, equal = survival.kills(1, tmp_path, straight, np.random.default_rng(0))
     assert sum(hit.values()) == equal == 1
