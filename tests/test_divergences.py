@@ -29,7 +29,7 @@ CLOSED_FORMS = {
 
 
 def with_twin(function, twin, **options):
-    return (partial(function, **options), *twins.without_impossible_words(twin))
+    return (partial(function, **options), *twins.without_impossible_tokens(twin))
 
 
 DIVERGENCES = {
@@ -76,7 +76,7 @@ def gradient(function, student, teacher):
 
 
 def logits_of(kind, shape, dtype, seed=0):
-    """Student and teacher logits. ``masked``: the last two words cannot occur, on either side."""
+    """Student and teacher logits. ``masked``: the last two tokens cannot occur, on either side."""
     rng = np.random.default_rng(seed)
     scale = {"small": 0.3, "large": 10.0, "extreme": 1e4, "masked": 3.0}[kind]
     pair = [rng.uniform(-scale, scale, shape) for _ in range(2)]
@@ -148,7 +148,7 @@ def test_reference_gradients_are_finite_differences(name):
 
 
 # Fault: a mean over the vocabulary instead of a sum; the two KLs exchanged.
-def test_three_words_by_hand():
+def test_three_tokens_by_hand():
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.1, 0.6, 0.3])
     student, teacher = jnp.log(jnp.asarray(q, jnp.float32)), jnp.log(jnp.asarray(p, jnp.float32))
     forward = 0.5 * np.log(0.5 / 0.1) + 0.25 * np.log(0.25 / 0.6) + 0.25 * np.log(0.25 / 0.3)
@@ -237,7 +237,7 @@ def test_close_distributions_in_bf16_keep_their_distance(divergence):
 
 
 # A masked vocabulary is a smaller vocabulary, value and gradient.
-def test_words_that_cannot_occur_are_as_if_absent(divergence):
+def test_tokens_that_cannot_occur_are_as_if_absent(divergence):
     function, *_ = divergence
     student, teacher = logits_of("masked", STACKED, jnp.float32)
     short_student, short_teacher = student[..., :-2], teacher[..., :-2]
@@ -248,7 +248,7 @@ def test_words_that_cannot_occur_are_as_if_absent(divergence):
     np.testing.assert_array_equal(long[..., -2:], 0.0)
 
 
-# One side alone may rule a token out; infinite where the definition says so, NaN nowhere.
+# One side alone may rule a token out; infinite where the definition is infinite, NaN nowhere.
 def test_one_sided_zero():
     whole, part = jnp.array([0.3, -0.2, 1.0]), jnp.array([0.5, 0.1, -jnp.inf])
     assert losses.forward_kl(part, whole) == jnp.inf
@@ -328,7 +328,7 @@ def test_shapes_are_checked_by_a_machine(divergence):
 
 @pytest.mark.parametrize("divergence", [losses.forward_kl, losses.reverse_kl])
 def test_the_derivative_that_is_written_down_is_the_chain_through_both_softmaxes(divergence):
-    """By both arguments and the temperature, of the first and the second order, with words of −inf."""
+    """By both arguments and the temperature, of the first and the second order, with tokens of −inf."""
 
     def chain(student, teacher, temperature):
         logs = [jax.nn.log_softmax(x / temperature, axis=-1) for x in (student, teacher)]

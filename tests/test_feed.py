@@ -1,4 +1,4 @@
-"""Batches that come late, never, or not finite; and what the loop says of its speed."""
+"""Batches that come late, never, or not finite; and the speed that the loop reports."""
 
 import dataclasses
 import os
@@ -102,7 +102,7 @@ def test_gradients_alone_not_finite_are_skipped_too(loader):
     assert float(metrics["skipped"][0]) == 1.0 and equal_bits(after.params, params)
 
 
-def test_a_run_skips_counts_and_says_so(loader, straight, tmp_path, capsys):
+def test_a_run_skips_and_reports_how_many(loader, straight, tmp_path, capsys):
     log = {"log": LogConfig(progress=True)}
     got = fit(
         tmp_path,
@@ -157,7 +157,7 @@ def test_a_hung_source_ends_the_run_with_its_state_saved(loader, straight, tmp_p
     assert equal_bits(fit(tmp_path, task(loader.batch), TRAINING, **ALONE), straight[0])
 
 
-def test_sigterm_is_heard_while_the_source_hangs(loader, straight, tmp_path, monkeypatch):
+def test_sigterm_stops_the_run_while_the_source_hangs(loader, straight, tmp_path, monkeypatch):
     asked, awake, ask = threading.Event(), threading.Event(), Ahead.__call__
 
     def watched(feed, step):
@@ -195,7 +195,7 @@ def test_batches_are_on_the_devices_before_they_are_asked_for(loader):
     feed.close()
 
 
-def test_what_cannot_be_placed_is_said_where_it_is_asked_for(loader):
+def test_a_batch_that_cannot_be_placed_raises_where_it_is_asked_for(loader):
     def place(batches):
         raise RuntimeError("no room")
 
@@ -271,7 +271,7 @@ def test_the_steps_compile_once_and_their_state_is_donated(loader, tmp_path, mon
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(placed[0]))
 
 
-def test_a_profile_says_where_the_time_of_a_step_goes(loader, tmp_path, capsys):
+def test_a_profile_reports_where_the_time_of_a_step_goes(loader, tmp_path, capsys):
     training = dataclasses.replace(TRAINING, steps=8, evaluate_every=8, save_every=8)
     log = LogConfig(progress=False, profile=True)
     teacher = MODEL.init(jax.random.key(1))
@@ -279,11 +279,11 @@ def test_a_profile_says_where_the_time_of_a_step_goes(loader, tmp_path, capsys):
         task(loader.examples._replace(teacher_logits=None)), teacher=MODEL, teacher_params=teacher
     )
     profiled = fit(tmp_path / "a", live, training, **ALONE | {"log": log})
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert list((tmp_path / "a" / "profile").rglob("*.xplane.pb"))
     for part in ("teacher", "student, forward", "student, backward", "head and losses", "optimizer", "longest"):
-        assert part in said, said
-    shares = [float(share) for share in re.findall(r"^\S.* ([\d.]+)%$", said.partition("longest")[0], re.M)]
+        assert part in printed, printed
+    shares = [float(share) for share in re.findall(r"^\S.* ([\d.]+)%$", printed.partition("longest")[0], re.M)]
     assert abs(sum(shares) - 100.0) < 1.0
     assert equal_bits(profiled, fit(tmp_path / "b", live, training, **ALONE))
     assert [cli.parse_config("", given)[1].log.profile for given in (["--profile"], [])] == [True, False]

@@ -134,12 +134,12 @@ def pair(tmp_path_factory):
     folder, port = teacher_and_text(tmp_path_factory.mktemp("pair")), free_port()
     both = [start(folder, port, index) for index in (0, 1)]
     try:
-        said = [one.communicate(timeout=PATIENCE) for one in both]
+        printed = [one.communicate(timeout=PATIENCE) for one in both]
     finally:
         for one in both:
             one.kill()
-    assert [one.returncode for one in both] == [0, 0], "\n".join(error for _, error in said)
-    (folder / "stdout.json").write_text(json.dumps([out for out, _ in said]))
+    assert [one.returncode for one in both] == [0, 0], "\n".join(error for _, error in printed)
+    (folder / "stdout.json").write_text(json.dumps([out for out, _ in printed]))
     return folder
 
 
@@ -180,7 +180,7 @@ def test_two_processes_distil_on_text_what_one_does(pair, tmp_path):
     assert distance(jax.tree.leaves(together), jax.tree.leaves(one)) < 1e-6
 
 
-def test_what_the_two_processes_say_to_each_other(pair):
+def test_what_the_two_processes_exchange(pair):
     first, second = (json.loads((pair / f"process{index}.json").read_text()) for index in (0, 1))
     for one in (first, second):
         assert one["devices"] == [4, 8] and one["found"]
@@ -215,21 +215,21 @@ def ended_by(folder: Path, number: signal.Signals) -> tuple[list[int], list[str]
         while len(read_metrics(folder / "run")) < before + 3 and time.monotonic() < end:
             time.sleep(0.1)
         both[1].send_signal(number)
-        said = [one.communicate(timeout=PATIENCE)[1] for one in both]
+        printed = [one.communicate(timeout=PATIENCE)[1] for one in both]
     finally:
         for one in both:
             one.kill()
-    return [one.returncode for one in both], said
+    return [one.returncode for one in both], printed
 
 
 def test_a_signal_to_one_stops_all_and_a_lost_one_ends_the_others(tmp_path):
     assert PATIENCE < processes.MEETING_SECONDS  # or the others could end because they waited
-    codes, said = ended_by(tmp_path, signal.SIGTERM)
-    stopped = [re.findall(r"stopped at step (\d+) of 1000000; saved", text) for text in said]
-    assert codes == [0, 0] and len(stopped[0]) == 1 and stopped[0] == stopped[1], said
-    codes, said = ended_by(tmp_path, signal.SIGKILL)
+    codes, errors = ended_by(tmp_path, signal.SIGTERM)
+    stopped = [re.findall(r"stopped at step (\d+) of 1000000; saved", text) for text in errors]
+    assert codes == [0, 0] and len(stopped[0]) == 1 and stopped[0] == stopped[1], errors
+    codes, errors = ended_by(tmp_path, signal.SIGKILL)
     assert codes[0] != 0 and codes[1] == -signal.SIGKILL
     # a collective that fails (an error here) or a heartbeat that is missed (JAX ends the process): what comes first
-    assert "If another process ended, its log says why." in said[0] or "another task died" in said[0], said[0]
+    assert "If another process ended, its log says why." in errors[0] or "another task died" in errors[0], errors[0]
     steps = [record["step"] for record in read_metrics(tmp_path / "run")]
     assert int(stopped[0][0]) in steps and steps == sorted(set(steps) | {0}), steps

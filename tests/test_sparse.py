@@ -150,7 +150,7 @@ def test_value_and_gradient_are_those_of_float64(scale, dtype):
     student, teacher = (x.astype(dtype) for x in pair(4, scale=scale))
     exact = [np.asarray(x.astype(jnp.float32), np.float64) for x in (student, teacher)]
     for divergence, inner in ((losses.forward_kl, twins.kl), (losses.reverse_kl, lambda a, b: twins.kl(b, a))):
-        value, slope = twins.without_impossible_words(_bucketed(inner, 3))
+        value, slope = twins.without_impossible_tokens(_bucketed(inner, 3))
         for temperature in (0.5, 1.0, 4.0):
             targets = losses.top_k_targets(teacher, 3, temperature=temperature)
             loss = partial(losses.sparse, divergence, targets=targets, temperature=temperature)

@@ -1,4 +1,4 @@
-"""Processes that are killed: what they were doing is asked, and told from their stacks."""
+"""Processes that are killed: they report their stacks, and the phase they were in is read from them."""
 
 import signal
 import subprocess

@@ -252,10 +252,10 @@ def test_the_student_of_a_run_is_read_by_its_folder(finished, tmp_path):
     student = open_run(run)[1]["student"]
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     model, params = distill.load(run)
-    words = TOKENIZER.vocab_size
-    want = student.model.logits(student.params, tokens)[..., :words]
+    size = TOKENIZER.vocab_size
+    want = student.model.logits(student.params, tokens)[..., :size]
     np.testing.assert_array_equal(model.logits(params, tokens), want)
-    assert model.config.vocab_size == words < student.model.config.vocab_size
+    assert model.config.vocab_size == size < student.model.config.vocab_size
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="a run folder without student_hf, which is written when its training ends"):
         distill.load(tmp_path)
