@@ -104,6 +104,7 @@ def assert_close(got, want, rtol=2e-6):
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("name", PER_POSITION)
 def test_value_and_gradients_are_those_of_the_plain_computation(name, kind):
+    """Fault: a head's bias, scale or softcap forgotten."""
     arguments = problem(kind)
     want = mean_and_gradients(plain, PER_POSITION[name], arguments)
     assert float(jnp.max(jnp.abs(want[1][1].kernel))) > 1e-3
@@ -111,7 +112,7 @@ def test_value_and_gradients_are_those_of_the_plain_computation(name, kind):
         assert_close(mean_and_gradients(chunked, PER_POSITION[name], arguments, chunk_size=chunk_size), want)
 
 
-# Row 22: a backward written by hand against differences of the value.
+# A backward written by hand against differences of the value.
 def test_gradients_are_finite_differences():
     hidden, head, *rest = problem("softcap")
 
@@ -128,7 +129,7 @@ def test_gradients_are_finite_differences():
         np.testing.assert_allclose((ahead - behind) / 2e-2, slope, rtol=2e-3, atol=1e-2)
 
 
-# Rows 22, 24: bfloat16 hidden states and heads; everything between the products in float32.
+# bfloat16: hidden states and heads; everything between the products in float32.
 @pytest.mark.parametrize("name", PER_POSITION)
 def test_bfloat16_inputs(name):
     arguments = problem("bias", jnp.bfloat16)
@@ -197,7 +198,7 @@ def test_stored_targets_travel_in_the_place_of_labels_and_of_a_teacher():
 # ---- what does not count
 
 
-# Rows 10, 14: garbage where nothing counts changes nothing, to the bit.
+# Garbage where nothing counts changes nothing, to the bit.
 def test_garbage_in_padding_changes_nothing():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     clean = mean_and_gradients(chunked, task_and_kl, (hidden, head, teacher_hidden, teacher_head, labels, mask))
@@ -209,7 +210,7 @@ def test_garbage_in_padding_changes_nothing():
     assert np.all(np.where(mask[..., None], 0.0, clean[1][0]) == 0.0)
 
 
-# Row 6: nothing counts: zero loss, zero gradient, no NaN.
+# Nothing counts: zero loss, zero gradient, no NaN.
 def test_nothing_counts():
     arguments = problem(keep=0.0)
     total = lambda h, head: chunked(task_and_kl, h, head, *arguments[2:])[0]  # noqa: E731
@@ -218,7 +219,7 @@ def test_nothing_counts():
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), gradients)
 
 
-# Row 33, 34: padded rows carry no probability on either side, and get no gradient.
+# Padded rows carry no probability on either side, and get no gradient.
 def test_padded_words_are_as_if_absent():
     hidden, student, *_, labels, mask = problem()
     padded = Head(jnp.pad(student.kernel, ((0, 0), (0, 64))), vocab_size=V)
@@ -232,7 +233,7 @@ def test_padded_words_are_as_if_absent():
     np.testing.assert_array_equal(gradient.kernel[:, V:], 0.0)
 
 
-# Row 48: the teacher is never differentiated.
+# The teacher is never differentiated.
 def test_teacher_gets_no_gradient():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     total = lambda t, h: chunked(task_and_kl, hidden, head, t, h, labels, mask)[0]  # noqa: E731
@@ -387,6 +388,7 @@ def test_mistakes_are_named():
 
 
 def test_every_head_is_its_definition():
+    """Fault: a head's bias, scale or softcap forgotten."""
     rng = np.random.default_rng(3)
     hidden = rng.normal(size=(3, D))
     for bias, scale, softcap in itertools.product((False, True), (1.0, 0.5), (None, 4.0)):

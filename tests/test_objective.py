@@ -59,7 +59,7 @@ def mixed(**options):
     return ObjectiveConfig(**({"kd_weight": 0.7, "task_weight": 0.3, "temperature": 2.0} | options))
 
 
-# Row 1: divided by sequences, by positions or by the vocabulary instead of by the counted tokens.
+# Fault: divided by sequences, by positions or by the vocabulary instead of by the counted tokens.
 @pytest.mark.parametrize("divergence", SOFT)
 def test_mean_is_over_the_counted_tokens(divergence):
     student, teacher, batch = case()
@@ -93,7 +93,7 @@ def test_beta_arrives():
         np.testing.assert_allclose(jsd, loss(mixed(divergence=divergence), student, teacher, batch), rtol=1e-6)
 
 
-# Row 5: divided twice.
+# Fault: divided twice.
 @pytest.mark.parametrize("times", [2, 5])
 def test_repeating_the_batch_changes_nothing(times):
     student, teacher, batch = case()
@@ -101,7 +101,7 @@ def test_repeating_the_batch_changes_nothing(times):
     np.testing.assert_allclose(loss(mixed(), *again), loss(mixed(), student, teacher, batch), rtol=1e-6)
 
 
-# Row 7: one term summed, the other averaged.
+# Fault: one term summed, the other averaged.
 @pytest.mark.parametrize("axis", [0, 1], ids=["batch", "length"])
 def test_both_terms_scale_alike(axis):
     student, teacher, batch = case()
@@ -112,7 +112,7 @@ def test_both_terms_scale_alike(axis):
         np.testing.assert_allclose(np.array(after[name]), 3.0 * np.array(before[name]), rtol=1e-6)
 
 
-# Row 6: everything masked.
+# Fault: everything masked gives NaN.
 @pytest.mark.parametrize("divergence", SOFT)
 def test_nothing_counted_is_zero_with_zero_gradient(divergence):
     student, teacher, batch = case()
@@ -122,7 +122,7 @@ def test_nothing_counted_is_zero_with_zero_gradient(divergence):
     np.testing.assert_array_equal(gradient(config, student, teacher, batch), 0.0)
 
 
-# Rows 10 and 14: whatever stands at positions that do not count, changes nothing, to the bit.
+# Whatever stands at positions that do not count, changes nothing, to the bit.
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("divergence", SOFT)
 def test_garbage_where_nothing_counts_changes_nothing(divergence, garbage):
@@ -143,7 +143,7 @@ def test_mask_is_slicing():
     np.testing.assert_allclose(loss(mixed(), student, teacher, half), part, rtol=1e-6)
 
 
-# Row 20: T² is applied, once; also where the soft term stands alone.
+# T² is applied, once; also where the soft term stands alone.
 @pytest.mark.parametrize("divergence", SOFT)
 @pytest.mark.parametrize("task_weight", [0.0, 0.5])
 def test_temperature_squared_is_a_factor_of_the_soft_term_alone(divergence, task_weight):
@@ -160,7 +160,7 @@ def test_temperature_squared_is_a_factor_of_the_soft_term_alone(divergence, task
     np.testing.assert_allclose(with_factor - hard, 9.0 * (without - hard), rtol=1e-4, atol=1e-7)
 
 
-# Row 20: that is what keeps the gradient's size when T is high.
+# The factor T² keeps the gradient's size when T is high.
 @pytest.mark.parametrize("divergence", SOFT)
 def test_gradient_norm_is_flat_in_a_high_temperature(divergence):
     student, teacher, batch = case()

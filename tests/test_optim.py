@@ -101,7 +101,7 @@ def test_given_rates_stand_in_for_those_of_the_configuration():
         np.testing.assert_allclose(first[name], second[name], rtol=1e-6)
 
 
-# Row 56: a schedule that ticks with every micro-batch.
+# Fault: a schedule that ticks with every micro-batch.
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_schedule_counts_updates_not_micro_batches(micro_batches):
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=4, clip_norm=0.0)

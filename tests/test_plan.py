@@ -147,13 +147,6 @@ def test_the_slowest_part_bounds_a_step():
     assert roofline.price(tokens=500_000, seconds=0.5, devices=16, dollars_per_hour=3.6) == pytest.approx(16.0)
 
 
-def test_chips_are_ordered_as_they_are():
-    assert CHIPS["v5e"].memory < CHIPS["v6e"].memory < CHIPS["v5p"].memory == 95e9
-    for chip in CHIPS.values():
-        assert 100 < chip.flops / chip.bandwidth < 600  # FLOPs a byte: the ridge
-        assert chip.links < chip.bandwidth and 0 < chip.dollars < 20
-
-
 # ---- collectives
 
 TEXT = """HloModule a

@@ -1,4 +1,4 @@
-"""Processes that are killed: what they were doing is asked, and told from their stacks."""
+"""Processes that are killed: they report their stacks, and the phase they were in is read from them."""
 
 import signal
 import subprocess
@@ -48,7 +48,7 @@ def test_a_process_that_is_asked_goes_on_until_it_is_killed(tmp_path):
     command = [sys.executable, "-c", survival._LAUNCH, str(script)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
     with subprocess.Popen(command, **pipes) as process:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300  # a hang, on a slow machine too
         while survival.phase(survival._look(process)) != "train" and time.monotonic() < end:
             time.sleep(0.01)
         asked = {survival._look(process).count("in answer") for _ in range(50)}
