@@ -13,8 +13,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from distill import losses
 from distill.batch import Batch
+from distill.losses import hidden, reduce
 from distill.models.config import EncoderConfig
 from distill.models.model import Model
 from distill.models.output import Collect
@@ -23,7 +23,7 @@ from distill.shapes import Array, Nats, Params
 from distill.term import Needs, Term, View
 from distill.trees import joined
 
-HIDDEN_LOSSES = {"mse": losses.hidden_mse, "cosine": losses.hidden_cosine, "projected_mse": losses.projected_mse}
+HIDDEN_LOSSES = {"mse": hidden.hidden_mse, "cosine": hidden.hidden_cosine, "projected_mse": hidden.projected_mse}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +75,10 @@ def feature_terms(config: FeatureConfig, student: Model, teacher: Model) -> tupl
     depths = [_depth(name, model) for name, model in (("student", student), ("teacher", teacher))]
     terms = []
     if config.hidden_weight:
-        pairs = losses.layer_map(*depths, config.layers)
+        pairs = hidden.layer_map(*depths, config.layers)
         terms.append(_hidden_term(config, (((0, 0),) if config.embeddings else ()) + pairs))
     if config.attention_weight:
-        terms.append(_attention_term(config, losses.layer_map(*depths, config.layers)))
+        terms.append(_attention_term(config, hidden.layer_map(*depths, config.layers)))
     if config.relation_weight:
         layers = depths[0], config.relation_layer or depths[1]
         terms.append(_relation_term(config, *layers, causal=not isinstance(student.config, EncoderConfig)))
@@ -100,7 +100,7 @@ def _hidden_term(config: FeatureConfig, pairs) -> Term:
 
         def one(m: int, n: int) -> Nats:
             states = view.student_features["hidden"][m], view.teacher_features["hidden"][n]
-            return loss(*(losses.select(x, view.batch.mask) for x in states), *extra)
+            return loss(*(reduce.select(x, view.batch.mask) for x in states), *extra)
 
         return sum(one(m, n) for m, n in pairs) / len(pairs)
 
@@ -112,7 +112,7 @@ def _attention_term(config: FeatureConfig, pairs) -> Term:
     def value(view: View) -> Nats:
         options = {"segments": view.batch.segments, "average_heads": config.average_heads}
         maps = ((view.student_features["attention"][m], view.teacher_features["attention"][n]) for m, n in pairs)
-        return sum(losses.attention_kl(s, t, **options) for s, t in maps) / len(pairs)
+        return sum(hidden.attention_kl(s, t, **options) for s, t in maps) / len(pairs)
 
     needs = _layers(*(Collect(attention=tuple(layers)) for layers in zip(*pairs, strict=True)))
     return Term("attention_kl", config.attention_weight, needs, value)
@@ -123,7 +123,7 @@ def _relation_term(config: FeatureConfig, student_layer: int, teacher_layer: int
         options = {"segments": view.batch.segments, "relation_heads": config.relation_heads, "causal": causal}
         of_student, of_teacher = view.student_features["relations"], view.teacher_features["relations"]
         kinds = zip(of_student[student_layer], of_teacher[teacher_layer], strict=True)
-        return sum(losses.relation_kl(s, t, **options) for s, t in kinds)
+        return sum(hidden.relation_kl(s, t, **options) for s, t in kinds)
 
     needs = _layers(Collect(relations=(student_layer,)), Collect(relations=(teacher_layer,)))
     return Term("relation_kl", config.relation_weight, needs, value)

@@ -30,6 +30,7 @@ from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.parallel import ParallelConfig, make_mesh
 from distill.state import init_state
 from distill.step import make_train_step
+from distill.teacher.signal import SignalConfig
 from distill.term import LOGITS, Needs
 from distill.training import LogConfig, TrainingConfig
 
@@ -216,7 +217,7 @@ def test_features_of_a_teacher_that_is_not_there_are_refused():
     _, terms, *_ = everything()
     with pytest.raises(ValueError, match="hidden_projected_mse, attention_kl, relation_kl look inside the teacher"):
         make_train_step(STUDENT, terms, SGD)
-    with pytest.raises(ValueError, match="teacher-signal live"):
+    with pytest.raises(ValueError, match="signal.kind live"):
         Config(
             teacher=Recipe(DecoderConfig(vocab_size=14)),
             student=Recipe(DecoderConfig(vocab_size=14)),
@@ -322,7 +323,7 @@ def test_an_experiment_refuses_what_cannot_be_compared_before_it_trains(tmp_path
     sides = (DecoderConfig(vocab_size=14, layers=1, width=8, heads=heads, feed_forward=16) for heads in (2, 4))
     student, teacher = (Recipe(model) for model in sides)
     objective = ObjectiveConfig(features=FeatureConfig(attention_weight=1.0))
-    config = Config(teacher=teacher, student=student, objective=objective, teacher_signal="live")
+    config = Config(teacher=teacher, student=student, objective=objective, signal=SignalConfig("live"))
     with pytest.raises(ValueError, match="student has 2 heads, teacher 4"):
         runner.run_experiment(config, tmp_path)
     assert not (tmp_path / "teacher").exists()
@@ -360,7 +361,7 @@ def test_an_experiment_with_features_sequence_means_and_padded_vocabularies(tmp_
         objective=ObjectiveConfig(
             features=FeatureConfig(hidden_weight=1.0, attention_weight=1.0), reduction="sequence_mean"
         ),
-        teacher_signal="live",
+        signal=SignalConfig("live"),
         parallel=ParallelConfig(backend="one_device"),
         log=LogConfig(progress=False),
     )

@@ -29,12 +29,12 @@ from distill.experiments.learner import first_params, learner
 from distill.experiments.preflight import Side
 from distill.experiments.runner import Arm, Look, Work
 from distill.features import without_projectors
-from distill.losses import DenseTargets
 from distill.models.model import Model
 from distill.objective import router_terms, task_term
 from distill.shapes import Params
 from distill.students.start import Calibration, Start, outline, start
 from distill.students.vocabulary import prune_model
+from distill.teacher.signal import signal
 from distill.train import Evaluate, Task
 from distill.vocab import align
 
@@ -122,22 +122,21 @@ def exported(student: Trained) -> tuple[Model, Params]:
 def distillation(world: World, teacher: Trained, begin: Any) -> Work:
     """What the student learns; ``begin()`` is its ``Start``."""
     config, sides, training = world.config, world.sides, world.config.student.training
-    key, cached = jax.random.key(training.seed), config.teacher_signal == "cached"
+    key, stored = jax.random.key(training.seed), config.signal.kind == "stored"
     model, terms = learner(config.objective, begin().model, teacher.model)
     examples = transfer_set(config, sides, teacher).batch(config.data)
-    reads = len(examples.inputs) if cached else training.steps * training.batch_size
+    reads = len(examples.inputs) if stored else training.steps * training.batch_size
     flops = training.steps * measure.step_flops(config.student, config)
     flops += reads * examples.inputs.shape[1] * measure.token_flops(config.teacher, config)
-    if cached:
-        examples = examples._replace(targets=DenseTargets(measures.logits_on(*teacher, examples)))
-    parts = ("data", "student", "objective", "answers", "teacher_signal", "student_start")
+    given = signal(config.signal, *teacher, examples, temperature=config.objective.temperature, seed=training.seed)
+    parts = ("data", "student", "objective", "answers", "signal", "student_start")
     task = Task(
         student=model,
         terms=terms,
         reduction=config.objective.reduction,
-        examples=examples,
-        teacher=None if cached else teacher.model,
-        teacher_params=None if cached else teacher.params,
+        examples=given.examples,
+        teacher=given.teacher,
+        teacher_params=given.params,
         params=first_params(model, begin().params, key),
         base_params=begin().base,
         evaluate=_curve(model, world),

@@ -8,6 +8,7 @@ from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 from distill.students.start import StartConfig
+from distill.teacher.signal import SignalConfig, check
 from distill.training import LogConfig, TrainingConfig
 
 Arm = Literal["equal_tokens", "equal_time"]
@@ -71,6 +72,8 @@ class TextConfig:
     training: TrainingConfig = TrainingConfig()
     """Of every arm: same batches, same schedule; only equal_time has another number of steps."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    signal: SignalConfig = SignalConfig()
+    """Where the teacher's soft targets come from: it is evaluated in every step, or reads the rows once."""
     arms: tuple[Arm, ...] = ("equal_tokens", "equal_time")
     """The student by cross-entropy on the same text, beside the distilled one: as many tokens, or as many seconds of
     training, its schedule stretched to them."""
@@ -105,6 +108,11 @@ class TextConfig:
             raise ValueError(f"arms={self.arms}; equal_time is timed by equal_tokens, which must come first.")
         if not (self.objective.kd_weight or self.objective.features.used):
             raise ValueError("objective: nothing of the teacher in it; the arms train without one.")
+        check(self.signal, self.objective)
+        if self.signal.kind == "stored" and self.streaming:
+            raise ValueError(
+                "signal: targets are stored for rows in memory; leave out streaming, or set --signal.kind live."
+            )
         if self.prompt_tokens > self.data.length:
             raise ValueError(f"prompt_tokens={self.prompt_tokens}; a row has {self.data.length} tokens.")
 

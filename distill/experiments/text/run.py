@@ -35,6 +35,7 @@ from distill.models.model import Model
 from distill.objective import router_terms, task_term
 from distill.reports import text as page
 from distill.shapes import Params
+from distill.teacher.signal import signal
 from distill.train import Evaluate, Task
 from distill.training import TrainingConfig
 
@@ -66,20 +67,23 @@ def _folder(world: World, name: str) -> Path:
 
 
 def distillation(world: World) -> Work:
-    """What the distilled student learns, from the soft targets of the live teacher."""
+    """What the distilled student learns, from the soft targets of the teacher."""
     config, begin, teacher = world.config, world.begin, world.teacher
     model, terms = learner(config.objective, begin.model, teacher.model)
+    given = signal(
+        config.signal, *teacher, world.train, temperature=config.objective.temperature, seed=config.training.seed
+    )
     task = Task(
         student=model,
         terms=terms,
         reduction=config.objective.reduction,
-        examples=world.train,
-        teacher=teacher.model,
-        teacher_params=teacher.params,
+        examples=given.examples,
+        teacher=given.teacher,
+        teacher_params=given.params,
         params=first_params(model, begin.params, world.key),
         base_params=begin.base,
         evaluate=_curve(world),
-        identity=_identity(world, config.training, "objective", "teacher_dtype"),
+        identity=_identity(world, config.training, "objective", "signal", "teacher_dtype"),
     )
 
     def look() -> Look:
