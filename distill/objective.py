@@ -138,7 +138,7 @@ def distillation_term(config: ObjectiveConfig) -> Term:
     """
     divergence = DIVERGENCES[config.divergence]
     known = inspect.signature(divergence).parameters
-    chosen = {name: getattr(config, name) for name in ("temperature", "alpha", "beta", "mu", "interpolation")}
+    chosen = {name: vars(config)[name] for name in ("temperature", "alpha", "beta", "mu", "interpolation")}
     options = {name: value for name, value in chosen.items() if name in known and value is not None}
     factor = config.temperature**2 if config.temperature_squared else 1.0
 

@@ -88,17 +88,22 @@ class ParallelConfig:
     teacher: Literal["split", "gathered", "replicated"] = "split"
     """Likewise the teacher."""
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis of the mesh → its devices; data takes what these leave."""
+        return {axis: vars(self)[axis] for axis in AXES if axis != "data"}
+
     def __post_init__(self):
-        sizes = {axis: getattr(self, axis) for axis in AXES if axis != "data"}
+        sizes = self.sizes
         if min(sizes.values()) < 1:
             raise ValueError(f"parallel: {_listed(sizes)}; expected at least 1.")
         if self.backend in ("one_device", "pmap") and math.prod(sizes.values()) > 1:
             raise ValueError(
                 f"parallel: {self.backend} cannot shard: {_listed(sizes)}; use backend=mesh, or 1 for each of them."
             )
-        for name in ("student", "teacher"):
-            if getattr(self, name) not in RULES:
-                raise ValueError(f"parallel: {name}={getattr(self, name)!r}; expected one of {', '.join(RULES)}.")
+        for name, rules in (("student", self.student), ("teacher", self.teacher)):
+            if rules not in RULES:
+                raise ValueError(f"parallel: {name}={rules!r}; expected one of {', '.join(RULES)}.")
 
 
 def _listed(sizes: Mapping[str, int]) -> str:
@@ -133,7 +138,7 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     Raises ValueError where the axes do not divide the number of devices, or dcn is not the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES if axis != "data"}
+    sizes = config.sizes
     inner = math.prod(sizes.values())
     if len(devices) % inner:
         raise ValueError(

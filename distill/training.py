@@ -61,7 +61,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         counts = ("steps", "batch_size", "micro_batches", "evaluate_every", "save_every", "skips_in_a_row")
-        values = {name: getattr(self, name) for name in (*counts, "steps_per_dispatch")}
+        values = {name: vars(self)[name] for name in (*counts, "steps_per_dispatch")}
         for name, value in values.items():
             if value is not None and value < 1:
                 raise ValueError(f"training: {name}={value}; expected at least 1.")

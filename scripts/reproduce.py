@@ -7,6 +7,7 @@ python scripts/reproduce.py golden              # a published model on two texts
 python scripts/reproduce.py smollm2             # distilled on text, three seeds: an hour and a half
 """
 
+import importlib
 import os
 import sys
 import tempfile
@@ -17,6 +18,9 @@ peers = str(Path(__file__).parent / "peers")
 sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
 
 from distill import cli
+
+SECTIONS = {"smollm2": "text"}
+"""What is reproduced → the module of that section, where it has another name."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,28 +35,19 @@ def main(argv: Sequence[str]) -> None:
     cli.set_up_jax(keep=known.what == "smollm2")
     from distill.config import load_config
 
+    section = importlib.import_module(f"distill.reproduce.{SECTIONS.get(known.what, known.what)}")
     if known.what == "conformance":
-        from distill.reproduce import conformance
-
-        conformance.run(peers)
+        section.run(peers)
     elif known.what == "golden":
-        from distill.reproduce import golden
-
-        print(*golden.smollm2(), sep="\n")
+        print(*section.smollm2(), sep="\n")
     elif known.what == "survival":
-        from distill.reproduce import survival
-
         with tempfile.TemporaryDirectory() as folder:
-            print(*survival.section(Path(folder), known.page), sep="\n")
+            print(*section.section(Path(folder), known.page), sep="\n")
     elif known.what == "smollm2":
-        from distill.reproduce import text
-
-        text.text(load_config("smollm2_text"), known.run or Path("runs/smollm2_seeds"), known.page)
+        section.text(load_config("smollm2_text"), known.run or Path("runs/smollm2_seeds"), known.page)
     else:
-        from distill.reproduce import addition
-
         run = known.run or Path("runs/addition_arms")
-        addition.addition(load_config("addition_arms"), run, known.page, cli.set_up_jax)
+        section.addition(load_config("addition_arms"), run, known.page, cli.set_up_jax)
     if known.what in ("addition", "smollm2"):
         print(f"written: {known.page}")
 

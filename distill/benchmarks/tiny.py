@@ -96,6 +96,11 @@ def tiny(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
     return lines + start_up()
 
 
+def tiny_and_data(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
+    """Lines of the tiny benchmark, and what making its batches takes."""
+    return [*tiny(peers), data_line()]
+
+
 def start_up(rounds: int = 3) -> list[str]:
     """Seconds of a whole process that reads the data, draws both models, compiles and takes one step."""
     times: dict[str, list[float]] = {"cold": [], "with the compilation cache": []}

@@ -6,7 +6,6 @@ not executed.
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from distill import losses
 from distill.batch import Batch
 from distill.config import write_json
+from distill.devices import backend
 from distill.models.model import Model
 from distill.objective import evaluate, terms_at
 from distill.shapes import Params
@@ -170,7 +170,7 @@ def memory_plan(lowered: Any, state: Any, frozen: Any) -> dict[str, int]:
     names = {"arguments": "argument", "outputs": "output", "shared": "alias", "temporary": "temp"}
     plan |= {name: int(getattr(analysis, f"{of}_size_in_bytes")) for name, of in names.items()}
     plan["total"] = plan["arguments"] + plan["outputs"] - plan["shared"] + plan["temporary"]
-    return plan | {"device": device_bytes()}
+    return plan | {"device": backend.device_bytes()}
 
 
 def placed_bytes(tree: Any) -> int:
@@ -182,14 +182,6 @@ def placed_bytes(tree: Any) -> int:
         return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
     return sum(one(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def device_bytes() -> int:
-    """Memory of the first device; of the host, shared by all its devices, on CPU; 0 if it is not known."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    return int((device.memory_stats() or {}).get("bytes_limit", 0))
 
 
 def _fits(plan: dict[str, int]) -> Check:

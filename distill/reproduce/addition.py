@@ -1,13 +1,12 @@
 """The section of the addition protocol."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from distill.devices import backend
 from distill.experiments.addition.config import ProtocolConfig
 from distill.experiments.addition.protocol import run_protocol
 from distill.reproduce.page import made_on, write_section
@@ -32,8 +31,7 @@ def addition(config: ProtocolConfig, run: Path, page: Path, set_up: Callable[[],
     On a CPU its models are too small for more than one thread, so every core takes rows of its own; ``set_up`` is
     called first in each of these processes.
     """
-    workers = os.cpu_count() if jax.default_backend() == "cpu" else 0
-    results = run_protocol(config, run, workers=workers, set_up=set_up)
+    results = run_protocol(config, run, workers=backend.worker_processes(), set_up=set_up)
     write_section(page, addition_page(results))
     return results
 

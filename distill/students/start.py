@@ -55,10 +55,9 @@ class StartConfig:
         read |= {"alpha": self.kind == "lora", "weighted": self.kind == "low_rank"}
         read |= {"share_embeddings": self.kind != "lora"}
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) != field.default and not read.get(field.name, True):
-                raise ValueError(
-                    f"student_start: {field.name}={getattr(self, field.name)!r} means nothing with kind={self.kind}."
-                )
+            value = vars(self)[field.name]
+            if value != field.default and not read.get(field.name, True):
+                raise ValueError(f"student_start: {field.name}={value!r} means nothing with kind={self.kind}.")
 
     @property
     def cut(self) -> bool:

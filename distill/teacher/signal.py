@@ -45,7 +45,7 @@ class SignalConfig:
     def __post_init__(self):
         read = {"targets": self.kind == "stored", "k": self.stores("top_k"), "draws": self.stores("sampled")}
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value = vars(self)[field.name]
             if value != field.default and not read.get(field.name, True):
                 raise ValueError(
                     f"signal: {field.name}={value!r} is not read with kind={self.kind!r}, targets={self.targets!r}; "

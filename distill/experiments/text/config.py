@@ -35,10 +35,10 @@ class StudentConfig:
 
     def __post_init__(self):
         for name in ("layers", "kv_heads", "feed_forward", "width", "calibration_batches"):
-            value = getattr(self, name)
+            value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"student: {name}={value}; expected at least 1.")
-        sizes = {name: getattr(self, name) for name in ("layers", "kv_heads", "feed_forward", "width")}
+        sizes = {name: vars(self)[name] for name in ("layers", "kv_heads", "feed_forward", "width")}
         given = [name for name, value in sizes.items() if value is not None]
         given += [] if self.start == StartConfig("teacher") else ["start"]
         if self.source is not None and given:
@@ -98,8 +98,8 @@ class TextConfig:
 
     def __post_init__(self):
         for name in ("curve_rows", "prompts", "prompt_tokens", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name}={vars(self)[name]}; expected at least 1.")
         if self.heldout_rows is not None and self.heldout_rows < 1:
             raise ValueError(f"heldout_rows={self.heldout_rows}; expected at least 1, or None for all.")
         if len(set(self.arms)) != len(self.arms):
