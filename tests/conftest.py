@@ -41,8 +41,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 # Without this table a long file may start last, and one worker waits for it.
 HEAVY = (
-    *("test_text_experiment.py", "test_train.py", "test_processes.py", "test_sentences.py", "test_features.py"),
-    *("test_parallel.py", "test_step.py", "test_divergences.py", "test_chunked.py"),
+    *("test_features.py", "test_processes.py", "test_train.py", "test_divergences.py", "test_chunked.py"),
+    *("test_step.py", "test_text_experiment.py", "test_parallel.py", "test_sentences.py"),
 )
 """Names of the files that take longest, longest first."""
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +271,7 @@ def test_offline_a_name_is_read_from_the_cache_and_one_that_is_not_there_is_name
         "print(float(params['embedding'].sum()), 'torch' in sys.modules); distill.load('other/model')"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "HOME": str(tmp_path), "PATH": ""}
+    environment["PYTHONPATH"] = str(Path(distill.__file__).parents[1])
     command = [sys.executable, "-c", f"import sys; {code}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert "FileNotFoundError: other/model: no such folder, and not in the hub's cache" in done.stderr, done.stderr

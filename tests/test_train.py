@@ -223,9 +223,12 @@ SMALL = """
 """.split()
 
 
+ONE_DEVICE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and programs that are compiled in less time
+
+
 def script(name: str, *arguments: str):
-    """Run a script in a process of its own, as a user does, with one device and XLA's own choices."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    """Run a script in a process of its own, with one device."""
+    environment = os.environ | ONE_DEVICE
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
 
@@ -293,7 +296,7 @@ def test_evaluate_report_generate(finished, monkeypatch, capsys):
 def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):
     # A killed process may leave half an entry: its compile cache is its own, with links to what is compiled already.
     cache = shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "cache", copy_function=os.symlink)
-    straight = survival.Run(finished[0], SMALL, {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)})
+    straight = survival.Run(finished[0], SMALL, ONE_DEVICE | {"JAX_COMPILATION_CACHE_DIR": str(cache)})
     hit, equal = survival.kills(1, tmp_path, straight, np.random.default_rng(0))
     assert sum(hit.values()) == equal == 1
 
