@@ -106,8 +106,9 @@ class TextTokenizer:
 
     def __post_init__(self):
         known = self.ids()
-        for name in ("eos", "bos", "pad", "unknown"):
-            if (token := getattr(self, name)) is not None and token not in known:
+        tokens = {"eos": self.eos, "bos": self.bos, "pad": self.pad, "unknown": self.unknown}
+        for name, token in tokens.items():
+            if token is not None and token not in known:
                 raise ValueError(f"tokenizer: {name}={token!r} is not in its vocabulary of {len(known)} tokens.")
 
     @classmethod

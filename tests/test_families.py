@@ -351,7 +351,10 @@ def test_keys_are_fields(values, fields):
         (json_of(rope_scaling={"type": "linear"}), "without factor"),
         (json_of(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "without high_freq_factor, low_freq_factor"),
         (json_of(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "full_attention="),
-        (json_of("gemma2", hidden_activation="relu"), "hidden_activation='relu' is not supported; expected one of silu, gelu"),
+        (
+            json_of("gemma2", hidden_activation="relu"),
+            "hidden_activation='relu' is not supported; expected one of silu, gelu",
+        ),
         (json_of("gemma2", hidden_act="gelu"), "hidden_act='gelu' is not supported; expected 'gelu_pytorch_tanh'"),
         (json_of("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention=True"),
         (

@@ -2,7 +2,21 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
+
+_SIZES = ("vocab_size", "layers", "width", "heads", "feed_forward")
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that differ from the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in vars(config).items() if value != defaults[name]}
+
+
+def _check_sizes(model: str, fields: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if fields[name] is not None and fields[name] < 1:
+            raise ValueError(f"{model}: {name}={fields[name]}; expected at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +50,7 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.kind == "none":
-            if any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
+            if changed(self):
                 raise ValueError(
                     f"rope_scaling: {self} has no kind; expected linear, dynamic, llama3, yarn or longrope."
                 )
@@ -141,18 +155,15 @@ class DecoderConfig:
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "feed_forward"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model: {name}={value}; expected at least 1.")
+        _check_sizes("model", vars(self), (*_SIZES, "kv_heads", "head_dim"))
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"model: width={self.width} is no multiple of heads={self.heads}; set head_dim.")
         if self.heads % self.groups:
             raise ValueError(f"model: heads={self.heads} is no multiple of kv_heads={self.groups}.")
         if self.qk_norm_joint and not self.qk_norm:
             raise ValueError("model: qk_norm_joint without qk_norm.")
-        for name in ("attention_scalar", "attention_softcap", "logit_softcap"):
-            value = getattr(self, name)
+        scalars = {"attention_scalar": self.attention_scalar, "attention_softcap": self.attention_softcap}
+        for name, value in (scalars | {"logit_softcap": self.logit_softcap}).items():
             if value is not None and not value > 0.0:
                 raise ValueError(f"model: {name}={value}; expected above 0, or None.")
         self._check_layers()
@@ -170,8 +181,7 @@ class DecoderConfig:
             raise ValueError("model: experts are gated, by silu, without biases; leave mlp_bias, gated and activation.")
 
     def _check_layers(self) -> None:
-        for name in ("rope_layers", "window_layers"):
-            value = getattr(self, name)
+        for name, value in {"rope_layers": self.rope_layers, "window_layers": self.window_layers}.items():
             if value and len(value) != self.layers:
                 raise ValueError(
                     f"model: {name} has {len(value)} entries; expected one for each of {self.layers} layers."
@@ -183,9 +193,8 @@ class DecoderConfig:
 
     def _check_positions(self) -> None:
         if self.positions == "learned":
-            names = ("rope_scaling", "rope_layers", "rope_fraction", "rope_theta_local")
-            plain = {field.name: field.default for field in dataclasses.fields(self)}
-            if self.max_length is None or any(getattr(self, name) != plain[name] for name in names):
+            rope = {"rope_scaling", "rope_layers", "rope_fraction", "rope_theta_local"}
+            if self.max_length is None or changed(self).keys() & rope:
                 raise ValueError(
                     f"model: learned positions need max_length, got {self.max_length}, and no rope options."
                 )
@@ -287,9 +296,7 @@ class EncoderConfig:
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "layers", "width", "heads", "feed_forward", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"encoder: {name}={getattr(self, name)}; expected at least 1.")
+        _check_sizes("encoder", vars(self), (*_SIZES, "max_length"))
         if self.token_types < 0:
             raise ValueError(f"encoder: token_types={self.token_types}; expected at least 0.")
         if self.width % self.heads:

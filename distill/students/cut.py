@@ -77,12 +77,6 @@ def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Itera
     return jax.tree.map(lambda value: np.asarray(value) / count, total)
 
 
-def _norm_gate(config: DecoderConfig, gate: Params, gradient: Params) -> Array:
-    """The derivative by a gate on what a norm gives, ``[..., D]``, from its scale's and its bias's own."""
-    scale = gate["scale"] + gradient["scale"] if config.norm_plus_one else gate["scale"]
-    return scale + gate["bias"] if "bias" in gate else scale
-
-
 def _plain(axes: Params) -> bool:
     """Has every layer one MLP, whose units can be chosen? (One of experts has not.)"""
     return axes.get("mlp", {}).get("down", {}).get("kernel") == ("layers", "mlp", "embed")
@@ -167,11 +161,11 @@ def like(
     layers = spread(student.layers, config.layers) if layers is None else layers
     small, params = student_from(config, params, layers=layers, measured=measured, **sizes)
     free = ["kv_heads", "head_dim", "dtype"] + ["max_length"] * (config.positions == "rotary")
-    names = [field.name for field in dataclasses.fields(DecoderConfig)]
+    fields, possible = vars(student), vars(small)
     different = [
-        f"{name}={getattr(student, name)} (a part of the teacher has {getattr(small, name)})"
-        for name in names
-        if name not in free and getattr(student, name) != getattr(small, name)
+        f"{name}={fields[name]} (a part of the teacher has {possible[name]})"
+        for name in fields
+        if name not in free and fields[name] != possible[name]
     ]
     if student.key_size != small.key_size:
         different.append(f"head_dim={student.key_size} (the teacher's is {small.key_size})")

@@ -78,7 +78,8 @@ def kernels_of(model: Model, names: Sequence[str] = ()) -> list[Kernel]:
     return [kernel for kernel in found if not names or kernel.path[-1] in names]
 
 
-def _check_rank(rank: int, kernels: Sequence[Kernel]) -> None:
+def check_rank(rank: int, kernels: Sequence[Kernel]) -> None:
+    """Raises ValueError for a rank above the smaller side of one of these kernels."""
     for kernel in kernels:
         most = min(kernel.matrix[1:])
         if not 1 <= rank <= most:
@@ -99,7 +100,7 @@ def factored(model: Model, rank: int, kernels: Sequence[str] = ()) -> Model:
       ValueError: a kernel the model has not, or a rank above its smaller side.
     """
     chosen = kernels_of(model, kernels)
-    _check_rank(rank, chosen)
+    check_rank(rank, chosen)
     whole = {(*kernel.path, "kernel") for kernel in chosen}
     axes = {path: names for path, names in flat(model.axes).items() if path not in whole}
     for kernel in chosen:
@@ -120,7 +121,7 @@ def factored(model: Model, rank: int, kernels: Sequence[str] = ()) -> Model:
         leaves = flat(params)
         for kernel in chosen:
             left, right = leaves.pop((*kernel.path, "left")), leaves.pop((*kernel.path, "right"))
-            leaves[(*kernel.path, "kernel")] = _product(left, right).astype(left.dtype)
+            leaves[(*kernel.path, "kernel")] = product(left, right).astype(left.dtype)
         return nested(leaves)
 
     return dataclasses.replace(model, init=init, axes=nested(axes), merge=merge)
@@ -221,9 +222,9 @@ def fisher_rows(model: Model, params: Params, loss: Callable[[Params, Any], Arra
     return nested({(*path, "rows"): np.sqrt(np.asarray(value) / count) for path, value in total.items()})
 
 
-def _product(left: Array, right: Array) -> Array:
+def product(left: Array, right: Array) -> Array:
     """``[N, inputs…, r] · [N, r, outputs…]`` in float32."""
     layers, rank = right.shape[:2]
     matrices = left.reshape(layers, -1, rank), right.reshape(layers, rank, -1)
-    product = jnp.matmul(*(matrix.astype(jnp.float32) for matrix in matrices), precision="highest")
-    return product.reshape(*left.shape[:-1], *right.shape[2:])
+    result = jnp.matmul(*(matrix.astype(jnp.float32) for matrix in matrices), precision="highest")
+    return result.reshape(*left.shape[:-1], *right.shape[2:])

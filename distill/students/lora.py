@@ -10,11 +10,7 @@ import jax.numpy as jnp
 from distill.models.model import Model
 from distill.models.parameters import normal
 from distill.shapes import Array, Params
-from distill.students.factors import (
-    _check_rank,
-    _product,
-    kernels_of,
-)
+from distill.students.factors import check_rank, kernels_of, product
 from distill.trees import flat, nested
 
 # ---- LoRA
@@ -41,6 +37,7 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
 
     Example:
       >>> from distill.models import DecoderConfig, decoder
+      >>> from distill.trees import joined
       >>> base = decoder(DecoderConfig(vocab_size=14, layers=2, width=8, heads=2, feed_forward=16))
       >>> model = lora(base, rank=2, kernels=("query", "value"))
       >>> learnt, frozen = model.init(jax.random.key(1)), base.init(jax.random.key(0))
@@ -51,7 +48,7 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
       True
     """
     chosen = kernels_of(model, kernels)
-    _check_rank(rank, chosen)
+    check_rank(rank, chosen)
     alpha = float(rank) if alpha is None else alpha
     if not alpha > 0.0:
         raise ValueError(f"lora: alpha={alpha}; expected a number above 0.")
@@ -78,7 +75,7 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
     def merge(params: Params) -> Params:
         leaves = flat(scaled(params))
         for kernel in chosen:
-            correction = _product(leaves.pop((*kernel.path, "lora_left")), leaves.pop((*kernel.path, "lora_right")))
+            correction = product(leaves.pop((*kernel.path, "lora_left")), leaves.pop((*kernel.path, "lora_right")))
             whole = leaves[(*kernel.path, "kernel")]
             leaves[(*kernel.path, "kernel")] = (whole.astype(jnp.float32) + correction).astype(whole.dtype)
         return nested(leaves) if model.merge is None else model.merge(nested(leaves))

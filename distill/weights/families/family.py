@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.models.config import DecoderConfig, NetworkConfig
+from distill.models.config import DecoderConfig, NetworkConfig, changed
 from distill.weights.families.rope_json import from_rope_json, to_rope_json
 from distill.weights.table import ParameterPath, Part, Row, Transform, flat, linear, same
 
@@ -153,12 +153,6 @@ def chosen(config: DecoderConfig) -> Json:
       {'qk_norm': True}
     """
     return {name: value for name, value in changed(config).items() if name not in UNIVERSAL}
-
-
-def changed(config: NetworkConfig) -> Json:
-    """The fields of a configuration that differ from the default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    return {name: value for name, value in vars(config).items() if value != defaults[name]}
 
 
 def only(config: DecoderConfig, *options: str) -> bool:
