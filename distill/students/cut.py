@@ -1,12 +1,12 @@
-"""A student from its teacher: some of its layers, heads, feed-forward units and residual dimensions.
+"""Structured pruning: a student with some of its teacher's layers, heads, feed-forward units and residual dimensions.
 
-What to keep is decided by an importance measured on data: how much the loss would change, to first order, if a unit
-were scaled away (arXiv 1906.10771). A unit ``u`` is multiplied by a gate that is 1; then
+An importance measured on data decides what to keep: how much the loss would change, to first order, if a unit were
+scaled to zero (arXiv 1906.10771). A unit ``u`` is multiplied by a gate that is 1; then
 
-    ∂loss/∂gate_u = Σ w · ∂loss/∂w        over the weights w that carry what u gives
+    ∂loss/∂gate_u = Σ w · ∂loss/∂w        over the weights w that read u
 
-so one gradient with respect to the parameters tells it of all units at once, without looking inside the network. Where
-to cut is told by the logical axes of the parameters (``Model.axes``).
+so one gradient with respect to the parameters gives the importance of all units. The logical axes of the parameters
+(``Model.axes``) say where to cut.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Itera
 
 
 def _plain(axes: Params) -> bool:
-    """Has every layer one MLP, whose units can be chosen? (One of experts has not.)"""
+    """Whether every layer has one MLP, whose units can be chosen; a mixture of experts has not."""
     return axes.get("mlp", {}).get("down", {}).get("kernel") == ("layers", "mlp", "embed")
 
 
@@ -148,7 +148,7 @@ def like(
     measure: Callable[[], Importance],
     layers: Sequence[int] | None = None,
 ) -> tuple[DecoderConfig, Params]:
-    """``student_from`` with the sizes of another configuration; ``measure`` is called if units are chosen by it.
+    """``student_from`` with the sizes of another configuration; ``measure`` is called only if units are dropped.
 
     ``layers`` names those to keep; None: evenly spread.
 
@@ -184,21 +184,21 @@ def student_from(
     width: int | None = None,
     measured: Importance | None = None,
 ) -> tuple[DecoderConfig, Params]:
-    """A smaller decoder cut out of a larger one; what is not given stays whole.
+    """A smaller decoder cut out of a larger one; sizes that are not given stay.
 
-    Norms are over what is left of their dimensions; the width of a scaled embedding (Gemma) cannot change.
+    Norms are over the remaining dimensions; the width of a scaled embedding (Gemma) cannot change.
 
     Args:
       config: of the teacher.
       params: of the teacher; not changed.
-      layers: how many, evenly spread with the first and the last among them, or a list of those to keep, from 0.
+      layers: their number, evenly spread with the first and the last included, or a list of those to keep, from 0.
       kv_heads: groups of heads to keep in every layer, each with all its query heads; the most important ones.
       feed_forward: units to keep in every layer, likewise.
       width: residual dimensions to keep, the same everywhere, likewise.
       measured: from ``importance``; needed unless only layers are left out.
 
     Returns:
-      ``(config, params)`` of the student: parameters in the order they had, of the teacher's values.
+      ``(config, params)`` of the student: the teacher's values, in their order.
 
     Raises:
       ValueError: sizes larger than the teacher's, layers it has not, or no ``measured`` where it is needed.
@@ -287,7 +287,7 @@ def _kept(config: DecoderConfig, layers: int | Sequence[int] | None) -> tuple[in
 
 
 def _check_shapes(config: DecoderConfig, params: Params) -> None:
-    """Raises ValueError for a parameter that was not cut as this configuration has it: an option nobody thought of."""
+    """Raises ValueError for a parameter whose shape is not that of this configuration."""
     wanted = jax.eval_shape(decoder(config).init, jax.random.key(0))
     for (path, leaf), want in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True):
         if leaf.shape != want.shape:
@@ -298,7 +298,7 @@ def _check_shapes(config: DecoderConfig, params: Params) -> None:
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the ``count`` largest of every row, in the order they stand in."""
+    """Indices of the ``count`` largest values of every row, ascending."""
     return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
 
 

@@ -1,7 +1,7 @@
 """Kernels as products of two thin factors: low-rank students, and LoRA.
 
-A kernel is read as a matrix from what it sums over to what it gives, ``W [inputs, outputs]``; ``left [inputs…, r]`` and
-``right [r, outputs…]`` stand for the product ``left · right``, which is never formed (``layers.Projection``):
+A kernel is a matrix ``W [inputs, outputs]``; ``left [inputs…, r]`` and ``right [r, outputs…]`` replace it by the
+product ``left · right``, which is never formed (``layers.Projection``):
 
     low rank   y = (x · left) · right                                  in place of  y = x · W
     LoRA       y = x · W + α/r · (x · lora_left) · lora_right          W frozen    (arXiv 2106.09685)
@@ -55,7 +55,7 @@ def kernels_of(model: Model, names: Sequence[str] = ()) -> list[Kernel]:
 
     Args:
       model: with stacked layers and declared axes, such as ``decoder``.
-      names: of ``KERNELS``; empty: all the model has.
+      names: of ``parameters.KERNELS``; empty: all the model has.
 
     Raises:
       ValueError: a name the model has no kernel of, or a model without any.
@@ -190,7 +190,7 @@ def _above_zero(weights: np.ndarray) -> np.ndarray:
 
 
 def fisher_rows(model: Model, params: Params, loss: Callable[[Params, Any], Array], batches: Iterable[Any]) -> Params:
-    """What an error in each row of a kernel costs: the root of Σ over the row of E[(∂loss/∂W)²] (arXiv 2207.00112).
+    """Cost of an error in each row of a kernel: the root of Σ over the row of E[(∂loss/∂W)²] (arXiv 2207.00112).
 
     Args:
       model: whose kernels are to be factored.
@@ -199,7 +199,7 @@ def fisher_rows(model: Model, params: Params, loss: Callable[[Params, Any], Arra
       batches: at least one; the square is taken of every batch's gradient.
 
     Returns:
-      ``rows`` ``[N, inputs]`` in the place of every kernel, for ``low_rank``.
+      ``rows`` ``[N, inputs]`` for every kernel, for ``low_rank``.
 
     Raises:
       ValueError: no batches.

@@ -1,4 +1,4 @@
-"""Students that learn only a part of their parameters: LoRA, and frozen tables."""
+"""Students with frozen parameters: LoRA, and frozen embeddings or heads."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from distill.trees import flat, nested
 
 
 def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequence[str] = ()) -> Model:
-    """A model of which only a correction of rank r is learnt; everything else is frozen (arXiv 2106.09685).
+    """A model that learns only a correction of rank r; everything else is frozen (arXiv 2106.09685).
 
         y = x · W + α/r · (x · A) · B        A [inputs, r] normal with deviation 1/√inputs,  B [r, outputs] zero
 
-    ``init`` gives A and B alone (``lora_left`` and ``lora_right`` beside each kernel): they are what a ``TrainState``
-    holds. ``apply``, ``unembed`` and ``head`` take them joined with the parameters of ``model``
-    (``joined(base_params, params)``), as the train step does with ``Frozen``. Where the teacher is the base, both are
-    the same arrays. At the start B = 0 and the model is its base, to the bit.
+    ``init`` returns A and B alone (``lora_left`` and ``lora_right`` beside each kernel): a ``TrainState`` holds only
+    them. ``apply``, ``unembed`` and ``head`` take them joined with the parameters of ``model``
+    (``joined(base_params, params)``), as the train step does with ``Frozen``. A teacher that is the base shares its
+    arrays. At the start B = 0, and the model is bit-identical to its base.
 
     Args:
       model: the base, whose layers use ``Projection``.
@@ -89,8 +89,8 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
 def freeze(model: Model, names: Sequence[str]) -> Model:
     """The model with some top-level parameters frozen: ``init`` gives the others, ``apply`` takes all, joined.
 
-    With ``("embedding", "head")`` a student can share these arrays with a teacher of its width: they are neither
-    learnt nor held twice.
+    With ``("embedding", "head")`` a student shares these arrays with a teacher of its width: they are not learnt, and
+    memory holds them once.
 
     Raises:
       ValueError: names the model has no parameters of, or nothing that would be left to learn.
