@@ -9,7 +9,7 @@ of memory are the least: every product reads its operands and writes its result 
 from typing import NamedTuple
 
 from distill.devices.chips import Chip
-from distill.models import DecoderConfig
+from distill.models.config import DecoderConfig
 
 LOGIT_BYTES = 30
 """Memory traffic of a chunked head for each token and word: about seven passes over float32 logits."""
