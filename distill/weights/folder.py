@@ -101,6 +101,8 @@ def load(
             shapes, (_, table, source, ignored) = shapes_of(opened.config), opened
             return held, assemble(shapes, table, source, place, dtype=stored, ignored=ignored)
     except ValueError as error:
+        if str(error).startswith(str(path_or_name)):
+            raise
         raise ValueError(f"{path_or_name}: {error}") from error
 
 
