@@ -21,7 +21,7 @@ smollm2: $(VENV)/.gguf
 	$(BIN)/python scripts/report.py --run runs/smollm2_text
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 	$(BIN)/python -m pytest --nbmake notebooks -p no:cacheprovider
 
 lint: $(VENV)/.dev

@@ -1,10 +1,10 @@
 """``Batch``: what a step sees, and the shift from tokens to inputs and labels."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.shapes import Array, Bool, Float, Int
+from distill.shapes import Array, Bool, Int
 
 
 class Batch(NamedTuple):
@@ -16,8 +16,9 @@ class Batch(NamedTuple):
     positions: Int[Array, "*batch L"]
     segments: Int[Array, "*batch L"]
     """Tokens attend within their segment only; 0 is padding."""
-    teacher_logits: Float[Array, "*batch L V"] | None = None
-    """The teacher's logits, where they were computed beforehand (small vocabularies)."""
+    targets: Any = None
+    """Any tree of per-position arrays ``[*batch, L, …]`` known beforehand, or None: what is stored of a teacher
+    (``losses.DenseTargets``, ``SparseTargets``, ``SampledTargets``, ``HiddenTargets``), or whatever a term reads."""
 
 
 def shift(tokens: np.ndarray, counts: np.ndarray, segments: np.ndarray | None = None) -> Batch:

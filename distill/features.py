@@ -7,43 +7,23 @@ at any depth. Widths that differ meet through a learned projector, which lives i
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from distill import losses
 from distill.batch import Batch
+from distill.losses import hidden, reduce
 from distill.models.config import EncoderConfig
 from distill.models.model import Model
 from distill.models.output import Collect
 from distill.models.parameters import normal
 from distill.shapes import Array, Nats, Params
+from distill.term import Needs, Term, View
 from distill.trees import joined
 
-Features = dict[str, dict[int, Any]]
-"""``Output.collected``: by the names of ``Collect``, then by layer."""
-
-HIDDEN_LOSSES = {"mse": losses.hidden_mse, "cosine": losses.hidden_cosine, "projected_mse": losses.projected_mse}
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureTerm:
-    """One summand of the objective that looks inside both networks.
-
-    Example:
-      >>> def last(student, teacher, batch, params):
-      ...     return losses.hidden_cosine(student["hidden"][2], teacher["hidden"][4])
-      >>> term = FeatureTerm("last_cosine", last, Collect(hidden=(2,)), Collect(hidden=(4,)), weight=0.1)
-    """
-
-    name: str
-    per_position: Callable[[Features, Features, Batch, Params], Nats]
-    """``(student_features, teacher_features, batch, student_params) -> [B, L]``."""
-    student: Collect
-    teacher: Collect
-    weight: float = 1.0
+HIDDEN_LOSSES = {"mse": hidden.hidden_mse, "cosine": hidden.hidden_cosine, "projected_mse": hidden.projected_mse}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +64,7 @@ class FeatureConfig:
         return self.hidden_weight > 0.0 and self.hidden_loss == "projected_mse"
 
 
-def feature_terms(config: FeatureConfig, student: Model, teacher: Model) -> tuple[FeatureTerm, ...]:
+def feature_terms(config: FeatureConfig, student: Model, teacher: Model) -> tuple[Term, ...]:
     """The terms with a weight above 0, for these two models.
 
     Raises:
@@ -95,10 +75,10 @@ def feature_terms(config: FeatureConfig, student: Model, teacher: Model) -> tupl
     depths = [_depth(name, model) for name, model in (("student", student), ("teacher", teacher))]
     terms = []
     if config.hidden_weight:
-        pairs = losses.layer_map(*depths, config.layers)
+        pairs = hidden.layer_map(*depths, config.layers)
         terms.append(_hidden_term(config, (((0, 0),) if config.embeddings else ()) + pairs))
     if config.attention_weight:
-        terms.append(_attention_term(config, losses.layer_map(*depths, config.layers)))
+        terms.append(_attention_term(config, hidden.layer_map(*depths, config.layers)))
     if config.relation_weight:
         layers = depths[0], config.relation_layer or depths[1]
         terms.append(_relation_term(config, *layers, causal=not isinstance(student.config, EncoderConfig)))
@@ -112,43 +92,48 @@ def _depth(name: str, model: Model) -> int:
     return model.config.layers
 
 
-def _hidden_term(config: FeatureConfig, pairs) -> FeatureTerm:
+def _hidden_term(config: FeatureConfig, pairs) -> Term:
     loss = HIDDEN_LOSSES[config.hidden_loss]
 
-    def per_position(student: Features, teacher: Features, batch: Batch, params: Params) -> Nats:
-        extra = (params["projectors"]["hidden"],) if config.projected else ()
+    def value(view: View) -> Nats:
+        extra = (view.params["projectors"]["hidden"],) if config.projected else ()
 
         def one(m: int, n: int) -> Nats:
-            s, t = (losses.select(side, batch.mask) for side in (student["hidden"][m], teacher["hidden"][n]))
-            return loss(s, t, *extra)
+            states = view.student_features["hidden"][m], view.teacher_features["hidden"][n]
+            return loss(*(reduce.select(x, view.batch.mask) for x in states), *extra)
 
         return sum(one(m, n) for m, n in pairs) / len(pairs)
 
-    sides = [Collect(hidden=tuple(layers)) for layers in zip(*pairs, strict=True)]
-    return FeatureTerm(f"hidden_{config.hidden_loss}", per_position, *sides, config.hidden_weight)
+    needs = _layers(*(Collect(hidden=tuple(layers)) for layers in zip(*pairs, strict=True)))
+    return Term(f"hidden_{config.hidden_loss}", config.hidden_weight, needs, value)
 
 
-def _attention_term(config: FeatureConfig, pairs) -> FeatureTerm:
-    def per_position(student: Features, teacher: Features, batch: Batch, params: Params) -> Nats:
-        options = {"segments": batch.segments, "average_heads": config.average_heads}
-        maps = ((student["attention"][m], teacher["attention"][n]) for m, n in pairs)
-        return sum(losses.attention_kl(s, t, **options) for s, t in maps) / len(pairs)
+def _attention_term(config: FeatureConfig, pairs) -> Term:
+    def value(view: View) -> Nats:
+        options = {"segments": view.batch.segments, "average_heads": config.average_heads}
+        maps = ((view.student_features["attention"][m], view.teacher_features["attention"][n]) for m, n in pairs)
+        return sum(hidden.attention_kl(s, t, **options) for s, t in maps) / len(pairs)
 
-    sides = [Collect(attention=tuple(layers)) for layers in zip(*pairs, strict=True)]
-    return FeatureTerm("attention_kl", per_position, *sides, config.attention_weight)
-
-
-def _relation_term(config: FeatureConfig, student_layer: int, teacher_layer: int, *, causal: bool) -> FeatureTerm:
-    def per_position(student: Features, teacher: Features, batch: Batch, params: Params) -> Nats:
-        options = {"segments": batch.segments, "relation_heads": config.relation_heads, "causal": causal}
-        kinds = zip(student["relations"][student_layer], teacher["relations"][teacher_layer], strict=True)
-        return sum(losses.relation_kl(s, t, **options) for s, t in kinds)
-
-    sides = Collect(relations=(student_layer,)), Collect(relations=(teacher_layer,))
-    return FeatureTerm("relation_kl", per_position, *sides, config.relation_weight)
+    needs = _layers(*(Collect(attention=tuple(layers)) for layers in zip(*pairs, strict=True)))
+    return Term("attention_kl", config.attention_weight, needs, value)
 
 
-def _try(terms: Sequence[FeatureTerm], student: Model, teacher: Model) -> None:
+def _relation_term(config: FeatureConfig, student_layer: int, teacher_layer: int, *, causal: bool) -> Term:
+    def value(view: View) -> Nats:
+        options = {"segments": view.batch.segments, "relation_heads": config.relation_heads, "causal": causal}
+        of_student, of_teacher = view.student_features["relations"], view.teacher_features["relations"]
+        kinds = zip(of_student[student_layer], of_teacher[teacher_layer], strict=True)
+        return sum(hidden.relation_kl(s, t, **options) for s, t in kinds)
+
+    needs = _layers(Collect(relations=(student_layer,)), Collect(relations=(teacher_layer,)))
+    return Term("relation_kl", config.relation_weight, needs, value)
+
+
+def _layers(student: Collect, teacher: Collect) -> Needs:
+    return Needs(student_layers=student, teacher_layers=teacher)
+
+
+def _try(terms: Sequence[Term], student: Model, teacher: Model) -> None:
     """Every check of the losses, on shapes alone."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     batch = Batch(tokens, tokens, tokens == 0, tokens, tokens + 1)
@@ -160,7 +145,8 @@ def _try(terms: Sequence[FeatureTerm], student: Model, teacher: Model) -> None:
             model.apply(params, tokens, collect=collect).collected
             for (model, params), collect in zip(sides, wanted, strict=True)
         ]
-        return [term.per_position(*features, batch, sides[0][1]) for term in terms]
+        view = View(student_features=features[0], teacher_features=features[1], batch=batch, params=sides[0][1])
+        return [term.value(view) for term in terms]
 
     try:
         jax.eval_shape(values, jax.random.key(0))
@@ -172,13 +158,14 @@ def _whole(model: Model, key: Array) -> Params:
     return model.init(key) if model.base is None else joined(model.base.init(key), model.init(key))
 
 
-def collect_of(terms: Sequence[Any], side: Literal["student", "teacher"]) -> Collect | None:
-    """All that the feature terms among ``terms`` need from one side; None if there are none."""
-    wanted = [getattr(term, side) for term in terms if isinstance(term, FeatureTerm)]
+def collect_of(terms: Sequence[Term], side: Literal["student", "teacher"]) -> Collect | None:
+    """All layers that terms need of one side; None if they need none."""
+    of = {"student": lambda needs: needs.student_layers, "teacher": lambda needs: needs.teacher_layers}[side]
+    wanted = [layers for layers in (of(term.needs) for term in terms) if layers is not None]
     if not wanted:
         return None
-    names = (field.name for field in dataclasses.fields(Collect))
-    return Collect(**{name: tuple(sorted({n for c in wanted for n in getattr(c, name)})) for name in names})
+    asked = [dataclasses.asdict(layers) for layers in wanted]
+    return Collect(**{name: tuple(sorted({n for each in asked for n in each[name]})) for name in asked[0]})
 
 
 def projector_shapes(config: FeatureConfig, student: Model, teacher: Model) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,7 @@ is multiplied by T². It is done here, once; a metric named after a divergence i
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from distill import losses
 from distill.batch import Batch
-from distill.features import FeatureConfig, FeatureTerm
-from distill.losses.reduce import Pair
+from distill.features import FeatureConfig
 from distill.models.model import Model
-from distill.shapes import Array, Labels, Logits, Nats
+from distill.shapes import Array, Logits
+from distill.term import BOTH_LOGITS, LOGITS, SIGNAL, Needs, Term, Terms, View
 
 DIVERGENCES = {
     function.__name__: function
@@ -43,40 +43,6 @@ DIVERGENCES = {
     )
 }
 """The soft terms a configuration can name; any other goes into a ``Term`` of one's own."""
-
-PerPosition = Callable[[Logits, Logits, Labels], Nats]
-"""``(student_logits, teacher_logits, labels) -> nats``: any pure function, a user's own included."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """One summand of the objective.
-
-    Example:
-      >>> halved = Term("squared_error", lambda s, t, labels: 0.5 * ((s - t) ** 2).sum(-1), weight=0.1)
-    """
-
-    name: str
-    per_position: PerPosition
-    weight: float = 1.0
-    needs_teacher: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterTerm:
-    """The load-balancing loss of a student that is a mixture of experts (``losses.load_balancing``).
-
-    It looks at no label and at no teacher; the tokens are those of a batch, of all devices (of a micro-batch, where
-    there are several: then their mean is taken, weighed by counted tokens).
-    """
-
-    weight: float
-    name: str = "load_balancing"
-
-
-AnyTerm = Term | FeatureTerm | RouterTerm
-Terms = Sequence[AnyTerm] | Callable[[Array], Sequence[AnyTerm]]
-"""Terms, or a function of the optimizer step that gives them: weights and temperatures may follow a schedule."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +85,7 @@ class ObjectiveConfig:
             raise ValueError(f"objective: beta={self.beta}; expected a number in [0, 1].")
         try:  # the hyperparameters, by the divergence itself; nothing is computed
             logits, label = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-            jax.eval_shape(distillation_term(self).per_position, logits, logits, label)
+            jax.eval_shape(distillation_term(self).value, View(logits, logits, label))
         except ValueError as error:
             raise ValueError(f"objective: {error}") from error
         if self.router_weight is not None and self.router_weight < 0.0:
@@ -161,21 +127,34 @@ class ObjectiveConfig:
 
 def task_term(weight: float = 1.0) -> Term:
     """Cross-entropy with the labels."""
-    return Term("cross_entropy", lambda s, t, labels: losses.cross_entropy(s, labels), weight, needs_teacher=False)
+    return Term("cross_entropy", weight, LOGITS, lambda view: losses.cross_entropy(view.student_logits, view.labels))
 
 
 def distillation_term(config: ObjectiveConfig) -> Term:
-    """The soft term, T² included in its weight."""
+    """The soft term, T² included in its weight.
+
+    It compares the student with all logits of the teacher where they are there, live or stored, else with the stored
+    targets (``losses.from_targets``).
+    """
     divergence = DIVERGENCES[config.divergence]
     known = inspect.signature(divergence).parameters
-    chosen = {name: getattr(config, name) for name in ("temperature", "alpha", "beta", "mu", "interpolation")}
+    chosen = {name: vars(config)[name] for name in ("temperature", "alpha", "beta", "mu", "interpolation")}
     options = {name: value for name, value in chosen.items() if name in known and value is not None}
     factor = config.temperature**2 if config.temperature_squared else 1.0
-    return Term(config.divergence, lambda s, t, labels: divergence(s, t, **options), config.kd_weight * factor)
+
+    def value(view: View):
+        if view.teacher_logits is not None:
+            return divergence(view.student_logits, view.teacher_logits, **options)
+        return losses.from_targets(divergence, view.student_logits, view.targets, **options)
+
+    return Term(config.divergence, config.kd_weight * factor, SIGNAL, value)
 
 
-def router_terms(student: Model, weight: float | None = None) -> tuple[RouterTerm, ...]:
+def router_terms(student: Model, weight: float | None = None) -> tuple[Term, ...]:
     """The term that keeps a student's experts equally busy; none without experts or with a weight of 0.
+
+    It looks at no label and at no teacher. The tokens are those of a batch, of all devices (of a micro-batch, where
+    there are several: then their mean is taken, weighed by counted tokens).
 
     Args:
       student: its configuration says whether it has experts.
@@ -183,16 +162,20 @@ def router_terms(student: Model, weight: float | None = None) -> tuple[RouterTer
 
     Example:
       >>> from distill.models import DecoderConfig, decoder
-      >>> router_terms(decoder(DecoderConfig(experts=4, router_loss_weight=0.01)))
-      (RouterTerm(weight=0.01, name='load_balancing'),)
+      >>> [term.name for term in router_terms(decoder(DecoderConfig(experts=4, router_loss_weight=0.01)))]
+      ['load_balancing']
     """
     if not getattr(student.config, "experts", 0):
         return ()
     weight = student.config.router_loss_weight if weight is None else weight
-    return (RouterTerm(weight),) if weight else ()
+
+    def value(view: View):
+        return losses.load_balancing(view.routing.counts, view.routing.probabilities, view.routed)
+
+    return (Term("load_balancing", weight, Needs(routing=True), value),) if weight else ()
 
 
-def terms_of(config: ObjectiveConfig, features: Sequence[FeatureTerm | RouterTerm] = ()) -> Terms:
+def terms_of(config: ObjectiveConfig, features: Sequence[Term] = ()) -> Terms:
     """The terms with a weight above 0 and ``features``; a function of the step if anything is scheduled."""
     task = (task_term(config.task_weight),) if config.task_weight else ()
     if config.scheduled:
@@ -200,30 +183,95 @@ def terms_of(config: ObjectiveConfig, features: Sequence[FeatureTerm | RouterTer
     return (*((distillation_term(config),) if config.kd_weight else ()), *task, *features)
 
 
-def terms_at(terms: Terms, step: Array) -> Sequence[AnyTerm]:
+def terms_at(terms: Terms, step: Array) -> Sequence[Term]:
     """The terms at an optimizer step."""
     return terms(step) if callable(terms) else terms
 
 
-def per_position(terms: Sequence[Term], student_logits: Logits, teacher_logits: Logits | None, labels: Labels):
-    """Every term's nats, by name.
+# ---- evaluation
+
+
+def _agreement(view: View) -> Array:
+    below = (x - jnp.max(x, axis=-1, keepdims=True) for x in (view.student_logits, view.teacher_logits))
+    same = jnp.max(sum(below), axis=-1) >= 0.0  # no argmax: XLA's CPU backend takes four times as long for two of them
+    return same.astype(jnp.float32)
+
+
+MEASURES = (
+    Term("agreement", 0.0, BOTH_LOGITS, _agreement),
+    Term(
+        "teacher_cross_entropy", 0.0, BOTH_LOGITS, lambda view: losses.cross_entropy(view.teacher_logits, view.labels)
+    ),
+)
+"""What is logged of student and teacher side by side; no part of the loss, and no gradient."""
+
+RESERVED = frozenset({"loss", "gradient_norm", "skipped"} | {term.name for term in MEASURES})
+"""Metrics of every step; no term may have such a name."""
+
+
+def evaluate(
+    terms: Sequence[Term], student_logits: Logits | None, teacher_logits: Logits | None, view: View
+) -> tuple[Array, dict[str, Array]]:
+    """Σ weight · value of the terms, and by name every term's value and, with a teacher, the ``MEASURES``.
+
+    The one place where terms are evaluated: the train step calls it on whole batches and, through ``losses.chunked``,
+    on rows of positions; preflight calls it on held-out text.
+
+    Args:
+      terms: at one step.
+      student_logits: ``[..., V]``; None where no term needs logits.
+      teacher_logits: ``[..., V]``; None: those that ``view.targets`` holds, if any.
+      view: everything else.
+
+    Returns:
+      The total and the values, per position ``[...]``, multiplied by ``view.weights``; a term's scalar as it is.
 
     Raises:
-      ValueError: a term needs a teacher and there is none.
+      ValueError: a term needs what the view does not have.
     """
+    teacher_logits = losses.logits_of(view.targets) if teacher_logits is None else teacher_logits
+    view = view._replace(student_logits=student_logits, teacher_logits=teacher_logits)
+    values, total = {}, jnp.float32(0.0)
     for term in terms:
-        if term.needs_teacher and teacher_logits is None:
-            raise ValueError(f"the term {term.name!r} needs a teacher; give the step one, or set needs_teacher=False.")
-    return {term.name: term.per_position(student_logits, teacher_logits, labels) for term in terms}
+        _check_needs(term, view)
+        value = term.value(view)
+        values[term.name] = value if view.weights is None or not value.ndim else view.weights * value
+        total = total + term.weight * values[term.name]
+    if student_logits is not None and teacher_logits is not None:
+        for term in MEASURES:
+            value = term.value(view)
+            values[term.name] = value if view.weights is None else view.weights * value
+    return total, values
 
 
-def total(terms: Sequence[AnyTerm], values: dict[str, Array]) -> Array:
-    """Σ weight · value."""
-    return sum((term.weight * values[term.name] for term in terms), start=jnp.float32(0.0))
+def _check_needs(term: Term, view: View) -> None:
+    if term.needs.teacher_logits and view.teacher_logits is None:
+        raise ValueError(
+            f"the term {term.name!r} needs the teacher's logits; give the step a teacher, or stored DenseTargets or "
+            "HiddenTargets."
+        )
+    if term.needs.signal and view.teacher_logits is None and view.targets is None:
+        raise ValueError(f"the term {term.name!r} needs a teacher; give the step one, or a batch with targets.")
+
+
+def check_terms(terms: Sequence[Term]) -> None:
+    """Names that would be counted twice, or overwrite a metric.
+
+    Raises:
+      ValueError: no terms, two of one name, or a reserved name.
+    """
+    if not terms:
+        raise ValueError("make_train_step: no terms; expected at least one, such as objective.task_term().")
+    names = [term.name for term in terms]
+    for name in names:
+        if name in RESERVED:
+            raise ValueError(f"a term is named {name!r}, which is a metric of every step; choose another name.")
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} terms are named {name!r}; a name may stand once, choose others.")
 
 
 def position_weights(reduction: str, batch: Batch) -> Array | None:
-    """What a position weighs in a mean; None: all that count weigh 1.
+    """Weight of each position in the mean; None means uniform.
 
     Raises:
       ValueError: an unknown reduction.
@@ -231,18 +279,3 @@ def position_weights(reduction: str, batch: Batch) -> Array | None:
     if reduction not in ("token_mean", "sequence_mean"):
         raise ValueError(f"reduction={reduction!r}; expected 'token_mean' or 'sequence_mean'.")
     return losses.sequence_weights(batch.mask, batch.segments) if reduction == "sequence_mean" else None
-
-
-def evaluate_terms(
-    terms: Sequence[Term],
-    student_logits: Logits,
-    teacher_logits: Logits | None,
-    batch: Batch,
-    weights: Array | None = None,
-) -> dict[str, Pair]:
-    """Every term's (sum, weight) on a batch; positions outside ``batch.mask`` have no part in it."""
-    student_logits = losses.select(student_logits, batch.mask)
-    teacher_logits = None if teacher_logits is None else losses.select(teacher_logits, batch.mask)
-    labels = jnp.where(batch.mask, batch.labels, 0)
-    nats = per_position(terms, student_logits, teacher_logits, labels)
-    return {name: losses.masked_sum(values, batch.mask, weights) for name, values in nats.items()}

@@ -11,9 +11,9 @@ compiled for them. The state is donated, the teacher never. On a mesh a state is
 will live (``draw_state``, ``abstract_state``): no device ever holds all of it.
 """
 
+import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,12 +26,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from distill.batch import Batch
-from distill.devices import processes
-from distill.devices.backend import unroll as in_a_row
+from distill.devices import backend, processes
 from distill.models.model import Model
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params
-from distill.step import Frozen, TrainState, TrainStep, init_state, scan_steps
+from distill.state import Frozen, TrainState, TrainStep, init_state
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 """Logical axis → the mesh axis, or axes, it is cut over; None: not cut."""
@@ -89,17 +88,22 @@ class ParallelConfig:
     teacher: Literal["split", "gathered", "replicated"] = "split"
     """Likewise the teacher."""
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis of the mesh → its devices; data takes what these leave."""
+        return {axis: vars(self)[axis] for axis in AXES if axis != "data"}
+
     def __post_init__(self):
-        sizes = {axis: getattr(self, axis) for axis in AXES if axis != "data"}
+        sizes = self.sizes
         if min(sizes.values()) < 1:
             raise ValueError(f"parallel: {_listed(sizes)}; expected at least 1.")
         if self.backend in ("one_device", "pmap") and math.prod(sizes.values()) > 1:
             raise ValueError(
                 f"parallel: {self.backend} cannot shard: {_listed(sizes)}; use backend=mesh, or 1 for each of them."
             )
-        for name in ("student", "teacher"):
-            if getattr(self, name) not in RULES:
-                raise ValueError(f"parallel: {name}={getattr(self, name)!r}; expected one of {', '.join(RULES)}.")
+        for name, rules in (("student", self.student), ("teacher", self.teacher)):
+            if rules not in RULES:
+                raise ValueError(f"parallel: {name}={rules!r}; expected one of {', '.join(RULES)}.")
 
 
 def _listed(sizes: Mapping[str, int]) -> str:
@@ -117,7 +121,7 @@ class Wrapping:
     place_examples: Callable[[Batch], Batch]
     place_rows: Callable[[Any], Any]
     """``[K, B]`` indices of K batches, or a ``Batch`` of ``[K, B, …]``: K batches themselves."""
-    fetch_state: Callable[[TrainState], TrainState]
+    fetch_state: Callable[[TrainState], TrainState] = lambda state: state
     """The state as one global tree, for checkpoints and evaluation."""
     fetch_metrics: Callable[[Any], Any] = lambda metrics: metrics
     places: tuple[Any, Any] | None = None
@@ -134,7 +138,7 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     Raises ValueError where the axes do not divide the number of devices, or dcn is not the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES if axis != "data"}
+    sizes = config.sizes
     inner = math.prod(sizes.values())
     if len(devices) % inner:
         raise ValueError(
@@ -238,24 +242,56 @@ def abstract_state(student: Model, optimizer: optax.GradientTransformation, wrap
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
-def compiler_options() -> dict[str, int] | None:
-    """For ``jax.jit``: on a CPU the second level of LLVM, whose programs are as fast and ready a quarter sooner.
+def scan_steps(
+    train_step: TrainStep,
+    *,
+    unpack: Callable[[Any], Params | Frozen | None] | None = None,
+    cut: Callable[[Batch], Batch] | None = None,
+    mesh: Mesh | None = None,
+) -> Callable:
+    """Several steps in one program: ``(state, teacher_params, examples, rows [K, B]) -> (state, metrics [K])``.
 
-    Where XLA_FLAGS names a level, that one.
+    One dispatch for K small steps: on tiny models Python would otherwise be the bottleneck.
+
+    Args:
+      train_step: one update.
+      unpack: makes the teacher's parameters of the form in which they are kept between programs.
+      cut: how a batch lies over the devices.
+      mesh: the step is traced for; layers ask for it.
+
+    Returns:
+      A function of ``examples``, a ``Batch`` of all examples, and ``rows``: step k trains on ``examples[rows[k]]``.
+      Where the examples are None, ``rows`` are the batches themselves, a ``Batch`` of ``[K, B, …]``.
     """
-    named = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
-    return None if named or jax.default_backend() != "cpu" else {"xla_backend_optimization_level": 2}
+    context = None if mesh is None else mesh.abstract_mesh
+
+    def steps(state: TrainState, frozen: Any, examples: Batch | None, rows: Array | Batch):
+        def one(state: TrainState, row: Array | Batch):
+            batch = row if examples is None else jax.tree.map(lambda field: field[row], examples)
+            batch = batch if cut is None else cut(batch)
+            with contextlib.nullcontext() if context is None else jax.sharding.use_abstract_mesh(context):
+                return train_step(state, frozen if unpack is None else unpack(frozen), batch)
+
+        return jax.lax.scan(one, state, rows)
+
+    return steps
 
 
-def one_device(train_step: TrainStep) -> Wrapping:
-    """jit on the default device."""
+def one_device(train_step: TrainStep, device: jax.Device | None = None) -> Wrapping:
+    """jit on one device; None: the default one."""
 
-    def step(state: TrainState, frozen: Params | Frozen | None, batch: Batch):
-        return train_step(state, _stacked(frozen), batch)
+    steps = scan_steps(train_step, unpack=_stacked)
 
-    steps = jax.jit(scan_steps(step), donate_argnums=0, compiler_options=compiler_options())
-    place = jax.device_put
-    return Wrapping(steps, _owned, lambda frozen: place(_one_by_one(frozen)), place, place, lambda state: state)
+    def place(tree: Any) -> Any:
+        return jax.device_put(tree, device)
+
+    return Wrapping(
+        steps=jax.jit(steps, donate_argnums=0, compiler_options=backend.compiler_options()),
+        place_state=lambda tree: place(_owned(tree)),
+        place_params=lambda frozen: place(_one_by_one(frozen)),
+        place_examples=place,
+        place_rows=place,
+    )
 
 
 @struct.dataclass
@@ -266,7 +302,7 @@ class _Layers:
 
 
 def _one_by_one(frozen: Params | Frozen | None) -> Any:
-    """The teacher with its layers apart, where they will be written out one after the other (``in_a_row``).
+    """The teacher with its layers apart, where they will be written out one after the other (``backend.unroll``).
 
     XLA's CPU backend copies a layer out of a stack before it multiplies by it, all of the teacher in every step.
     ``_stacked`` puts them together again: of that nothing is left in the compiled step. A student's frozen part stays
@@ -277,7 +313,7 @@ def _one_by_one(frozen: Params | Frozen | None) -> Any:
 
     def apart(path, x: Array):
         inside = any(getattr(key, "key", None) == "layers" for key in path)
-        return _Layers(tuple(np.asarray(x))) if inside and x.ndim and in_a_row(x.shape[0], "none") > 1 else x
+        return _Layers(tuple(np.asarray(x))) if inside and x.ndim and backend.unroll(x.shape[0]) > 1 else x
 
     return jax.tree_util.tree_map_with_path(apart, frozen)
 
@@ -309,32 +345,25 @@ def on_mesh(
     rows = NamedSharding(mesh, PartitionSpec(None, over))
     texts = NamedSharding(mesh, PartitionSpec(over, "sequence"))
 
-    def step(state: TrainState, teacher_params: Params | None, batch: Batch):
-        if mesh.shape.get("sequence", 1) > 1:
-            batch = jax.tree.map(lambda field: jax.lax.with_sharding_constraint(field, texts), batch)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention asks for it
-            return train_step(state, teacher_params, batch)
+    long, parts = mesh.shape.get("sequence", 1), math.prod(mesh.shape[axis] for axis in over)
 
-    parts = math.prod(mesh.shape[axis] for axis in over)
-    steps = jax.jit(
-        scan_steps(step),
-        donate_argnums=0,
-        in_shardings=(state, frozen, everywhere, rows),
-        out_shardings=(state, everywhere),
-    )
+    def cut(batch: Batch) -> Batch:
+        return jax.tree.map(lambda field: jax.lax.with_sharding_constraint(field, texts), batch)
+
+    steps = scan_steps(train_step, cut=cut if long > 1 else None, mesh=mesh)
+    shardings = {"in_shardings": (state, frozen, everywhere, rows), "out_shardings": (state, everywhere)}
     return Wrapping(
-        steps,
-        lambda tree: processes.spread(_owned(tree), state),
-        lambda tree: processes.spread(tree, frozen),
-        lambda tree: processes.spread(_cuttable(tree, mesh.shape.get("sequence", 1)), everywhere),
-        lambda array: processes.spread(divisible(array, parts), rows),
-        lambda tree: tree,
+        steps=jax.jit(steps, donate_argnums=0, **shardings),
+        place_state=lambda tree: processes.spread(_owned(tree), state),
+        place_params=lambda tree: processes.spread(tree, frozen),
+        place_examples=lambda tree: processes.spread(_cuttable(tree, long), everywhere),
+        place_rows=lambda array: processes.spread(divisible(array, parts), rows),
         places=(state, frozen),
         parts=parts,
     )
 
 
-def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | None = None) -> Wrapping:
+def pmapped(make_step: Callable[[str], TrainStep], devices: Sequence[jax.Device] | None = None) -> Wrapping:
     """pmap over the devices: every device holds the whole state and a part of the batch.
 
     Args:
@@ -342,7 +371,7 @@ def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | N
       devices: None: all.
     """
     devices = jax.devices() if devices is None else devices
-    steps = jax.pmap(scan_steps(make_step("data")), axis_name="data", devices=devices, donate_argnums=0)
+    steps = jax.pmap(scan_steps(make_step("data")), axis_name="data", devices=list(devices), donate_argnums=0)
     place = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
 
     def replicate(tree):  # as the steps give it back: they are compiled once
@@ -355,8 +384,16 @@ def pmapped(make_step: Callable[[str], TrainStep], devices: list[jax.Device] | N
         dealt = jax.tree.map(parts, divisible(rows, len(devices)))
         return jax.device_put(dealt, place)
 
-    back = jax_utils.unreplicate
-    return Wrapping(steps, replicate, replicate, replicate, place_rows, back, back, parts=len(devices))
+    return Wrapping(
+        steps=steps,
+        place_state=replicate,
+        place_params=replicate,
+        place_examples=replicate,
+        place_rows=place_rows,
+        fetch_state=jax_utils.unreplicate,
+        fetch_metrics=jax_utils.unreplicate,
+        parts=len(devices),
+    )
 
 
 def divisible(rows: Any, devices: int) -> Any:
@@ -399,9 +436,9 @@ def wrap(
     if processes.count() > 1 and backend != "mesh":
         raise ValueError(f"parallel: backend={backend} with {processes.count()} processes; expected mesh, or auto.")
     if backend == "pmap":
-        return pmapped(make_step)
+        return pmapped(make_step, devices)
     if backend == "one_device":
-        return one_device(make_step(None))
+        return one_device(make_step(None), devices[0] if devices else None)
     mesh = make_mesh(config, devices)
     rules = {"rules": RULES[config.student], "teacher_rules": RULES[config.teacher]}
     return on_mesh(make_step(None, mesh=mesh), student, optimizer, mesh, teacher, **rules)

@@ -11,102 +11,30 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from distill import parallel
 from distill.batch import Batch
-from distill.checkpoint import Checkpoints, KeepConfig, fingerprint, lock, refuse_changes, resumed
+from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes, resumed
 from distill.data.feed import Ahead, DataTimeout, InMemory
 from distill.data.loader import Loader
-from distill.devices import processes
+from distill.devices import backend, processes
 from distill.devices.profiling import Profile
 from distill.devices.speed import flops_per_token, shown_share, utilisation
 from distill.metrics import Writer, averages
 from distill.models.model import Model
 from distill.objective import Term
-from distill.optim import OptimizerConfig, optimizer
+from distill.optim import optimizer
 from distill.parallel import ParallelConfig, Wrapping
 from distill.progress import Progress
 from distill.shapes import Params
-from distill.step import Frozen, TrainState, init_state, make_train_step
+from distill.state import Frozen, TrainState, init_state
+from distill.step import make_train_step
+from distill.training import LogConfig, TrainingConfig
 from distill.trees import joined
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """How one model is trained."""
-
-    steps: int = 1500
-    """Optimizer steps in all; a multiple of steps_per_dispatch."""
-    batch_size: int = 256
-    """Global batch, in examples; must be divisible by micro_batches and by the number of devices."""
-    micro_batches: int = 1
-    """Parts in which a batch is worked through; the update is that of the whole batch."""
-    chunk_size: int | None = None
-    """Positions whose logits are alive at a time; 0: all; None: chosen by the vocabulary (``step.CHUNKED_FROM``)."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What a layer of the student keeps for the backward pass: ``none``: all it computed; ``dots``: products with
-    weights; ``full``: only its input, and the layer is computed twice. Values do not depend on it."""
-    steps_per_dispatch: int = 50
-    """Small steps in one program; evaluation and saving fall on its multiples."""
-    evaluate_every: int = 250
-    """Steps between points of the learning curve."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-    seed: int = 0
-    """Of the initial weights and the order of the data."""
-    keep: KeepConfig = KeepConfig()
-    """Checkpoints that are not deleted."""
-    on_nan: Literal["stop", "skip"] = "stop"
-    """Where loss or gradients are not finite: stop; or skip: the batch is spent, parameters and optimizer stay as they
-    are, to the bit, and the metrics count it."""
-    skips_in_a_row: int = 10
-    """So many batches skipped one after another stop the run."""
-    data_timeout: float = 600.0
-    """Seconds after which data that is read while the model trains, and does not come, ends the run, state saved."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-
-    def __post_init__(self):
-        counts = ("steps", "batch_size", "micro_batches", "steps_per_dispatch", "evaluate_every", "save_every")
-        for name in (*counts, "skips_in_a_row"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training: {name}={getattr(self, name)}; expected at least 1.")
-        for name in ("steps", "evaluate_every", "save_every"):
-            if getattr(self, name) % self.steps_per_dispatch:
-                raise ValueError(
-                    f"training: {name}={getattr(self, name)} is no multiple of "
-                    f"steps_per_dispatch={self.steps_per_dispatch}; change one of them."
-                )
-        if self.keep.best and self.save_every % self.evaluate_every:
-            raise ValueError(
-                f"training: keep.best={self.keep.best!r} needs an evaluation at every checkpoint, but "
-                f"save_every={self.save_every} is no multiple of evaluate_every={self.evaluate_every}."
-            )
-        if self.chunk_size is not None and self.chunk_size < 0:
-            raise ValueError(f"training: chunk_size={self.chunk_size}; expected at least 0, or None.")
-        if self.batch_size % self.micro_batches:
-            raise ValueError(
-                f"training: micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}."
-            )
-        if not self.data_timeout > 0.0:
-            raise ValueError(f"training: data_timeout={self.data_timeout}; expected seconds above 0.")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"training: seed={self.seed}; expected 0 … 2³¹ − 1.")
-
-
-@dataclasses.dataclass(frozen=True)
-class LogConfig:
-    """What is shown and written. Never part of a run's identity."""
-
-    progress: bool = True
-    tensorboard: bool = False
-    """Also write RUN/tensorboard (needs the extra ``track``)."""
-    profile: bool = False
-    """Trace a few steps into RUN/profile, for XProf and TensorBoard, and print where their time goes."""
-
 
 Evaluate = Callable[[Params], dict[str, float]]
 
@@ -187,7 +115,19 @@ def fit(
         profile = Profile(run / "profile" if log.profile else None)
         with contextlib.closing(writer), contextlib.closing(feed), contextlib.closing(profile), progress:
             recorder = _Recorder(writer, progress, training, task, feed, _devices_of(state))
-            state = _loop(state, step, task, training, wrapping, feed, checkpoints, recorder, profile, stop)
+            run_ = _Run(
+                task=task,
+                training=training,
+                wrapping=wrapping,
+                checkpoints=checkpoints,
+                feed=feed,
+                recorder=recorder,
+                profile=profile,
+                stop=stop,
+                state=state,
+                step=step,
+            )
+            state = run_.go()
         return wrapping.fetch_state(state).params
 
 
@@ -215,7 +155,7 @@ def lower(
         raise ValueError("lower: backend pmap; expected auto, mesh or one_device.")
     update = optimizer(training.optimizer, training.steps)
     state = jax.eval_shape(lambda: init_state(task.student.init(jax.random.key(0)), update))
-    held, count = task.examples, training.steps_per_dispatch
+    held, count = task.examples, training.dispatch
     if callable(held):
         rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), held(0))
         held = None
@@ -268,60 +208,83 @@ def _start(run: Path, checkpoints: Checkpoints, task: Task, training: TrainingCo
 
 
 def _feed(task: Task, training: TrainingConfig, wrapping: Wrapping, step: int, stop: dict[str, bool]):
-    count = training.steps_per_dispatch
     if callable(task.examples):
-        steps, timeout = range(step, training.steps, count), training.data_timeout
+        steps, timeout = range(step, training.steps, training.dispatch), training.data_timeout
         return Ahead(task.examples, steps, wrapping.place_rows, timeout=timeout, stopped=lambda: stop["now"])
     loader = Loader(task.examples, training.batch_size, training.seed)
-    return InMemory(loader, count, wrapping.place_examples, wrapping.place_rows)
+    return InMemory(loader, training.dispatch, wrapping.place_examples, wrapping.place_rows)
 
 
-def _loop(
-    state: TrainState,
-    step: int,
-    task: Task,
-    training: TrainingConfig,
-    wrapping: Wrapping,
-    feed: InMemory | Ahead,
-    checkpoints: Checkpoints,
-    recorder: "_Recorder",
-    profile: Profile,
-    stop: dict[str, bool],
-) -> TrainState:
-    frozen = None if task.frozen is None else wrapping.place_params(task.frozen)
+@dataclasses.dataclass
+class _Run:
+    """A training on its way: what ``fit`` has opened, and where it stands."""
 
-    def save() -> None:
-        recorder.record()  # a state whose loss is not finite is never saved
-        meta = {"identity": task.identity, "next_batch": step}
-        checkpoints.save(step, wrapping.fetch_state(state), meta, recorder.measured.get(step))
+    task: Task
+    training: TrainingConfig
+    wrapping: Wrapping
+    checkpoints: Checkpoints
+    feed: InMemory | Ahead
+    recorder: "_Recorder"
+    profile: Profile
+    stop: dict[str, bool]
+    state: TrainState
+    step: int
+    """Steps that were sent to the devices."""
 
-    if step == 0:
-        recorder.evaluated(0, task.measure(wrapping.fetch_state(state).params))
-    while step < training.steps:
+    def go(self) -> TrainState:
+        """The state after the last step."""
+        training = self.training
+        frozen = None if self.task.frozen is None else self.wrapping.place_params(self.task.frozen)
+        if self.step == 0:
+            self.evaluate()
+        while self.step < training.steps:
+            batches = self.read()  # while the device computes what was sent before
+            if batches is not None:
+                self.dispatch(frozen, batches)
+            self.stop["now"] |= processes.asked_to_stop()
+            at_end = self.step == training.steps
+            if batches is not None:
+                due = at_end or self.step % training.evaluate_every == 0
+                self.profile.after(self.state, due, training.dispatch)
+                if due:
+                    self.recorder.record()
+                    self.evaluate()
+            if at_end or self.step % training.save_every == 0 or self.stop["now"]:
+                self.save()
+            if self.stop["now"] and not at_end:
+                raise Stopped(
+                    f"stopped at step {self.step} of {training.steps}; saved. Run the same command to continue."
+                )
+        return self.state
+
+    def read(self) -> tuple | None:
+        """What the next dispatch works on; None if the run was asked to stop while the source gave nothing."""
         try:
-            batches = feed(step)  # while the device computes what was sent before
+            return self.feed(self.step)
         except DataTimeout as error:
             if processes.count() > 1:
-                raise  # to save takes all of them, and the others wait in a step
-            save()
-            raise DataTimeout(f"{error}; saved at step {step}. See to it, then run the same command again.") from None
-        if batches is not None:
-            profile.before(wrapping.steps, (state, frozen, *batches))
-            state, metrics = wrapping.steps(state, frozen, *batches)
-            recorder.dispatched(step, wrapping.fetch_metrics(metrics))
-            step += training.steps_per_dispatch
-        stop["now"] |= processes.asked_to_stop()
-        due = batches is not None and (step % training.evaluate_every == 0 or step == training.steps)
-        if batches is not None:
-            profile.after(metrics, due, training.steps_per_dispatch)
-        if due:
-            recorder.record()
-            recorder.evaluated(step, task.measure(wrapping.fetch_state(state).params))
-        if step % training.save_every == 0 or step == training.steps or stop["now"]:
-            save()
-        if stop["now"] and step < training.steps:
-            raise Stopped(f"stopped at step {step} of {training.steps}; saved. Run the same command to continue.")
-    return state
+                raise  # to save takes all processes, and the others wait in a step
+            self.save()
+            again = f"{error}; saved at step {self.step}. See to it, then run the same command again."
+            raise DataTimeout(again) from None
+
+    def dispatch(self, frozen: Any, batches: tuple) -> None:
+        """Sends the next steps to the devices; does not wait for them."""
+        self.profile.before(self.wrapping.steps, (self.state, frozen, *batches))
+        self.state, metrics = self.wrapping.steps(self.state, frozen, *batches)
+        self.recorder.dispatched(self.step, self.wrapping.fetch_metrics(metrics))
+        self.step += self.training.dispatch
+
+    def evaluate(self) -> None:
+        """A point of the learning curve."""
+        self.recorder.evaluated(self.step, self.task.measure(self.wrapping.fetch_state(self.state).params))
+
+    def save(self) -> None:
+        """Starts to write a checkpoint; a state whose loss is not finite is never saved."""
+        self.recorder.record()
+        meta = {"identity": self.task.identity, "next_batch": self.step}
+        measured = self.recorder.measured.get(self.step)
+        self.checkpoints.save(self.step, self.wrapping.fetch_state(self.state), meta, measured)
 
 
 def _devices_of(state: TrainState) -> int:
@@ -340,10 +303,10 @@ class _Recorder:
         self.started = self.last = time.perf_counter()
 
     def dispatched(self, first: int, metrics: dict[str, Any]) -> None:
-        """Records the dispatch before, while this one computes; this one, too, where it ended within its call."""
+        """Records the dispatch before, while this one computes; this one too where it has ended with its call."""
         self.record()
         self.pending = first, metrics
-        if jax.default_backend() == "cpu" and not jax.config.read("jax_cpu_enable_async_dispatch"):  # cli.keep_memory
+        if backend.ends_in_call():
             self.record()
 
     def record(self) -> None:
@@ -354,8 +317,8 @@ class _Recorder:
         skipped = self.skips.count(first, metrics)
         values = averages(metrics)
         if "skipped" in metrics:  # of a dispatch of which every step was skipped nothing else is known
-            values = (values if skipped < self.training.steps_per_dispatch else {}) | {"skipped": skipped}
-        step = first + self.training.steps_per_dispatch
+            values = (values if skipped < self.training.dispatch else {}) | {"skipped": skipped}
+        step = first + self.training.dispatch
         speed = self._speed()
         self.writer.write("train", step, values | speed)
         notes = shown_share(speed["mfu"]) + " MFU" if "mfu" in speed else ""
@@ -366,7 +329,7 @@ class _Recorder:
     def _speed(self) -> dict[str, float]:
         """Of the dispatch whose metrics are here now: from those of the one before, or from an evaluation, to these."""
         now, length = time.perf_counter(), self.feed.length
-        tokens = self.training.steps_per_dispatch * self.training.batch_size * length / (now - self.last)
+        tokens = self.training.dispatch * self.training.batch_size * length / (now - self.last)
         self.last = now
         speed = {"seconds": now - self.started, "tokens_per_second": tokens}
         each = flops_per_token(self.task.student, self.task.teacher, length)

@@ -19,8 +19,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.benchmarks import rounds
-
 PEERS = Path(__file__).parent / "peers"
 sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
 
@@ -31,29 +29,28 @@ def main(argv: Sequence[str]) -> None:
     """Parses, measures, prints."""
     options = cli.parser(__doc__)
     options.add_argument("what", choices=("tiny", "head", "attention", "step", "scaling", "tpu", "liger", "pair"))
-    options.add_argument("--vocab", type=int, default=512, help="step: words")
+    options.add_argument("--vocab", type=int, default=512, help="step: tokens of the vocabulary")
     options.add_argument("--rounds", type=int, default=7, help="step, scaling: measured, after the warm-up")
     options.add_argument("--python", nargs="*", default=[], metavar="NAME=PATH", help="step: interpreters of others")
     options.add_argument("--pair", default="qwen3_8b_to_0p6b", help="pair: the configuration that names both models")
     options.add_argument("--shape", type=int, nargs=2, default=(4, 2048), help="pair: rows, tokens of a row")
     chosen = options.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
-    from distill.benchmarks import tiny as benchmark
 
     def of(name):
         return importlib.import_module(f"distill.benchmarks.{name}")
 
     if chosen.what == "tiny":
-        rounds.a_device_for_every_core()
+        of("rounds").a_device_for_every_core()
     lines = {
-        "tiny": lambda: [*benchmark.tiny(rounds.peers_of(PEERS, "torch_tiny", "bench")), benchmark.data_line()],
+        "tiny": lambda: of("tiny").tiny_and_data(of("rounds").peers_of(PEERS, "torch_tiny", "bench")),
         "head": lambda: of("head").head(Path("runs/benchmark_head.png")),
         "attention": lambda: of("attention").attention(),
         "step": lambda: of("step").step(chosen.vocab, chosen.rounds, PEERS, chosen.python),
         "scaling": lambda: of("scaling").scaling(chosen.rounds),
         "tpu": lambda: of("tpu").tpu(),
         "pair": lambda: of("pair").pair(chosen.pair, *chosen.shape, PEERS / "torch_pair.py"),
-        "liger": lambda: of("head").liger(lambda: rounds.peers_of(PEERS, "torch_liger", "conformance")),
+        "liger": lambda: of("head").liger(lambda: of("rounds").peers_of(PEERS, "torch_liger", "conformance")),
     }
     print("\n".join(lines[chosen.what]()))
 

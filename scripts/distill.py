@@ -18,10 +18,9 @@ def main(argv: Sequence[str]) -> None:
     """Parses, runs, prints."""
     options, config = cli.parse_config(__doc__, argv)
     cli.set_up_jax(keep=getattr(config, "kind", "addition") != "addition")
-    from distill.experiments.kinds import experiment_of
+    from distill.experiments import runner
 
-    experiment = experiment_of(config)
-    experiment.print_summary(experiment.run_experiment(config, options.run), options.run)
+    runner.print_summary(runner.run_experiment(config, options.run), options.run)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--run", type=Path, required=True, help="a run folder made by scripts/distill.py")
     run = options.parse_args(argv).run
     cli.set_up_jax()
-    from distill.experiments.kinds import experiment_in
+    from distill.experiments import runner
 
-    experiment = experiment_in(run)
-    experiment.print_summary(experiment.evaluate_folder(run), run)
+    runner.print_summary(runner.evaluate_folder(run), run)
 
 
 if __name__ == "__main__":

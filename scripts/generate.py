@@ -21,10 +21,10 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("prompts", nargs="+", help="such as 47+85=")
     known = options.parse_args(argv)
     cli.set_up_jax()
-    from distill.experiments.kinds import experiment_in
+    from distill.experiments import runner
     from distill.reports.table import print_answers
 
-    print_answers(experiment_in(known.run).answer(known.run, known.prompts, known.best))
+    print_answers(runner.answer(known.run, known.prompts, known.best))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python scripts/reproduce.py golden              # a published model on two texts
 python scripts/reproduce.py smollm2             # distilled on text, three seeds: an hour and a half
 """
 
+import importlib
 import os
 import sys
 import tempfile
@@ -17,6 +18,9 @@ peers = str(Path(__file__).parent / "peers")
 sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
 
 from distill import cli
+
+SECTIONS = {"smollm2": "text"}
+"""What is reproduced → the module of that section, where it has another name."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,27 +34,22 @@ def main(argv: Sequence[str]) -> None:
         os.environ.setdefault("NPROC", "1")  # threads of XLA on a CPU, here and in the workers
     cli.set_up_jax(keep=known.what == "smollm2")
     from distill.config import load_config
-    from distill.reproduce import page as reproduce
 
+    section = importlib.import_module(f"distill.reproduce.{SECTIONS.get(known.what, known.what)}")
     if known.what == "conformance":
-        from distill.reproduce import conformance
-
-        conformance.run(peers)
-        return
-    if known.what == "golden":
-        from distill.reproduce import golden
-
-        print(*golden.smollm2(), sep="\n")
-        return
-    if known.what == "survival":
+        section.run(peers)
+    elif known.what == "golden":
+        print(*section.smollm2(), sep="\n")
+    elif known.what == "survival":
         with tempfile.TemporaryDirectory() as folder:
-            print(*reproduce.survival(Path(folder), known.page), sep="\n")
-        return
-    if known.what == "smollm2":
-        reproduce.text(load_config("smollm2_text"), known.run or Path("runs/smollm2_seeds"), known.page)
+            print(*section.section(Path(folder), known.page), sep="\n")
+    elif known.what == "smollm2":
+        section.text(load_config("smollm2_text"), known.run or Path("runs/smollm2_seeds"), known.page)
     else:
-        reproduce.addition(load_config("addition_arms"), known.run or Path("runs/addition_arms"), known.page)
-    print(f"written: {known.page}")
+        run = known.run or Path("runs/addition_arms")
+        section.addition(load_config("addition_arms"), run, known.page, cli.set_up_jax)
+    if known.what in ("addition", "smollm2"):
+        print(f"written: {known.page}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     role = ("teacher", ("teacher", "student"), "whose recipe")
     options, config = cli.parse_config(__doc__, argv, role=role)
     cli.set_up_jax()
-    from distill.data import addition
+    from distill.experiments import runner
     from distill.experiments.addition import run as experiment
     from distill.experiments.addition.config import Config
     from distill.experiments.folder import write_config
@@ -26,8 +26,8 @@ def main(argv: Sequence[str]) -> None:
     if not isinstance(config, Config):
         raise ValueError(f"--config {options.config}: expected one that trains its own teacher, such as addition.")
     recipe = config.teacher if options.role == "teacher" else config.student
-    sides = addition.load(config.data)
-    experiment.train_alone(config, recipe, options.run, sides, options.role)
+    world = experiment.prepare(config, options.run)
+    runner.train(experiment.alone(world, recipe, options.run, options.role), config)
     write_config(options.run, config)
     print(f"{options.role}: {recipe.training.steps} steps; the run folder is {options.run}")
 

@@ -1,5 +1,7 @@
 """Small models and batches that several tests share."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,24 @@ def handmade(logits_of, vocab: int = VOCAB) -> Model:
         unembed=lambda params, hidden: hidden,
         vocab_size=vocab,
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _values_and_slopes(function, fixed, student, teacher, traced):
+    def total(student):
+        nats = function(student, teacher, **dict(fixed), **traced)
+        return jnp.sum(nats), nats
+
+    (_, nats), slopes = jax.value_and_grad(total, has_aux=True)(student)
+    return nats, slopes
+
+
+def values_and_slopes(function, student, teacher, *, traced=(), **fixed):
+    """The values of a loss, and the gradient of their sum with respect to the student's logits.
+
+    One program for each loss, shape and set of ``fixed`` options; ``traced`` options change without compiling.
+    """
+    return _values_and_slopes(function, tuple(fixed.items()), student, teacher, dict(traced))
 
 
 class Recurrent(nnx.Module):

@@ -40,7 +40,8 @@ def task():
 def train(folder: Path, config, **changes):
     """Final parameters after 20 steps of two micro-batches, whole."""
     from distill.optim import OptimizerConfig
-    from distill.train import LogConfig, TrainingConfig, fit
+    from distill.train import fit
+    from distill.training import LogConfig, TrainingConfig
 
     learn = OptimizerConfig(learning_rate=0.02, warmup_steps=5, weight_decay=0.1)
     numbers = {"steps": 20, "batch_size": 16, "micro_batches": 2, "steps_per_dispatch": 5, "evaluate_every": 10}
@@ -52,8 +53,8 @@ def learn_text(folder: Path, config, **changes) -> None:
     """A distillation on text into FOLDER/text, from the teacher there."""
     from text_builders import text_config
 
-    from distill.experiments.text.run import run_experiment
-    from distill.train import TrainingConfig
+    from distill.experiments.runner import run_experiment
+    from distill.training import TrainingConfig
 
     short = TrainingConfig(steps=2, batch_size=8, steps_per_dispatch=2, evaluate_every=2, save_every=2)
     few = {"arms": (), "heldout_rows": 4, "curve_rows": 4, "prompts": 1} | changes

@@ -1,4 +1,4 @@
-"""More float64 numpy twins, written from the papers' formulas: sums over words. No jax here.
+"""More float64 numpy twins, written from the papers' formulas: sums over tokens. No jax here.
 
 Every function takes ``student, teacher, temperature, frozen`` with finite logits ``[..., V]``; ``frozen`` is the
 student again, wherever the loss treats it as a constant. The student may be complex: its imaginary part carries the
@@ -8,31 +8,31 @@ derivative (complex step), exact to the last digits without a closed form.
 import numpy as np
 
 
-def without_impossible_words(function):
-    """``value`` and ``gradient`` of a function, with the words that are −inf on both sides taken out."""
+def without_impossible_tokens(function):
+    """``value`` and ``gradient`` of a function, with the tokens that are −inf on both sides taken out."""
 
     def prepare(student, teacher):
         student, teacher = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
         impossible = np.isneginf(student) & np.isneginf(teacher)
-        words = ~np.any(impossible.reshape(-1, student.shape[-1]), axis=0)
-        assert np.all(impossible[..., ~words])  # the same words in every row
-        return student, teacher, words
+        tokens = ~np.any(impossible.reshape(-1, student.shape[-1]), axis=0)
+        assert np.all(impossible[..., ~tokens])  # the same tokens in every row
+        return student, teacher, tokens
 
     def value(student, teacher, temperature=1.0, frozen=None):
-        student, teacher, words = prepare(student, teacher)
+        student, teacher, tokens = prepare(student, teacher)
         frozen = student if frozen is None else frozen
-        return function(student[..., words], teacher[..., words], temperature, frozen[..., words])
+        return function(student[..., tokens], teacher[..., tokens], temperature, frozen[..., tokens])
 
     def gradient(student, teacher, temperature=1.0):
-        student, teacher, words = prepare(student, teacher)
-        real, other = student[..., words], teacher[..., words]
+        student, teacher, tokens = prepare(student, teacher)
+        real, other = student[..., tokens], teacher[..., tokens]
         slopes = np.zeros(real.shape)
         for v in range(real.shape[-1]):
             moved = real.astype(complex)
             moved[..., v] += 1e-30j
             slopes[..., v] = np.imag(function(moved, other, temperature, real)) / 1e-30
         whole = np.zeros(student.shape)
-        whole[..., words] = slopes
+        whole[..., tokens] = slopes
         return whole
 
     return value, gradient
@@ -192,7 +192,7 @@ def pearson(student, teacher, temperature, frozen):
 
 
 def top_k_forward_kl(k):
-    """Mass by mass: the teacher's k most probable words, and one more class for all others."""
+    """Mass by mass: the teacher's k most probable tokens, and one more class for all others."""
 
     def function(student, teacher, temperature, frozen):
         log_p, log_q = both(student, teacher, temperature)

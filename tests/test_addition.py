@@ -121,7 +121,7 @@ def test_carries_are_those_of_adding_by_hand(digits):
     assert by_hand[:2] == [digits, digits] and len(set(by_hand)) == digits + 1
 
 
-# Rows 1 and 9: the loss is on the answer, its end included, each label one after its input.
+# The loss is on the answer, its end included, each label one after its input.
 @pytest.mark.parametrize("reverse", [True, False])
 def test_loss_is_on_the_answer_and_its_end(reverse):
     config = AdditionConfig(reverse=reverse)
@@ -134,7 +134,7 @@ def test_loss_is_on_the_answer_and_its_end(reverse):
     assert batch.mask.dtype == bool
 
 
-# Row 12: the first end counts, what follows it does not; an answer without an end counts whole.
+# The first end counts, what follows it does not; an answer without an end counts whole.
 def test_first_end_of_a_written_answer_counts():
     config, eos = AdditionConfig(), TOKENIZER.eos_id
     examples = encode(config, np.array([[47, 85]] * 4))
@@ -148,6 +148,7 @@ def test_first_end_of_a_written_answer_counts():
 
 
 def test_pad_and_end_are_two_tokens():
+    """Fault: padding with the end token masks the real end."""
     assert len({TOKENIZER.pad_id, TOKENIZER.eos_id, *TOKENIZER.encode("0123456789+=")}) == TOKENIZER.vocab_size == 14
     assert TOKENIZER.decode([2, 0, 3, 1, 4]) == "01"
 
@@ -158,6 +159,7 @@ def test_unknown_characters_are_named():
 
 
 def test_fingerprint_tells_tokenizers_apart():
+    """Fault: a cache of another teacher, tokenizer, order or data is used."""
     same, other = CharacterTokenizer("0123456789+="), CharacterTokenizer("0123456789=+")
     assert TOKENIZER.fingerprint() == same.fingerprint() != other.fingerprint()
 
@@ -231,8 +233,6 @@ def test_tensorflow_is_never_imported(tmp_path):
     (decoy / "__init__.py").write_text("raise SystemExit('tensorflow was imported')")
     code = f"from distill.data.addition import *; print(len(load(AdditionConfig(digits=1), {str(tmp_path)!r})))"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "2"

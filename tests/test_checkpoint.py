@@ -15,7 +15,7 @@ from distill.checkpoint import HASHES, Checkpoints, KeepConfig, Refused, refuse_
 from distill.config import to_dict
 from distill.experiments.folder import configured, read_config
 from distill.experiments.sentences.config import SentenceConfig
-from distill.train import TrainingConfig
+from distill.training import TrainingConfig
 
 STATE = {"params": {"w": jnp.arange(300.0), "b": jnp.ones(7)}, "step": jnp.int32(3)}
 

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import sys
 
 import jax
 import jax.extend
@@ -15,19 +14,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill import losses
 from distill.benchmarks.head import chunked_head, head_shapes
 from distill.benchmarks.tpu import compiled_on
-from distill.losses import Head, chunked
-from distill.losses.fused_head import default_chunk_size
+from distill.devices import backend
+from distill.losses import Head
 from distill.parallel import ParallelConfig, make_mesh
 from distill.planning.hlo import collectives
 
+
+def chunked(per_position, hidden, head, teacher_hidden, teacher_head, labels, mask, *chunk_size, **options):
+    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_head)
+    return losses.chunked(per_position, (hidden, head), teacher, labels, mask, *chunk_size, **options)
+
+
 TOKENS, D, E, V = (4, 6), 8, 12, 19
-MODULE = sys.modules["distill.losses.fused_head"]
 
 
 @pytest.fixture(autouse=True)
 def few_logits_at_a_time(monkeypatch):
     """As with many words: on a CPU the loss goes through a chunk by eight rows, where eight divide it."""
-    monkeypatch.setattr(MODULE, "CPU_LOGITS", 1)
+    monkeypatch.setattr(backend, "CPU_LOGITS", 1)
 
 
 def task_and_kl(s, t, labels):
@@ -100,6 +104,7 @@ def assert_close(got, want, rtol=2e-6):
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("name", PER_POSITION)
 def test_value_and_gradients_are_those_of_the_plain_computation(name, kind):
+    """Fault: a head's bias, scale or softcap forgotten."""
     arguments = problem(kind)
     want = mean_and_gradients(plain, PER_POSITION[name], arguments)
     assert float(jnp.max(jnp.abs(want[1][1].kernel))) > 1e-3
@@ -107,7 +112,7 @@ def test_value_and_gradients_are_those_of_the_plain_computation(name, kind):
         assert_close(mean_and_gradients(chunked, PER_POSITION[name], arguments, chunk_size=chunk_size), want)
 
 
-# Row 22: a backward written by hand against differences of the value.
+# A backward written by hand against differences of the value.
 def test_gradients_are_finite_differences():
     hidden, head, *rest = problem("softcap")
 
@@ -124,7 +129,7 @@ def test_gradients_are_finite_differences():
         np.testing.assert_allclose((ahead - behind) / 2e-2, slope, rtol=2e-3, atol=1e-2)
 
 
-# Rows 22, 24: bfloat16 hidden states and heads; everything between the products in float32.
+# bfloat16: hidden states and heads; everything between the products in float32.
 @pytest.mark.parametrize("name", PER_POSITION)
 def test_bfloat16_inputs(name):
     arguments = problem("bias", jnp.bfloat16)
@@ -193,7 +198,7 @@ def test_stored_targets_travel_in_the_place_of_labels_and_of_a_teacher():
 # ---- what does not count
 
 
-# Rows 10, 14: garbage where nothing counts changes nothing, to the bit.
+# Garbage where nothing counts changes nothing, to the bit.
 def test_garbage_in_padding_changes_nothing():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     clean = mean_and_gradients(chunked, task_and_kl, (hidden, head, teacher_hidden, teacher_head, labels, mask))
@@ -205,7 +210,7 @@ def test_garbage_in_padding_changes_nothing():
     assert np.all(np.where(mask[..., None], 0.0, clean[1][0]) == 0.0)
 
 
-# Row 6: nothing counts: zero loss, zero gradient, no NaN.
+# Nothing counts: zero loss, zero gradient, no NaN.
 def test_nothing_counts():
     arguments = problem(keep=0.0)
     total = lambda h, head: chunked(task_and_kl, h, head, *arguments[2:])[0]  # noqa: E731
@@ -214,7 +219,7 @@ def test_nothing_counts():
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), gradients)
 
 
-# Row 33, 34: padded rows carry no probability on either side, and get no gradient.
+# Padded rows carry no probability on either side, and get no gradient.
 def test_padded_words_are_as_if_absent():
     hidden, student, *_, labels, mask = problem()
     padded = Head(jnp.pad(student.kernel, ((0, 0), (0, 64))), vocab_size=V)
@@ -228,7 +233,7 @@ def test_padded_words_are_as_if_absent():
     np.testing.assert_array_equal(gradient.kernel[:, V:], 0.0)
 
 
-# Row 48: the teacher is never differentiated.
+# The teacher is never differentiated.
 def test_teacher_gets_no_gradient():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     total = lambda t, h: chunked(task_and_kl, hidden, head, t, h, labels, mask)[0]  # noqa: E731
@@ -364,11 +369,17 @@ def test_mistakes_are_named():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     other = Head(jnp.ones((E, V + 1)))
     wrong = {
-        "the student has 19 words, the teacher 20": (hidden, head, teacher_hidden, other, labels, mask),
+        "has 19 tokens, the teacher's 20": (hidden, head, teacher_hidden, other, labels, mask),
         "chunk_size=0": (hidden, head, teacher_hidden, teacher_head, labels, mask, 0),
-        "belong together": (hidden, head, teacher_hidden, None, labels, mask),
-        r"student_hidden \(4, 6, 12\)": (teacher_hidden, head, teacher_hidden, teacher_head, labels, mask),
-        "labels of shape": (hidden, head, teacher_hidden, teacher_head, labels[:2], mask),
+        r"hidden states \(4, 6, 12\) of the student": (
+            teacher_hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            mask,
+        ),
+        "inputs of shape": (hidden, head, teacher_hidden, teacher_head, labels[:2], mask),
         "vocab_size=99": (hidden, head.replace(vocab_size=99), teacher_hidden, teacher_head, labels, mask),
     }
     for message, arguments in wrong.items():
@@ -377,6 +388,7 @@ def test_mistakes_are_named():
 
 
 def test_every_head_is_its_definition():
+    """Fault: a head's bias, scale or softcap forgotten."""
     rng = np.random.default_rng(3)
     hidden = rng.normal(size=(3, D))
     for bias, scale, softcap in itertools.product((False, True), (1.0, 0.5), (None, 4.0)):
@@ -388,15 +400,15 @@ def test_every_head_is_its_definition():
 
 
 def test_how_many_rows_the_loss_takes_on_a_cpu(monkeypatch):
-    assert [MODULE._rows(size, V) for size in (512, 24, 20, 5)] == [8, 8, 20, 5]
-    monkeypatch.setattr(MODULE, "CPU_LOGITS", 2**18)
-    assert [MODULE._rows(512, words) for words in (49_152, 10**7, 32_000, 8_192, 512)] == [8, 8, 8, 32, 512]
-    assert MODULE._rows(48, 8_192) == 16
+    assert [backend.loss_rows(size, V, "cpu") for size in (512, 24, 20, 5)] == [8, 8, 20, 5]
+    monkeypatch.setattr(backend, "CPU_LOGITS", 2**18)
+    assert [backend.loss_rows(512, words, "cpu") for words in (49_152, 10**7, 32_000, 8_192, 512)] == [8, 8, 8, 32, 512]
+    assert backend.loss_rows(48, 8_192, "cpu") == 16
 
 
 def test_how_many_positions_a_chunk_has():
     """All that half a GiB of logits holds on a GPU, half of it on a TPU; 128 to 1024. On a CPU 256 or 512."""
-    size = default_chunk_size
+    size = backend.chunk_size
     assert size(128_256, "cpu") == size(10**7, "cpu") == 256 and size(512, "cpu") == size(49_152, "cpu") == 512
     assert size(128_256, "gpu") == 1024 and size(128_256, "tpu") == 512
     assert size(512, "gpu") == size(512, "tpu") == 1024

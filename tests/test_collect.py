@@ -66,7 +66,7 @@ def by_layer(config, params, row, positions, segments):
     return hidden, maps, relations
 
 
-# Row 51: index 0 is the embedding, n the output of layer n.
+# Index 0 is the embedding, n the output of layer n.
 def test_collected_states_are_those_of_a_layer_by_layer_reference(deep):
     model, params, tokens, apply = deep
     got = apply(params, tokens, EVERYTHING).collected
@@ -88,14 +88,14 @@ def test_collected_states_are_those_of_a_layer_by_layer_reference(deep):
     assert [x.shape for x in got["relations"][1]] == [(2, 4, 6, 2), (2, 2, 6, 2), (2, 2, 6, 2)]
 
 
-# Row 51: index 0 is the embedding.
+# Index 0 is the embedding.
 def test_index_0_is_the_embedding(deep):
     _, params, tokens, apply = deep
     got = apply(params, tokens, Collect(hidden=(0,))).collected["hidden"]
     np.testing.assert_array_equal(got[0], params["embedding"][tokens])
 
 
-# Row 51: the last hidden state is taken before the final norm, Output.hidden after it.
+# The last hidden state is taken before the final norm, Output.hidden after it.
 def test_last_index_is_before_the_final_norm(deep):
     model, params, tokens, apply = deep
     output = apply(params, tokens, Collect(hidden=(4,)))

@@ -12,7 +12,8 @@ import distill
 from distill import losses
 from distill.objective import ObjectiveConfig, terms_of
 from distill.parallel import ParallelConfig, make_mesh, on_mesh, one_device, pmapped
-from distill.step import Frozen, init_state, make_train_step
+from distill.state import Frozen, init_state
+from distill.step import make_train_step
 from distill.students.factors import factored, fisher_rows, kernels_of, low_rank
 from distill.students.lora import freeze, lora
 from distill.trees import joined

@@ -13,11 +13,13 @@ from builders import VOCAB, nnx_model, on_device, random_params, tiny_decoder, u
 from distill import losses, parallel
 from distill.batch import shift
 from distill.data import addition
+from distill.experiments import runner
 from distill.experiments.addition.config import Config, Recipe
-from distill.experiments.addition.run import Trained, distil, network, restore, run_experiment, transfer_set
+from distill.experiments.addition.measure import network
+from distill.experiments.addition.run import World, student_arm, transfer_set
+from distill.experiments.folder import Trained, restore
 from distill.features import (
     FeatureConfig,
-    FeatureTerm,
     feature_terms,
     projector_shapes,
     with_projectors,
@@ -26,8 +28,11 @@ from distill.features import (
 from distill.models import Collect, DecoderConfig
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.parallel import ParallelConfig, make_mesh
-from distill.step import init_state, make_train_step
-from distill.train import LogConfig, TrainingConfig
+from distill.state import init_state
+from distill.step import make_train_step
+from distill.teacher.signal import SignalConfig
+from distill.term import LOGITS, Needs
+from distill.training import LogConfig, TrainingConfig
 
 STUDENT = tiny_decoder(vocab_size=12)
 TEACHER = tiny_decoder(vocab_size=12, layers=4, width=12, head_dim=4, feed_forward=20)
@@ -180,10 +185,11 @@ def test_equal_networks_have_equal_features():
 
 
 def test_a_feature_term_of_ones_own():
-    def last(student, teacher, batch, params):
-        return losses.hidden_mse(student["hidden"][2], teacher["hidden"][3])
+    def last(view):
+        return losses.hidden_mse(view.student_features["hidden"][2], view.teacher_features["hidden"][3])
 
-    term = FeatureTerm("last", last, Collect(hidden=(2,)), Collect(hidden=(3,)), weight=2.0)
+    needs = Needs(student_layers=Collect(hidden=(2,)), teacher_layers=Collect(hidden=(3,)))
+    term = Term("last", 2.0, needs, last)
     params = random_params(STUDENT)
     _, metrics = stepped(
         STUDENT, [term], params, random_params(TWIN, 1), on_device(uneven_batch()), teacher=TWIN, chunk_size=0
@@ -211,7 +217,7 @@ def test_features_of_a_teacher_that_is_not_there_are_refused():
     _, terms, *_ = everything()
     with pytest.raises(ValueError, match="hidden_projected_mse, attention_kl, relation_kl look inside the teacher"):
         make_train_step(STUDENT, terms, SGD)
-    with pytest.raises(ValueError, match="teacher-signal live"):
+    with pytest.raises(ValueError, match="signal.kind live"):
         Config(
             teacher=Recipe(DecoderConfig(vocab_size=14)),
             student=Recipe(DecoderConfig(vocab_size=14)),
@@ -236,7 +242,7 @@ def test_every_sequence_weighs_the_same():
     segments = np.array([[1, 1, 2, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]])
     batch = on_device(shift(tokens, segments > 0, segments))
     assert np.asarray(batch.mask.sum(axis=1)).tolist() == [3, 4]
-    term = Term("position", lambda s, t, labels: labels.astype(jnp.float32), needs_teacher=False)
+    term = Term("position", 1.0, LOGITS, lambda view: view.labels.astype(jnp.float32))
     params = random_params(STUDENT)
     labels = np.asarray(batch.labels, float)
     documents = [labels[0, :1].mean(), labels[0, 2:4].mean(), labels[1, :4].mean()]
@@ -297,7 +303,7 @@ TABLES = {"embedding", "head"}
 
 
 def test_two_vocabularies_are_refused_naming_the_way_out():
-    with pytest.raises(ValueError, match=r"12 words, the teacher 16; .*with_vocabulary"):
+    with pytest.raises(ValueError, match=r"12 tokens, the teacher's 16; .*with_vocabulary"):
         make_train_step(STUDENT, [task_term()], SGD, teacher=tiny_decoder(vocab_size=16))
     with pytest.raises(ValueError, match="size=13; expected 1 … 12"):
         STUDENT.with_vocabulary(13)
@@ -317,9 +323,9 @@ def test_an_experiment_refuses_what_cannot_be_compared_before_it_trains(tmp_path
     sides = (DecoderConfig(vocab_size=14, layers=1, width=8, heads=heads, feed_forward=16) for heads in (2, 4))
     student, teacher = (Recipe(model) for model in sides)
     objective = ObjectiveConfig(features=FeatureConfig(attention_weight=1.0))
-    config = Config(teacher=teacher, student=student, objective=objective, teacher_signal="live")
+    config = Config(teacher=teacher, student=student, objective=objective, signal=SignalConfig("live"))
     with pytest.raises(ValueError, match="student has 2 heads, teacher 4"):
-        run_experiment(config, tmp_path)
+        runner.run_experiment(config, tmp_path)
     assert not (tmp_path / "teacher").exists()
 
 
@@ -355,16 +361,17 @@ def test_an_experiment_with_features_sequence_means_and_padded_vocabularies(tmp_
         objective=ObjectiveConfig(
             features=FeatureConfig(hidden_weight=1.0, attention_weight=1.0), reduction="sequence_mean"
         ),
-        teacher_signal="live",
+        signal=SignalConfig("live"),
         parallel=ParallelConfig(backend="one_device"),
         log=LogConfig(progress=False),
     )
     teacher = network(config.teacher)
     trained = Trained(teacher, teacher.init(jax.random.key(1)))
-    student = distil(config, tmp_path, addition.load(config.data), trained)
+    sides = addition.load(config.data)
+    student = runner.train(student_arm(World(config, tmp_path, sides), trained), config)
     again = restore(network(config.student), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, student.params, again.params)
     assert student.model.vocab_size == 14
     with pytest.raises(ValueError, match="hidden_weight: 1.0 → 0.0"):
         plain = dataclasses.replace(config, objective=ObjectiveConfig(reduction="sequence_mean"))
-        distil(plain, tmp_path, addition.load(config.data), trained)
+        runner.train(student_arm(World(plain, tmp_path, sides), trained), plain)

@@ -1,10 +1,11 @@
-"""Batches that come late, never, or not finite; and what the loop says of its speed."""
+"""Batches that come late, never, or not finite; and the speed that the loop reports."""
 
 import dataclasses
 import os
 import re
 import signal
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,13 +17,16 @@ from distill.data import addition
 from distill.data.feed import Ahead, DataTimeout
 from distill.data.loader import Loader
 from distill.devices import speed
+from distill.losses import DenseTargets
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import ParallelConfig
-from distill.step import init_state, make_train_step
-from distill.train import LogConfig, Stopped, Task, TrainingConfig, fit
+from distill.state import init_state
+from distill.step import make_train_step
+from distill.train import Stopped, Task, fit
+from distill.training import LogConfig, TrainingConfig
 
 DATA = addition.AdditionConfig(digits=1)
 MODEL = decoder(DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16))
@@ -30,6 +34,7 @@ TRAINING = TrainingConfig(
     steps=12, batch_size=8, steps_per_dispatch=2, evaluate_every=12, save_every=4, optimizer=OptimizerConfig()
 )
 SKIP = dataclasses.replace(TRAINING, on_nan="skip")
+PATIENCE = 300.0  # seconds; what comes at all comes sooner, on a busy machine too
 ALONE = {"log": LogConfig(progress=False), "parallel_config": ParallelConfig(backend="one_device")}
 
 
@@ -37,7 +42,7 @@ ALONE = {"log": LogConfig(progress=False), "parallel_config": ParallelConfig(bac
 def loader():
     examples = addition.encode(DATA, addition.pairs(DATA)["train"]).batch(DATA)
     logits = np.random.default_rng(0).normal(size=(*examples.inputs.shape, 14)).astype(np.float32)
-    return Loader(examples._replace(teacher_logits=logits), TRAINING.batch_size, TRAINING.seed)
+    return Loader(examples._replace(targets=DenseTargets(logits)), TRAINING.batch_size, TRAINING.seed)
 
 
 def task(examples) -> Task:
@@ -49,7 +54,7 @@ def with_nan(loader, bad):
 
     def batch(k):
         good = loader.batch(k)
-        return good._replace(teacher_logits=good.teacher_logits * np.float32(np.nan)) if k in bad else good
+        return good._replace(targets=DenseTargets(good.targets.logits * np.float32(np.nan))) if k in bad else good
 
     return batch
 
@@ -100,7 +105,7 @@ def test_gradients_alone_not_finite_are_skipped_too(loader):
     assert float(metrics["skipped"][0]) == 1.0 and equal_bits(after.params, params)
 
 
-def test_a_run_skips_counts_and_says_so(loader, straight, tmp_path, capsys):
+def test_a_run_skips_and_reports_how_many(loader, straight, tmp_path, capsys):
     log = {"log": LogConfig(progress=True)}
     got = fit(
         tmp_path,
@@ -136,12 +141,14 @@ def test_a_stopped_run_goes_on_skipping(loader, tmp_path):
 # ---- a source that hangs or fails
 
 
-def test_a_hung_source_ends_the_run_with_its_state_saved(loader, straight, tmp_path):
-    awake = threading.Event()
+def test_a_hung_source_ends_the_run_with_its_state_saved(loader, straight, tmp_path, monkeypatch):
+    awake, now = threading.Event(), [0.0]
+    # Time passes only while the source hangs: on a slow machine no other batch is late.
+    monkeypatch.setitem(Ahead.__init__.__globals__, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def hangs(k):
-        if k == 6:
-            awake.wait(60)
+        while k == 6 and not awake.wait(0.05):
+            now[0] += 0.1
         return loader.batch(k)
 
     impatient = dataclasses.replace(TRAINING, data_timeout=0.3)
@@ -153,16 +160,23 @@ def test_a_hung_source_ends_the_run_with_its_state_saved(loader, straight, tmp_p
     assert equal_bits(fit(tmp_path, task(loader.batch), TRAINING, **ALONE), straight[0])
 
 
-def test_sigterm_is_heard_while_the_source_hangs(loader, straight, tmp_path):
-    awake = threading.Event()
+def test_sigterm_stops_the_run_while_the_source_hangs(loader, straight, tmp_path, monkeypatch):
+    asked, awake, ask = threading.Event(), threading.Event(), Ahead.__call__
+
+    def watched(feed, step):
+        if step == 6:
+            asked.set()
+        return ask(feed, step)
 
     def hangs(k):
         if k == 6:
-            threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            awake.wait(60)
+            asked.wait()  # the steps before are dispatched, and the loop waits for this batch
+            os.kill(os.getpid(), signal.SIGTERM)
+            awake.wait()
         return loader.batch(k)
 
-    with pytest.raises(Stopped, match="stopped at step [26] of 12"):  # 2 where the machine is slow
+    monkeypatch.setattr(Ahead, "__call__", watched)
+    with pytest.raises(Stopped, match="stopped at step 6 of 12"):
         fit(tmp_path, task(hangs), TRAINING, **ALONE)
     awake.set()
     assert equal_bits(fit(tmp_path, task(loader.batch), TRAINING, **ALONE), straight[0])
@@ -177,18 +191,18 @@ def test_batches_are_on_the_devices_before_they_are_asked_for(loader):
         placed.set()
         return found
 
-    feed = Ahead(loader.batch, range(0, 8, 2), place, timeout=9.0)
-    assert placed.wait(9.0)
+    feed = Ahead(loader.batch, range(0, 8, 2), place, timeout=PATIENCE)
+    assert placed.wait(PATIENCE)
     _, batches = feed(0)
     assert isinstance(batches.inputs, jax.Array) and feed.length == batches.inputs.shape[-1]
     feed.close()
 
 
-def test_what_cannot_be_placed_is_said_where_it_is_asked_for(loader):
+def test_a_batch_that_cannot_be_placed_raises_where_it_is_asked_for(loader):
     def place(batches):
         raise RuntimeError("no room")
 
-    feed = Ahead(loader.batch, range(0, 8, 2), place, timeout=9.0)
+    feed = Ahead(loader.batch, range(0, 8, 2), place, timeout=PATIENCE)
     with pytest.raises(RuntimeError, match="no room"):
         feed(0)
     feed.close()
@@ -200,7 +214,7 @@ def test_a_source_that_fails_names_the_batch(loader):
             raise OSError("the disk is gone")
         return loader.batch(k)
 
-    feed = Ahead(fails, range(0, 8, 2), lambda batches: batches, timeout=9.0)
+    feed = Ahead(fails, range(0, 8, 2), lambda batches: batches, timeout=PATIENCE)
     np.testing.assert_array_equal(feed(0)[1].inputs[1], loader.batch(1).inputs)
     with pytest.raises(ValueError, match="batch 3: the data cannot be read: the disk is gone"):
         feed(2)
@@ -243,26 +257,34 @@ def test_the_steps_compile_once_and_their_state_is_donated(loader, tmp_path, mon
         place = seen[-1].place_state
         return dataclasses.replace(seen[-1], place_state=lambda state: placed.append(place(state)) or placed[-1])
 
+    compiled = []
+
+    def count(event, seconds, *, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(fun_name)
+
     monkeypatch.setattr(train, "_wrap", watched)
     evaluated = dataclasses.replace(TRAINING, evaluate_every=2, save_every=2)
-    fit(tmp_path, dataclasses.replace(task(loader.examples), evaluate=lambda p: {"kl": 0.5}), evaluated, **ALONE)
-    assert seen[0].steps._cache_size() == 1
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        fit(tmp_path, dataclasses.replace(task(loader.examples), evaluate=lambda p: {"kl": 0.5}), evaluated, **ALONE)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert compiled.count(f"jit({seen[0].steps.__name__})") == 1, compiled
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(placed[0]))
 
 
-def test_a_profile_says_where_the_time_of_a_step_goes(loader, tmp_path, capsys):
+def test_a_profile_reports_where_the_time_of_a_step_goes(loader, tmp_path, capsys):
     training = dataclasses.replace(TRAINING, steps=8, evaluate_every=8, save_every=8)
     log = LogConfig(progress=False, profile=True)
     teacher = MODEL.init(jax.random.key(1))
-    live = dataclasses.replace(
-        task(loader.examples._replace(teacher_logits=None)), teacher=MODEL, teacher_params=teacher
-    )
+    live = dataclasses.replace(task(loader.examples._replace(targets=None)), teacher=MODEL, teacher_params=teacher)
     profiled = fit(tmp_path / "a", live, training, **ALONE | {"log": log})
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert list((tmp_path / "a" / "profile").rglob("*.xplane.pb"))
     for part in ("teacher", "student, forward", "student, backward", "head and losses", "optimizer", "longest"):
-        assert part in said, said
-    shares = [float(share) for share in re.findall(r"^\S.* ([\d.]+)%$", said.partition("longest")[0], re.M)]
+        assert part in printed, printed
+    shares = [float(share) for share in re.findall(r"^\S.* ([\d.]+)%$", printed.partition("longest")[0], re.M)]
     assert abs(sum(shares) - 100.0) < 1.0
     assert equal_bits(profiled, fit(tmp_path / "b", live, training, **ALONE))
     assert [cli.parse_config("", given)[1].log.profile for given in (["--profile"], [])] == [True, False]

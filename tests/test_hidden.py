@@ -132,7 +132,7 @@ def test_value_is_that_of_float64(case, dtype):
     np.testing.assert_allclose(nats, want, rtol=2e-5, atol=2e-6)
 
 
-# Row 22: right value, wrong gradient.
+# Fault: right value, wrong gradient.
 def test_gradient_is_a_finite_difference_of_float64(case):
     ours, twin, inputs = case
     weights = normal(2, 6, seed=9)  # of positions
@@ -187,14 +187,14 @@ def test_cosine_of_tiny_huge_and_zero_vectors():
     assert got == 3.0 and np.all(np.isfinite(slope))
 
 
-# Row 23: a key the student gives nothing to.
+# A key to which the student gives no attention.
 def test_attention_that_underflows_is_finite():
     student, teacher = jnp.array([[[1.0, 0.0]]]), jnp.array([[[0.5, 0.5]]])
     value, slope = jax.value_and_grad(lambda s: losses.attention_kl(s, teacher)[0])(student)
     assert 40 < value < 45 and np.all(np.isfinite(slope))
 
 
-# ---- Row 52: padding, and the mean over D
+# ---- padding, and the mean over D
 
 
 def counted(function, mask):
@@ -205,6 +205,7 @@ def counted(function, mask):
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("name", ["hidden_mse", "hidden_cosine", "projected_mse"])
 def test_padding_carries_no_hidden_loss(name, garbage):
+    """Fault: hidden losses over padding, or times the width."""
     ours, _, (student, teacher, *rest), _ = CASES[name]
     student, teacher, *rest = (jnp.asarray(x, jnp.float32) for x in (student, teacher, *rest))
     mask = jnp.asarray(SEGMENTS > 0)
@@ -261,6 +262,7 @@ def test_causal_relations_do_not_see_the_future():
 
 
 def test_the_mask_does_not_multiply_by_the_width():
+    """Fault: hidden losses over padding, or times the width."""
     for width in (4, 400):
         student, teacher = normal(2, 6, width), normal(2, 6, width, seed=1)
         mask = SEGMENTS > 0

@@ -11,14 +11,17 @@ from builders import on_device, random_params, tiny, uneven_batch
 
 from distill import losses
 from distill.data import addition
+from distill.experiments import runner
 from distill.experiments.addition.config import Config, Recipe
-from distill.experiments.addition.run import Trained, distil, network, run_experiment
+from distill.experiments.addition.measure import network
+from distill.experiments.addition.run import World, student_arm
+from distill.experiments.folder import Trained
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.parallel import ParallelConfig
 from distill.students.cut import Importance, importance, like, spread, student_from
 from distill.students.start import StartConfig
-from distill.train import LogConfig, TrainingConfig
+from distill.training import LogConfig, TrainingConfig
 
 CONFIG = tiny(
     layers=4, width=16, heads=6, kv_heads=3, head_dim=4, feed_forward=12, qkv_bias=True, mlp_bias=True, qk_norm=True
@@ -248,8 +251,12 @@ def test_an_experiment_starts_from_its_teacher(tmp_path):
     config = experiment()
     teacher = Trained(network(config.teacher), random_params(network(config.teacher)))
     sides = addition.load(config.data)
-    distil(config, tmp_path / "cut", sides, teacher)
-    distil(dataclasses.replace(config, student_start=StartConfig()), tmp_path / "random", sides, teacher)
+
+    def distil(config, run):
+        return runner.train(student_arm(World(config, tmp_path / run, sides), teacher), config)
+
+    distil(config, "cut")
+    distil(dataclasses.replace(config, student_start=StartConfig()), "random")
     first = [next(r["loss"] for r in read_metrics(tmp_path / run) if "loss" in r) for run in ("cut", "random")]
     assert first[0] != first[1]
     looked = [json.loads((tmp_path / run / "preflight.json").read_text()) for run in ("cut", "random")]
@@ -257,12 +264,12 @@ def test_an_experiment_starts_from_its_teacher(tmp_path):
     assert names["tokenizer"] == names["forward_kl at student = teacher"] == names["weights of the student"] == "ok"
     nats = [one["nats_per_token"] for one in looked]
     assert nats[0]["teacher"] == nats[1]["teacher"] and nats[0]["student"] != nats[1]["student"]
-    again = distil(config, tmp_path / "again", sides, teacher)
-    jax.tree.map(np.testing.assert_array_equal, again.params, distil(config, tmp_path / "cut", sides, teacher).params)
+    again = distil(config, "again")
+    jax.tree.map(np.testing.assert_array_equal, again.params, distil(config, "cut").params)
 
 
 def test_a_student_that_cannot_be_cut_out_is_refused_before_anything_is_trained(tmp_path):
     wide = Recipe(DecoderConfig(vocab_size=14, layers=2, width=32, heads=2, head_dim=4, feed_forward=8))
     with pytest.raises(ValueError, match="width=32; expected 1 … 16"):
-        run_experiment(experiment(student=wide, data=addition.AdditionConfig()), tmp_path)
+        runner.run_experiment(experiment(student=wide, data=addition.AdditionConfig()), tmp_path)
     assert not (tmp_path / "teacher").exists()

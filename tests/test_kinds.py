@@ -11,10 +11,10 @@ from builders import random_params, tiny_decoder
 
 import distill
 from distill.config import load_config
-from distill.experiments import kinds
-from distill.experiments.addition import run as experiment
+from distill.experiments import kinds, runner
 from distill.experiments.addition.config import Config
-from distill.experiments.folder import read_config, write_config
+from distill.experiments.addition.run import exported
+from distill.experiments.folder import Trained, read_config, write_config
 from distill.experiments.sentences.config import SentenceConfig
 
 
@@ -26,14 +26,16 @@ def test_a_run_folder_tells_its_kind(tmp_path):
         == kinds.experiment_of(Config()).__name__
         == "distill.experiments.addition.run"
     )
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="kind None; expected one of addition"):
+        kinds.experiment_in(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"kind": "chess"}))
     with pytest.raises(ValueError, match="kind 'chess'; expected one of addition"):
         kinds.report_in(tmp_path)
     with pytest.raises(ValueError, match="an experiment of kind 'chess'; expected 'addition'"):
         read_config(tmp_path, Config)
-    assert (
-        kinds.experiment_in(tmp_path / "nowhere").__name__ == "distill.experiments.addition.run"
-    )  # which says what is missing
+    with pytest.raises(FileNotFoundError, match="nowhere: no config.json; expected a run folder"):
+        kinds.experiment_in(tmp_path / "nowhere")
 
 
 def test_one_page_reports_on_runs_of_one_kind(tmp_path):
@@ -61,7 +63,7 @@ def test_a_run_folder_of_another_kind_is_not_written_over(tmp_path):
 
 def test_a_student_no_family_has_is_said_and_passed_over(tmp_path, capsys):
     model = tiny_decoder(norm="layer", vocab_size=16).with_vocabulary(11)
-    experiment.export(tmp_path, model, random_params(model))
+    runner.export(tmp_path, model, random_params(model))
     said = capsys.readouterr().err
     assert f"{tmp_path / 'student_hf'}: not written: no family among llama" in said and "norm='layer'" in said
     assert not (tmp_path / "student_hf").exists()
@@ -70,7 +72,7 @@ def test_a_student_no_family_has_is_said_and_passed_over(tmp_path, capsys):
 def test_a_student_is_exported_without_rows_that_are_no_token(tmp_path, capsys, monkeypatch):
     model = tiny_decoder(vocab_size=16, tied=True).with_vocabulary(11)
     params = random_params(model)
-    experiment.export(tmp_path, model, params)
+    runner.export(tmp_path, *exported(Trained(model, params)))
     small, loaded = distill.load(tmp_path)
     want = params | {"embedding": params["embedding"][:11]}
     assert small.vocab_size == 11 and capsys.readouterr().err == ""
@@ -78,7 +80,7 @@ def test_a_student_is_exported_without_rows_that_are_no_token(tmp_path, capsys, 
     # A disk that is full is no decoder without a family: the run ends, and says so.
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(ValueError, match="not written .*the disk is full.*as it was"):
-        experiment.export(tmp_path, model, jax.tree.map(lambda leaf: 2 * leaf, params))
+        runner.export(tmp_path, *exported(Trained(model, jax.tree.map(lambda leaf: 2 * leaf, params))))
     jax.tree.map(np.testing.assert_array_equal, distill.load(tmp_path)[1], want)
 
 
@@ -90,6 +92,8 @@ def test_what_is_no_experiment_is_refused():
 @pytest.mark.parametrize("kind", kinds.KINDS.values())
 def test_every_kind_has_what_the_scripts_call(kind):
     experiment, report = map(importlib.import_module, kind)
-    for name in ("run_experiment", "evaluate_folder", "print_summary", "answer"):
+    for name in ("CONFIG", "prepare", "arms", "evaluate", "summarize", "write", "notes"):
         assert callable(getattr(experiment, name))
+    assert experiment.CONFIG.kind in kinds.KINDS and experiment.NAMES.keys() >= {"teacher", "student"}
+    assert all(isinstance(key, str) for key, _ in experiment.COLUMNS.values())
     assert callable(report.write_report)

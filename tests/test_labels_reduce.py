@@ -38,7 +38,7 @@ def test_value_is_that_of_float64(kind, dtype, options):
     np.testing.assert_allclose(nats, want, rtol=1e-5, atol=1e-6)
 
 
-# Row 22: right value, wrong gradient.
+# Fault: right value, wrong gradient.
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", SCALES)
 @pytest.mark.parametrize("options", OPTIONS)
@@ -76,7 +76,7 @@ def test_z_loss_by_hand():
     np.testing.assert_allclose(losses.cross_entropy(logits, jnp.array(2), z_loss=0.25), want, rtol=1e-6)
 
 
-# Row 23: words that cannot occur.
+# Fault: tokens that cannot occur give NaN.
 def test_words_that_cannot_occur_are_as_if_absent():
     logits, labels = case("large", jnp.float32)
     labels = labels % 5
@@ -138,7 +138,7 @@ def test_shapes_are_checked_by_a_machine():
 # ---- (sum, weight)
 
 
-# Row 14: loss * mask keeps NaN and −inf alive.
+# Fault: loss * mask keeps NaN and −inf alive.
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 def test_what_does_not_count_stays_out(garbage):
     values, mask = jnp.array([1.5, garbage, 2.0, garbage]), jnp.array([True, False, True, False])
@@ -155,7 +155,7 @@ def test_mask_is_slicing():
     assert float(weight) == np.sum(mask)
 
 
-# Rows 2 and 3: pairs are added and divided once; a mean of means is another number.
+# Pairs are added and divided once; a mean of means is another number.
 def test_pairs_of_parts_add_up_to_the_whole():
     rng = np.random.default_rng(3)
     values = jnp.asarray(rng.normal(size=(4, 6)) + np.arange(4)[:, None], jnp.float32)
@@ -166,13 +166,13 @@ def test_pairs_of_parts_add_up_to_the_whole():
     assert abs(float(together) - np.mean([losses.divide(part) for part in parts])) > 0.1
 
 
-# Row 24: sums of bf16 values are float32 sums.
+# Sums of bf16 values are float32 sums.
 def test_sum_is_float32_whatever_the_values():
     total, weight = losses.masked_sum(jnp.ones(1000, jnp.bfloat16), jnp.ones(1000, bool))
     assert total.dtype == weight.dtype == jnp.float32 and float(total) == float(weight) == 1000.0
 
 
-# Row 6: everything masked.
+# Fault: everything masked gives NaN.
 def test_nothing_counted_is_zero_with_zero_gradient():
     mask = jnp.zeros(3, bool)
     value, slope = jax.value_and_grad(lambda v: losses.divide(losses.masked_sum(v, mask)))(

@@ -7,6 +7,7 @@ import pytest
 
 from distill.batch import Batch, shift
 from distill.data.loader import FEW, Loader, rows_of
+from distill.losses import SparseTargets
 
 
 def numbered(examples: int) -> Batch:
@@ -65,13 +66,15 @@ def test_every_example_once_an_epoch_in_another_order():
 
 
 def test_batch_takes_every_field():
+    """Fault: a cache of another teacher, tokenizer, order or data is used."""
     rng = np.random.default_rng(0)
-    examples = numbered(6)._replace(teacher_logits=rng.normal(size=(6, 2, 3)))
+    targets = {"top": SparseTargets(rng.integers(0, 9, (6, 2, 3)), rng.normal(size=(6, 2, 3)), temperature=2.0)}
+    examples = numbered(6)._replace(targets=targets | {"logits": rng.normal(size=(6, 2, 9))})
     loader = Loader(examples, 4, seed=3)
-    rows = loader.rows(5, 1)[0]
-    for field, whole in zip(loader.batch(5), examples, strict=True):
-        np.testing.assert_array_equal(field, whole[rows])
-    assert Loader(numbered(6), 4, seed=3).batch(5).teacher_logits is None
+    rows, got = loader.rows(5, 1)[0], loader.batch(5)
+    jax.tree.map(lambda field, whole: np.testing.assert_array_equal(field, whole[rows]), got, examples)
+    assert got.targets["top"].temperature == 2.0
+    assert Loader(numbered(6), 4, seed=3).batch(5).targets is None
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(0, 2), (4, 0), (4, -1)])
@@ -83,7 +86,7 @@ def test_nothing_to_load_is_refused(examples, batch_size):
 # ---- the shift
 
 
-# Row 9: no shift, or two.
+# Fault: no shift, or two.
 def test_label_is_the_next_token():
     tokens = np.array([[5, 6, 7, 8], [1, 2, 3, 4]])
     batch = shift(tokens, np.array([[0, 0, 1, 1], [0, 1, 0, 1]]))
@@ -95,7 +98,7 @@ def test_label_is_the_next_token():
     assert {field.dtype for field in batch[:2] + batch[3:5]} == {np.dtype(np.int32)} and batch.mask.dtype == bool
 
 
-# Rows 10 and 13: no label across a border or in padding; positions restart.
+# No label across a border or in padding; positions restart.
 def test_documents_and_padding_in_a_row():
     tokens, counts = np.arange(1, 9)[None], np.ones((1, 8))
     batch = shift(tokens, counts, np.array([[1, 1, 1, 2, 2, 0, 0, 0]]))

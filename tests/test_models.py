@@ -116,7 +116,7 @@ def test_given_positions_and_segments_are_those_of_float64():
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=2e-5)
 
 
-# Row 24: activations in bf16, logits accumulated in float32.
+# Activations in bf16, logits accumulated in float32.
 @pytest.mark.parametrize("tied", [False, True])
 def test_bfloat16_is_float32_up_to_its_digits(tied):
     config = tiny(dtype="bfloat16", tied=tied)
@@ -131,7 +131,7 @@ def test_bfloat16_is_float32_up_to_its_digits(tied):
     assert 1e-5 < error < 0.03
 
 
-# Row 24: inside norm and rotation everything is float32; bf16 is rounded to once, at the end.
+# Inside norm and rotation everything is float32; bf16 is rounded to once, at the end.
 def test_norm_and_rotation_round_once():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(1, 5, 8, 64)) * 3, jnp.bfloat16)
@@ -168,7 +168,7 @@ def test_causality_by_gradients():
     np.testing.assert_array_equal(reach[np.triu_indices(length, 1)], 0.0)
 
 
-# Row 13: documents that attend across their border, or positions that do not restart.
+# Fault: documents that attend across their border, or positions that do not restart.
 def test_packed_documents_are_as_if_alone(biased):
     _, params, logits, _ = biased
     lengths = (3, 5, 2)

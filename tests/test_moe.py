@@ -11,9 +11,10 @@ from distill import losses
 from distill.models import DecoderConfig, decoder
 from distill.models.moe import mixture, route
 from distill.models.products import _by_blocks
-from distill.objective import ObjectiveConfig, RouterTerm, router_terms, task_term
+from distill.objective import ObjectiveConfig, router_terms, task_term
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
-from distill.step import init_state, make_train_step
+from distill.state import init_state
+from distill.step import make_train_step
 from distill.weights.families import from_json
 
 OPTIONS = {"experts": 5, "experts_per_token": 2, "router_loss_weight": 0.3}
@@ -100,7 +101,8 @@ def test_load_balancing_is_its_equation_and_padding_has_no_part():
 def test_the_step_adds_the_loss_with_its_weight_without_labels_too():
     params, batch = random_params(MODEL), on_device(uneven_batch())
     terms = [task_term(), *router_terms(MODEL)]
-    assert terms[1] == RouterTerm(0.3) and router_terms(MODEL, 0.0) == router_terms(tiny_decoder()) == ()
+    assert (terms[1].name, terms[1].weight) == ("load_balancing", 0.3)
+    assert router_terms(MODEL, 0.0) == router_terms(tiny_decoder()) == ()
     state, metrics = jax.jit(make_train_step(MODEL, terms, SGD))(init_state(params, SGD), None, batch)
 
     def loss(params):
@@ -114,7 +116,7 @@ def test_the_step_adds_the_loss_with_its_weight_without_labels_too():
     np.testing.assert_allclose(losses.divide(metrics["load_balancing"]), balance, rtol=1e-5)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, moved)
-    alone, _ = jax.jit(make_train_step(MODEL, [RouterTerm(1.0)], SGD))(init_state(params, SGD), None, batch)
+    alone, _ = jax.jit(make_train_step(MODEL, router_terms(MODEL, 1.0), SGD))(init_state(params, SGD), None, batch)
     assert np.max(
         np.abs(alone.params["layers"]["mlp"]["router"]["kernel"] - params["layers"]["mlp"]["router"]["kernel"])
     )
@@ -122,7 +124,7 @@ def test_the_step_adds_the_loss_with_its_weight_without_labels_too():
 
 def test_devices_together_have_the_loss_of_all_tokens():
     params, batch = random_params(MODEL), on_device(uneven_batch())
-    terms = [task_term(), RouterTerm(0.5)]
+    terms = [task_term(), *router_terms(MODEL, 0.5)]
     whole, metrics = jax.jit(make_train_step(MODEL, terms, SGD))(init_state(params, SGD), None, batch)
     parts = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), batch)
     step = make_train_step(MODEL, terms, SGD, axis_name="data")
@@ -150,7 +152,7 @@ def test_flops_count_the_experts_of_a_token_and_parameters_all():
         (lambda: DecoderConfig(experts=-1), "experts=-1"),
         (lambda: DecoderConfig(experts=2, mlp_bias=True), "without biases"),
         (lambda: ObjectiveConfig(router_weight=-1.0), "router_weight=-1.0"),
-        (lambda: make_train_step(tiny_decoder(), [RouterTerm(1.0)], SGD), "the student has none"),
+        (lambda: make_train_step(tiny_decoder(), router_terms(MODEL, 1.0), SGD), "the student has none"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):

@@ -48,18 +48,18 @@ def same(one, other, rtol=1e-5, atol=1e-6):
         (losses.alpha_divergence, {"alpha": -1.0}, np.sum((P - Q) ** 2 / P) / 2),
         (losses.renyi, {"alpha": 0.5}, -2 * np.log(np.sum(np.sqrt(P * Q)))),
         (losses.renyi, {"alpha": 3.0}, np.log(np.sum(P**3 / Q**2)) / 2),
-        # mass .6 of the first word is beyond μ = .5, yet it is the head; gaps .4 and 0 + .4
+        # mass .6 of the first token is beyond μ = .5, yet it is the head; gaps .4 and 0 + .4
         (losses.adaptive_kl, {"mu": 0.5}, (np.sum(P * np.log(P / Q)) + np.sum(Q * np.log(Q / P))) / 2),
         (losses.pearson, {}, 1 - np.corrcoef(P, Q)[0, 1]),
         (losses.logit_mse, {}, np.mean((np.log(P / Q) - np.mean(np.log(P / Q))) ** 2) / 2),
         (losses.top_k_forward_kl, {"k": 1}, 0.6 * np.log(0.6 / 0.2) + 0.4 * np.log(0.4 / 0.8)),
     ],
 )
-def test_three_words_by_hand(function, options, expected):
+def test_three_tokens_by_hand(function, options, expected):
     same(function(STUDENT, TEACHER, **options), expected, atol=0.0)
 
 
-# Row 17: which of the two is the mixture's partner, and whose share alpha is.
+# Which of the two is the mixture's partner, and whose share alpha is.
 def test_skew_is_the_share_of_the_first_argument_of_the_kl():
     student, teacher = jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf])
     for alpha in (0.1, 0.9):
@@ -69,7 +69,7 @@ def test_skew_is_the_share_of_the_first_argument_of_the_kl():
 
 
 def test_adaptive_weights_follow_the_gaps():
-    p, q = np.array([0.3, 0.28, 0.22, 0.2]), np.array([0.1, 0.2, 0.3, 0.4])  # head: words 0 (.30), but not 1 (.58)
+    p, q = np.array([0.3, 0.28, 0.22, 0.2]), np.array([0.1, 0.2, 0.3, 0.4])  # head: tokens 0 (.30), but not 1 (.58)
     forward, reverse = np.sum(p * np.log(p / q)), np.sum(q * np.log(q / p))
     student, teacher = jnp.log(jnp.asarray(q, jnp.float32)), jnp.log(jnp.asarray(p, jnp.float32))
     shuffled = jnp.array([2, 0, 3, 1])
@@ -129,7 +129,7 @@ def test_pearson_sees_the_relation_only():
 
 
 # A constant added to all logits of a row changes no probability.
-def test_logit_mse_ignores_a_constant_and_the_words_one_side_rules_out():
+def test_logit_mse_ignores_a_constant_and_the_tokens_one_side_rules_out():
     student, teacher = pair(7)
     same(losses.logit_mse(student + 100.0, teacher - 30.0), losses.logit_mse(student, teacher), rtol=1e-4)
     assert np.max(losses.logit_mse(teacher + 5.0, teacher)) < 1e-10
@@ -190,7 +190,7 @@ def test_families_are_continuous_where_the_formula_changes():
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, -0.5), (2.0, -1.0), (-0.5, 1.5), (1.5, 0.5), (0.3, -0.7)])
 def test_negative_powers(alpha, beta):
-    value, slope = twins.without_impossible_words(twins.alpha_beta(alpha, beta))
+    value, slope = twins.without_impossible_tokens(twins.alpha_beta(alpha, beta))
     student, teacher = pair(9)
     got = losses.alpha_beta(student, teacher, alpha=alpha, beta=beta)
     assert np.min(got) >= 0.0
@@ -232,16 +232,16 @@ def test_close_distributions_keep_four_digits(distance):
         (losses.pearson, twins.pearson, {}),
         (losses.logit_mse, twins.logit_mse, {}),
     ):
-        value, _ = twins.without_impossible_words(twin)
+        value, _ = twins.without_impossible_tokens(twin)
         same(function(student, teacher, **options), value(student, teacher), rtol=1e-4, atol=0.0)
 
 
-# ---- words that one side alone rules out (row 23)
+# ---- tokens that one side alone rules out
 
 
 @pytest.mark.parametrize(
     ("function", "options", "finite"),
-    [  # (student lacks a word of the teacher, teacher lacks a word of the student)
+    [  # (student lacks a token of the teacher, teacher lacks a token of the student)
         (losses.skewed_forward_kl, {}, (True, True)),
         (losses.skewed_reverse_kl, {}, (True, True)),
         (losses.total_variation, {}, (True, True)),
@@ -275,7 +275,7 @@ def test_one_sided_zero(function, options, finite):
             same(function(student, teacher, **options), function(near_s, near_t, **options), rtol=1e-4)
 
 
-def test_disjoint_words():
+def test_disjoint_tokens():
     student, teacher = jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf])
     assert losses.renyi(student, teacher) == jnp.inf and losses.renyi(student, teacher, alpha=2.0) == jnp.inf
     same(losses.alpha_divergence(student, teacher), 4.0)
@@ -284,7 +284,7 @@ def test_disjoint_words():
         assert np.all(np.isfinite(gradient(function, student, teacher)))
 
 
-# Row 25: a ratio float32 cannot hold is infinite, and its gradient is not NaN.
+# A ratio that float32 cannot hold is infinite; its gradient is not NaN.
 def test_ratios_out_of_range():
     student, teacher = jnp.array([0.0, -500.0, 3.0]), jnp.array([-500.0, 0.0, 3.0])
     for options in ({"alpha": 2.0}, {"alpha": -1.0}):

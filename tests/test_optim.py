@@ -10,7 +10,8 @@ from builders import nnx_model, on_device, tiny_decoder, uneven_batch
 
 from distill.objective import task_term
 from distill.optim import OptimizerConfig, decay_mask, optimizer, schedule
-from distill.step import init_state, make_train_step
+from distill.state import init_state
+from distill.step import make_train_step
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_given_rates_stand_in_for_those_of_the_configuration():
         np.testing.assert_allclose(first[name], second[name], rtol=1e-6)
 
 
-# Row 56: a schedule that ticks with every micro-batch.
+# Fault: a schedule that ticks with every micro-batch.
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_schedule_counts_updates_not_micro_batches(micro_batches):
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=4, clip_norm=0.0)

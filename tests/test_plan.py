@@ -22,7 +22,8 @@ from distill.parallel import ParallelConfig, make_mesh
 from distill.planning import plan, roofline
 from distill.planning.hlo import Collective, collectives
 from distill.students.start import StartConfig
-from distill.train import TrainingConfig, lower
+from distill.train import lower
+from distill.training import TrainingConfig
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 2048, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -146,13 +147,6 @@ def test_the_slowest_part_bounds_a_step():
     assert roofline.price(tokens=500_000, seconds=0.5, devices=16, dollars_per_hour=3.6) == pytest.approx(16.0)
 
 
-def test_chips_are_ordered_as_they_are():
-    assert CHIPS["v5e"].memory < CHIPS["v6e"].memory < CHIPS["v5p"].memory == 95e9
-    for chip in CHIPS.values():
-        assert 100 < chip.flops / chip.bandwidth < 600  # FLOPs a byte: the ridge
-        assert chip.links < chip.bandwidth and 0 < chip.dollars < 20
-
-
 # ---- collectives
 
 TEXT = """HloModule a
@@ -232,9 +226,11 @@ def test_the_plan_has_the_bytes_of_the_step_that_runs(config, values):
     task = plan.abstract_task(config)
     lowered, state, frozen = lower(task, config.training, config.parallel)
     memory = preflight.memory_plan(lowered, state, frozen)
-    assert {name: values["bytes"][name] for name in memory.keys() & {"arguments", "outputs", "shared", "total"}} == {
-        name: memory[name] for name in ("arguments", "outputs", "shared", "total")
+    assert {name: values["bytes"][name] for name in ("arguments", "outputs", "shared")} == {
+        name: memory[name] for name in ("arguments", "outputs", "shared")
     }
+    kept = 8 // 8 * 32 * 16 * 4  # the teacher's states on the rows of the learning curve, a row on each device
+    assert values["bytes"]["evaluation"] == kept and values["bytes"]["total"] == memory["total"] + kept
     assert values["bytes"]["temporary"] == memory["temporary"]
     assert [values["bytes"][name] for name in ("parameters", "optimizer", "teacher")] == [
         memory[name] for name in ("student", "optimizer", "teacher")

@@ -11,7 +11,8 @@ from text_builders import CHATML, MARKED, tiny_tokenizer
 
 from distill.experiments.preflight import Side, memory_plan, preflight, print_checks
 from distill.objective import ObjectiveConfig, terms_of
-from distill.step import init_state, make_train_step
+from distill.state import init_state
+from distill.step import make_train_step
 
 MODEL = tiny_decoder(layers=1)
 BATCH = on_device(uneven_batch())

@@ -15,8 +15,9 @@ from distill.models import DecoderConfig, decoder
 from distill.objective import task_term
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
-from distill.reproduce import page as reproduce
-from distill.train import LogConfig, Task, TrainingConfig, fit
+from distill.reproduce import addition as reproduce
+from distill.train import Task, fit
+from distill.training import LogConfig, TrainingConfig
 
 DATA = addition.AdditionConfig(digits=1)
 MODEL = DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=8)
@@ -80,7 +81,7 @@ def test_replicas_side_by_side_are_those_one_by_one(monkeypatch):
         np.testing.assert_array_equal(b, want)
 
 
-def test_steps_are_chosen_by_exact_match_on_validation_only():  # row 60
+def test_steps_are_chosen_by_exact_match_on_validation_only():
     params = {"w": np.arange(2.0)}
     best = arms._keep_best(None, params, np.array([0.5, 0.5]), 10)
     best = arms._keep_best(best, {"w": np.array([7.0, 8.0])}, np.array([0.4, 0.6]), 20)

@@ -80,7 +80,7 @@ def test_logits_of_kept_tokens_are_as_before(tied):
     np.testing.assert_allclose(small.logits(cut, new), want, rtol=1e-5, atol=1e-6)
 
 
-# Row 13: packed = unpacked, per document.
+# Packed = unpacked, per document.
 def test_packed_documents_do_not_see_each_other():
     rng, model = np.random.default_rng(0), tiny_decoder()
     found = [Encoded(rng.integers(1, 11, n).astype(np.int32), np.ones(n, bool)) for n in (3, 5, 4, 6, 2, 4, 12)]

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from distill.reports import addition as report
+from distill.reports import page as pages
+from distill.reports import sentences as report_sentences
+from distill.reports import text as report_text
 from distill.reports.page import series
 
 SYMBOLS = [*"0123456789+=", "<eos>", "<pad>"]
@@ -504,10 +507,12 @@ def test_broken_metrics_are_named_by_line_and_a_cut_last_line_is_forgiven(run):
     refused(run, ValueError, r"metrics\.jsonl, line 1: expected a JSON object, got 'oops'")
 
 
-def test_imports_neither_jax_nor_pyplot():
-    tree = ast.parse(Path(report.__file__).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("module", [report, pages, report_text, report_sentences], ids=lambda module: module.__name__)
+def test_imports_neither_jax_nor_pyplot(module):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [alias.name if isinstance(node, ast.Import) else node.module for node in imports for alias in node.names]
-    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "numpy", "matplotlib", "jinja2"}
+    others = {name.split(".")[0] for name in names if not name.startswith("distill.reports")}
+    assert others <= {*sys.stdlib_module_names, "numpy", "matplotlib", "jinja2"}
     assert "matplotlib.pyplot" not in names
     assert "matplotlib" not in "".join(ast.unparse(node) for node in tree.body if node in imports)  # only to draw

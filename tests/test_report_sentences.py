@@ -7,7 +7,6 @@ import re
 import pytest
 
 from distill.experiments.kinds import report_in
-from distill.reports import addition as report
 from distill.reports import page
 from distill.reports import sentences as report_sentences
 
@@ -80,7 +79,7 @@ def test_curves_are_those_of_student_and_control(run, monkeypatch):
         drawn.update({line.get_label(): line.get_ydata().tolist() for line in axes.lines})
         kept(axes, columns)
 
-    monkeypatch.setattr(report, "legend", legend)
+    monkeypatch.setattr(page, "legend", legend)
     report_sentences.write_report([run])
     want = {"student": 0.39, "control, from random weights": 0.0}
     assert drawn == {name: pytest.approx([start + n / 300 for n in (0, 50, 100)]) for name, start in want.items()}

@@ -39,7 +39,7 @@ def test_greedy_is_the_naive_loop(case, endless):
     np.testing.assert_array_equal(written, endless)
 
 
-# Row 12: the end is written once, then padding; rows that have not ended go on.
+# The end is written once, then padding; rows that have not ended go on.
 def test_stops_at_the_end_and_pads_after_it(case, endless):
     model, params, prompts = case
     eos = int(np.bincount(endless[:, 1:4].ravel()).argmax())  # a token that some rows write half way

@@ -11,15 +11,18 @@ from scipy import stats
 
 import distill
 from distill import losses
+from distill.experiments import runner
 from distill.experiments.folder import read_config
-from distill.experiments.kinds import experiment_of, report_in
+from distill.experiments.kinds import report_in
+from distill.experiments.sentences import corpus, measure
 from distill.experiments.sentences import run as experiment
 from distill.experiments.sentences.config import SentenceConfig
 from distill.features import FeatureConfig
 from distill.models import Collect, EncoderConfig, encoder
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
-from distill.train import LogConfig, TrainingConfig
+from distill.term import View
+from distill.training import LogConfig, TrainingConfig
 
 TINY = EncoderConfig(vocab_size=40, layers=2, width=8, heads=2, feed_forward=12, token_types=2, max_length=12)
 PRE_NORM = {"norm_place": "pre", "positions": "rotary", "gated": True, "norm_bias": False}
@@ -93,28 +96,32 @@ def made(tmp_path_factory):
 @pytest.fixture
 def given(made, monkeypatch):
     file, config = made
-    monkeypatch.setattr(experiment.carried, "fetch", lambda what: file)
+    monkeypatch.setattr(corpus.fetch, "fetch", lambda what: file)
     return config
 
 
 def test_a_whole_experiment_and_its_resumption(given, tmp_path):
-    summary = experiment_of(given).run_experiment(given, tmp_path)
+    summary = runner.run_experiment(given, tmp_path)
     assert summary["student"]["layers"] == 1 and summary["teacher"]["layers"] == 2
     assert summary["student"]["cosine"] > summary["untrained"]["cosine"]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "sentence_cosine", "similarity_mse", "relation_kl"} <= lines[1].keys()
-    again = experiment.run_experiment(given, tmp_path)
+    spent = [(tmp_path / part / "cost.json").read_bytes() for part in ("", "random")]
+    again = runner.run_experiment(given, tmp_path)
+    assert spent == [(tmp_path / part / "cost.json").read_bytes() for part in ("", "random")]  # it was finished
+    assert again["cpu_seconds"] == summary["cpu_seconds"] > 0
+    assert {c["verdict"] for c in json.loads((tmp_path / "preflight.json").read_text())["checks"]} == {"ok"}
     names = ("untrained", "student", "control", "teacher")
     assert {n: again[n] for n in names} == {n: summary[n] for n in names}
-    assert experiment.evaluate_folder(tmp_path)["student"] == summary["student"]
+    assert runner.evaluate_folder(tmp_path)["student"] == summary["student"]
     model, params = distill.load(tmp_path)  # what is in RUN/student_hf
-    tokens = experiment.sentences(given)["held_out"][0]
+    tokens = corpus.sentences(given)["held_out"][0]
     teacher = experiment.embeddings(*distill.load(given.teacher), tokens)
     of_file = experiment.compare(experiment.embeddings(model, params, tokens), teacher)
     assert of_file["cosine"] == pytest.approx(summary["student"]["cosine"], abs=1e-6)
     examples = json.loads((tmp_path / "evaluation.json").read_text())["examples"]
-    texts = experiment.sentences(given)["held_out"][1]
+    texts = corpus.sentences(given)["held_out"][1]
     for i, example in enumerate(examples):
         cosines = teacher @ teacher[i]
         cosines[i] = -2.0
@@ -123,21 +130,30 @@ def test_a_whole_experiment_and_its_resumption(given, tmp_path):
         assert nearest == pytest.approx(cosines.max(), abs=1e-6)
     assert len(examples) == 6 and examples[0].keys() == {"sentence", *names}
     assert "Learning curves" in report_in(tmp_path).write_report([tmp_path]).read_text()
-    rows = experiment.answer(tmp_path, ["w1 w2 w3"])
-    assert rows == experiment.answer(tmp_path, ["w1 w2 w3"], "max:spearman")
+    rows = runner.answer(tmp_path, ["w1 w2 w3"])
+    assert rows == runner.answer(tmp_path, ["w1 w2 w3"], "max:spearman")
     assert rows[0].keys() == {"prompt", "teacher", "student"}
-    experiment.print_summary(summary, tmp_path)
+    runner.print_summary(summary, tmp_path)
     with pytest.raises(ValueError, match="cosine_weight: 1.0 → 2.0"):
-        experiment.run_experiment(dataclasses.replace(given, cosine_weight=2.0), tmp_path)
+        runner.run_experiment(dataclasses.replace(given, cosine_weight=2.0), tmp_path)
     assert read_config(tmp_path, SentenceConfig) == given
 
 
+def test_embeddings_are_compiled_once():
+    model = encoder(TINY)
+    params = random_params(model)
+    before = measure._embed._cache_size()
+    for rows in (3, 7, 100):
+        experiment.embeddings(model, params, np.ones((rows, 5), np.int32))
+    assert measure._embed._cache_size() == before + 1
+
+
 def test_no_sentence_is_on_both_sides(given):
-    sides = experiment.sentences(given)
+    sides = corpus.sentences(given)
     assert not set(sides["train"][1]) & set(sides["held_out"][1])
-    assert all(((rows > 0).sum(axis=1) >= experiment.SHORTEST).all() for rows, _ in sides.values())
+    assert all(((rows > 0).sum(axis=1) >= corpus.SHORTEST).all() for rows, _ in sides.values())
     with pytest.raises(ValueError, match="5000 of train asked for; there are"):
-        experiment.sentences(dataclasses.replace(given, sentences=5000))
+        corpus.sentences(dataclasses.replace(given, sentences=5000))
 
 
 @pytest.mark.parametrize("options", [{}, PRE_NORM], ids=["post-norm", "pre-norm"])
@@ -146,19 +162,18 @@ def test_terms_are_those_of_the_embeddings(options):
     models = [encoder(dataclasses.replace(TINY, layers=n, token_types=0, **options)) for n in (1, 2)]
     both = [(model, random_params(model, n)) for n, model in enumerate(models)]
     tokens = np.array([[5, 6, 7, 0], [8, 9, 0, 0], [1, 2, 3, 4]], np.int32)
-    batch = experiment.batch_of(tokens)
+    batch = corpus.batch_of(tokens)
     kept = [
         model.apply(params, tokens, segments=batch.segments, collect=Collect(hidden=(n,))).collected
         for n, (model, params) in enumerate(both, start=1)
     ]
     cosine, similarity = experiment.sentence_terms(CONFIG, *models, both[1][1])
     student, teacher = (experiment.embeddings(*one, tokens).astype(np.float64) for one in both)
-    values = cosine.per_position(*kept, batch, both[0][1])
+    view = View(student_features=kept[0], teacher_features=kept[1], batch=batch, params=both[0][1])
+    values = cosine.value(view)
     np.testing.assert_allclose(values[:, 0], 1.0 - (student * teacher).sum(-1), atol=1e-5)
     square = (student @ student.T - teacher @ teacher.T) ** 2
-    np.testing.assert_allclose(
-        similarity.per_position(*kept, batch, both[0][1])[:, 0], square.sum(-1) / 2, rtol=1e-3, atol=1e-6
-    )
+    np.testing.assert_allclose(similarity.value(view)[:, 0], square.sum(-1) / 2, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +189,6 @@ def test_a_configuration_that_cannot_be_is_refused(options, message):
         SentenceConfig(**options)
 
 
-def test_a_teacher_that_cannot_be_is_refused(given):
+def test_a_teacher_that_cannot_be_is_refused(given, tmp_path):
     with pytest.raises(ValueError, match="length=13; the teacher has 12 positions"):
-        experiment._teacher(dataclasses.replace(given, length=13))
+        experiment.prepare(dataclasses.replace(given, length=13), tmp_path)

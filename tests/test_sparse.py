@@ -53,7 +53,7 @@ def truncated(log_a, log_b, ids):
 # ---- the tail
 
 
-# Row 26: a truncated sum is negative where the student puts more on the kept words than the teacher.
+# Fault: a truncated sum is negative where the student puts more on the kept words than the teacher.
 @pytest.mark.parametrize("name", ALL)
 def test_never_negative(name):
     divergence, options = ALL[name]
@@ -67,7 +67,7 @@ def test_never_negative(name):
         same(losses.sparse(divergence, teacher, targets, **options), 0.0)
 
 
-# Row 27: with both sides renormalised, a student with 99.97 % of its mass elsewhere scores 0.
+# Fault: with both sides renormalised, a student with 99.97 % of its mass elsewhere scores 0.
 @pytest.mark.parametrize("name", ALL)
 def test_mass_off_the_support_is_punished(name):
     divergence, options = ALL[name]
@@ -85,7 +85,7 @@ def test_mass_off_the_support_is_punished(name):
         assert np.all(slope[:2] < 0) and np.sum(slope[:2]) < (-0.5 if name == "forward_kl" else -1e-4)
 
 
-# Row 28: with the teacher renormalised the student that equals the teacher is not where the loss is least.
+# Fault: with the teacher renormalised the student that equals the teacher is not where the loss is least.
 def test_bias_of_a_renormalised_teacher():
     teacher = jnp.log(jnp.array([0.5, 0.2, 0.1, 0.1, 0.1]))
     targets = losses.top_k_targets(teacher, 2)
@@ -100,7 +100,7 @@ def test_bias_of_a_renormalised_teacher():
     same(gradient(lambda s: losses.sparse(losses.forward_kl, s, targets), teacher), 0.0)
 
 
-# Row 29: the truncated reverse KL falls below 0 when all mass leaks off the support; with the tail it rises.
+# Fault: the truncated reverse KL falls below 0 when all mass leaks off the support; with the tail it rises.
 def test_leaking_mass_raises_the_reverse_kl():
     teacher = jnp.log(jnp.array([0.55, 0.35, 0.05, 0.05]))
     targets = losses.top_k_targets(teacher, 2)
@@ -150,7 +150,7 @@ def test_value_and_gradient_are_those_of_float64(scale, dtype):
     student, teacher = (x.astype(dtype) for x in pair(4, scale=scale))
     exact = [np.asarray(x.astype(jnp.float32), np.float64) for x in (student, teacher)]
     for divergence, inner in ((losses.forward_kl, twins.kl), (losses.reverse_kl, lambda a, b: twins.kl(b, a))):
-        value, slope = twins.without_impossible_words(_bucketed(inner, 3))
+        value, slope = twins.without_impossible_tokens(_bucketed(inner, 3))
         for temperature in (0.5, 1.0, 4.0):
             targets = losses.top_k_targets(teacher, 3, temperature=temperature)
             loss = partial(losses.sparse, divergence, targets=targets, temperature=temperature)
@@ -252,7 +252,7 @@ def test_an_id_that_is_no_word_is_seen(bad):
     assert np.isnan(losses.sampled_cross_entropy(student, drawn)[0])
 
 
-# Row 30: cached at one temperature, used at another.
+# Fault: targets stored at one temperature are used at another.
 def test_another_temperature_is_refused_or_exact():
     student, teacher = pair(9)
     targets = losses.top_k_targets(teacher, 5, temperature=2.0)

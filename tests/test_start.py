@@ -34,7 +34,7 @@ def params():
 )
 def test_every_start_is_a_plain_decoder_in_the_end(params, options):
     begin = start(TEACHER, params, SMALL, options)
-    learnt = begin.model.init(jax.random.key(0))
+    learnt = begin.learnt(jax.random.key(0))
     shapes = jax.eval_shape(outline(TEACHER, SMALL, options).init, jax.random.key(0))
     assert jax.tree.map(lambda x: x.shape, learnt) == jax.tree.map(lambda x: x.shape, shapes)
     plain = begin.plain(learnt)

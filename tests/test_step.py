@@ -12,6 +12,7 @@ import reference
 from builders import VOCAB, handmade, nnx_model, on_device, random_params, rows_of, tiny, tiny_decoder, uneven_batch
 from jax.extend.core import jaxprs_in_params
 
+from distill import losses
 from distill.batch import shift
 from distill.devices import backend
 from distill.models import decoder
@@ -19,7 +20,10 @@ from distill.models.adapters import from_linen
 from distill.models.parameters import parameter
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig, optimizer
-from distill.step import CHUNKED_FROM, init_state, make_train_step, scan_steps
+from distill.parallel import scan_steps
+from distill.state import init_state
+from distill.step import CHUNKED_FROM, make_train_step
+from distill.term import BOTH_LOGITS
 
 TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))
 STUDENT = tiny_decoder(layers=1, feed_forward=14)
@@ -86,7 +90,7 @@ def test_metrics_are_those_of_float64(step, state, teacher_params, batch):
         assert float(metrics[name][1]) == mask.sum()
 
 
-# Row 22, for the whole: the update is the slope of the reported loss.
+# The update is the slope of the reported loss.
 def test_gradient_is_a_finite_difference(step, state, teacher_params, batch):
     new, metrics = step(state, teacher_params, batch)
     gradient = jax.tree.map(jnp.subtract, state.params, new.params)
@@ -100,7 +104,7 @@ def test_gradient_is_a_finite_difference(step, state, teacher_params, batch):
     assert (loss(0.01) - loss(-0.01)) / 0.02 == pytest.approx(float(norm), rel=0.01)
 
 
-# Row 2: a mean of the means of micro-batches.
+# Fault: a mean of the means of micro-batches.
 @pytest.mark.parametrize("micro_batches", [2, 8])
 def test_micro_batches_are_the_whole_batch(step, state, teacher_params, batch, micro_batches):
     parts = jax.jit(make_train_step(STUDENT, TERMS, SGD, teacher=TEACHER, micro_batches=micro_batches))
@@ -109,6 +113,7 @@ def test_micro_batches_are_the_whole_batch(step, state, teacher_params, batch, m
 
 
 def test_mean_of_means_is_another_number(step, state, teacher_params, batch):
+    """Fault: a mean of the means of micro-batches."""
     few, many = jnp.array([0, 6, 0, 6]), jnp.array([1, 7, 1, 7])  # rows that count 1 token, rows that count 6
     few, many, all_of_it = (
         step(state, teacher_params, rows_of(batch, rows))[1] for rows in (few, many, jnp.r_[few, many])
@@ -118,7 +123,7 @@ def test_mean_of_means_is_another_number(step, state, teacher_params, batch):
     assert abs(mean_of_means - means(all_of_it)["loss"]) > 0.05
 
 
-# Row 5: divided twice.
+# Fault: divided twice.
 def test_repeating_the_batch_changes_nothing(step, state, teacher_params, batch):
     once, twice = (rows_of(batch, jnp.arange(rows) % 4) for rows in (4, 8))
     new, metrics = step(state, teacher_params, twice)
@@ -127,7 +132,7 @@ def test_repeating_the_batch_changes_nothing(step, state, teacher_params, batch)
     assert means(metrics) == pytest.approx(means(want_metrics), rel=1e-4)
 
 
-# Row 6: everything masked.
+# Fault: everything masked gives NaN.
 def test_nothing_counted_changes_nothing(step, state, teacher_params, batch):
     new, metrics = step(state, teacher_params, batch._replace(mask=jnp.zeros_like(batch.mask)))
     assert_same_bits(new.params, state.params)
@@ -136,6 +141,7 @@ def test_nothing_counted_changes_nothing(step, state, teacher_params, batch):
 
 
 def test_nothing_counted_leaves_adam_finite(batch):
+    """Fault: everything masked gives NaN."""
     config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5)
     update = optimizer(config, 10)
     state = init_state(random_params(STUDENT), update)
@@ -152,7 +158,7 @@ def test_nothing_counted_leaves_adam_finite(batch):
 # ---- the shift
 
 
-# Row 9: no causal shift, or a double one.
+# Fault: no causal shift, or a double one.
 def test_copying_scores_badly_and_foreseeing_perfectly():
     tokens = (np.arange(7)[None] + np.arange(4)[:, None]) % VOCAB  # the next token is the one after
     batch = on_device(shift(tokens, np.ones_like(tokens)))
@@ -178,7 +184,7 @@ def padded_rows(filler=0):
     return on_device(shift(tokens, np.ones_like(tokens), segments))
 
 
-# Row 10: padding carries loss.
+# Fault: padding carries loss.
 @pytest.mark.parametrize("filler", [3, VOCAB - 1])
 def test_garbage_in_padding_changes_nothing(step, state, teacher_params, filler):
     clean, dirty = padded_rows(), padded_rows(filler=filler)
@@ -206,7 +212,7 @@ def test_masked_labels_may_be_anything(step, state, teacher_params, batch):
     assert_same_bits(step(state, teacher_params, marked), step(state, teacher_params, batch))
 
 
-# Row 13: packed documents are as if each had its own row.
+# Packed documents are as if each had its own row.
 def test_packing_changes_nothing(step, state, teacher_params):
     tokens, segments = np.zeros((2, 9), np.int64), np.zeros((2, 9), np.int32)
     tokens[0], segments[0] = np.random.default_rng(2).integers(0, VOCAB, 9), [1, 1, 1, 1, 2, 2, 2, 2, 2]
@@ -221,7 +227,7 @@ def test_packing_changes_nothing(step, state, teacher_params):
 # ---- the teacher
 
 
-# Row 48: the teacher has no gradient.
+# The teacher has no gradient.
 def test_gradient_of_the_teacher_is_zero(step, state, teacher_params, batch):
     def loss(params):
         return step(state, params, batch)[1]["loss"][0]
@@ -241,7 +247,7 @@ def products(jaxpr):
             yield from products(inner)
 
 
-# Rows 47 and 48: nor is one computed and thrown away.
+# No gradient of the teacher is computed and thrown away.
 def test_gradient_of_the_teacher_is_not_in_the_program(state, teacher_params, batch):
     train_step = make_train_step(STUDENT, TERMS, SGD, teacher=TEACHER)
     shapes = set(products(jax.make_jaxpr(train_step)(state, teacher_params, batch).jaxpr))
@@ -250,7 +256,7 @@ def test_gradient_of_the_teacher_is_not_in_the_program(state, teacher_params, ba
     assert not {(12, 20), (11, 12)} & shapes  # and its gradients are not
 
 
-# Row 47: the teacher in the state, the optimizer or the checkpoint.
+# Fault: the teacher in the state, the optimizer or the checkpoint.
 def test_state_holds_nothing_of_the_teacher(teacher_params, batch):
     update = optimizer(OptimizerConfig(), 10)
     state = init_state(random_params(STUDENT), update)
@@ -261,7 +267,7 @@ def test_state_holds_nothing_of_the_teacher(teacher_params, batch):
     assert sizes == 3 * STUDENT.parameter_count() + 3  # parameters, two moments, three counters
 
 
-# Row 48: the teacher's parameters, to the bit.
+# The teacher's parameters, to the bit.
 def test_teacher_is_untouched(step, state, teacher_params, batch):
     before = jax.tree.map(np.array, teacher_params)
     for _ in range(3):
@@ -270,6 +276,7 @@ def test_teacher_is_untouched(step, state, teacher_params, batch):
 
 
 def test_student_equal_to_its_teacher_has_nothing_to_learn(batch):
+    """Fault: the teacher's entropy left in."""
     params = random_params(STUDENT)
     step = make_train_step(STUDENT, terms_of(ObjectiveConfig(temperature=3.0)), SGD, teacher=STUDENT)
     new, metrics = jax.jit(step)(init_state(params, SGD), jax.tree.map(jnp.copy, params), batch)
@@ -281,7 +288,7 @@ def test_student_equal_to_its_teacher_has_nothing_to_learn(batch):
 def test_logits_computed_beforehand_are_the_live_teacher(step, state, teacher_params, batch):
     logits = TEACHER.logits(teacher_params, batch.inputs, positions=batch.positions, segments=batch.segments)
     cached = jax.jit(make_train_step(STUDENT, TERMS, SGD))
-    got = cached(state, None, batch._replace(teacher_logits=logits))
+    got = cached(state, None, batch._replace(targets=losses.DenseTargets(logits)))
     assert_close(got, step(state, teacher_params, batch))
 
 
@@ -448,7 +455,9 @@ def test_student_comes_closer_to_its_teacher(student, teacher_params, batch):
 
 
 def test_a_term_of_ones_own_is_trained_on(teacher_params, batch):
-    term = Term("squared_error", lambda s, t, labels: jnp.mean((s - t) ** 2, axis=-1), weight=2.0)
+    term = Term(
+        "squared_error", 2.0, BOTH_LOGITS, lambda v: jnp.mean((v.student_logits - v.teacher_logits) ** 2, axis=-1)
+    )
     step = jax.jit(make_train_step(STUDENT, [term], optax.sgd(0.01), teacher=TEACHER))
     state = init_state(random_params(STUDENT), optax.sgd(0.01))
     state, first = step(state, teacher_params, batch)

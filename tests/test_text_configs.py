@@ -12,7 +12,8 @@ from distill.objective import terms_of
 from distill.optim import optimizer
 from distill.parallel import param_shardings
 from distill.planning.architectures import architecture
-from distill.step import init_state, make_train_step
+from distill.state import init_state
+from distill.step import make_train_step
 
 PARAMETERS = {  # as published, in units of 10⁹, tied heads counted once
     "qwen3_8b_to_0p6b": (8.19, 0.596),

@@ -127,7 +127,7 @@ def test_splits_of_a_folder(tmp_path):
 # ---- tokens of a document
 
 
-# Row 11: prompt tokens trained. Row 12: the first EOS counts, although pad == eos.
+# Fault: prompt tokens are trained; the first EOS does not count, because pad == eos.
 def test_prompt_does_not_count_and_the_end_does():
     assert TOKENIZER.pad_id == TOKENIZER.eos_id
     ids, counts = encoded([("a quick", False), (" fox", True)])
@@ -140,7 +140,7 @@ def test_prompt_does_not_count_and_the_end_does():
     assert batch.labels[batch.mask].tolist() == [*completion, TOKENIZER.eos_id]  # once, and no padding
 
 
-# Row 15: special tokens lost, or doubled.
+# Fault: special tokens lost, or doubled.
 def test_special_tokens_stand_once():
     starts = tiny_tokenizer(True)
     for parts in ([("fox", True)], [("<s>fox", True)], [("<s>fox</s>", True)]):
@@ -239,7 +239,7 @@ def test_every_token_of_a_long_document_is_predicted_once():
     assert summary.lost == 0 and summary.counted == len(labels)
 
 
-# Row 15: the wrong side is cut.
+# Fault: the wrong side is cut.
 @pytest.mark.parametrize(
     ("overflow", "start", "want"),
     [("keep_start", 0, [0, 1, 2, 3]), ("keep_end", 0, [6, 7, 8, 9]), ("keep_end", 1, [0, 7, 8, 9])],

@@ -11,17 +11,19 @@ from text_builders import teacher_and_text, text_config
 
 import distill
 from distill.checkpoint import Checkpoints
-from distill.experiments.folder import read_config
+from distill.data import prepared
+from distill.experiments import runner
+from distill.experiments.folder import read_config, restore
 from distill.experiments.kinds import experiment_in
 from distill.experiments.text import run as text_experiment
 from distill.experiments.text.config import StudentConfig, TextConfig
 from distill.features import FeatureConfig
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
-from distill.objective import RouterTerm
 from distill.reports.text import write_report
-from distill.reproduce import page as reproduce
-from distill.students.start import StartConfig
+from distill.reproduce import text as reproduce
+from distill.reproduce.page import write_section
+from distill.students.start import Start, StartConfig
 from distill.tokenizer import TextTokenizer
 from distill.weights.published import read
 
@@ -43,7 +45,7 @@ def config(folder):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "text"
-    return run, text_experiment.run_experiment(config, run)
+    return run, runner.run_experiment(config, run)
 
 
 def test_every_arm_is_measured_on_the_same_text(finished, config):
@@ -55,7 +57,8 @@ def test_every_arm_is_measured_on_the_same_text(finished, config):
     assert len(evaluation["student"]["written"]) == len(evaluation["prompts"]) == 2
     train, heldout = (evaluation["text"][side] for side in ("train", "heldout"))
     assert train["documents"] + heldout["documents"] == 60 and heldout["counted"] == evaluation["heldout"]["tokens"]
-    text_experiment.print_summary(summary, run)
+    assert evaluation["heldout"]["rows"] == heldout["rows"] > len(evaluation["prompts"])
+    runner.print_summary(summary, run)
 
 
 def test_what_was_looked_at_before_stands_in_the_folder(finished, config):
@@ -70,15 +73,15 @@ def test_what_was_looked_at_before_stands_in_the_folder(finished, config):
 
 def test_a_finished_run_is_evaluated_and_answers(finished, config, monkeypatch, capsys):
     run, summary = finished
-    monkeypatch.setattr(text_experiment, "fit", None)
+    monkeypatch.setattr(runner, "fit", None)
     assert experiment_in(run) is text_experiment
-    again = text_experiment.evaluate_folder(run)
+    again = runner.evaluate_folder(run)
     for name in ("student", "equal_tokens", "start"):
         assert again[name]["kl"] == summary[name]["kl"]
-    row = text_experiment.answer(run, ["the cat"])[0]
-    assert row.keys() == text_experiment.answer(run, ["the cat"], "kl")[0].keys()
+    row = runner.answer(run, ["the cat"])[0]
+    assert row.keys() == runner.answer(run, ["the cat"], "kl")[0].keys()
     assert row["prompt"] == "the cat" and set(row) == {"prompt", "teacher", "student"}
-    text_experiment.print_summary(again, run)
+    runner.print_summary(again, run)
     assert "distilled, at equal tokens: KL" in capsys.readouterr().out
 
 
@@ -96,9 +99,9 @@ def test_the_exported_student_is_the_student(finished):
 
 def test_held_out_measures_are_those_of_whole_logits(finished, config):
     summary = finished[1]
-    world = text_experiment.make_world(config)
-    rows = text_experiment.prepared.prepare(config.data, world.tokenizer, config.data_dir)["heldout"].batch()
-    params = world.student.init(jax.random.key(0))
+    world = text_experiment.prepare(config, finished[0])
+    rows = prepared.prepare(config.data, world.tokenizer, config.data_dir)["heldout"].batch()
+    params = world.first
     sides = ((world.teacher.model, world.teacher.params), (world.student, params))
     teacher, student = (
         np.asarray(m.logits(p, rows.inputs, positions=rows.positions, segments=rows.segments), np.float64)[rows.mask]
@@ -125,11 +128,11 @@ def test_resumed_equals_uninterrupted_to_the_bit_from_memory_or_disk(finished, c
 
     monkeypatch.setattr(Checkpoints, "save", save_then_die)
     with pytest.raises(KeyboardInterrupt):
-        text_experiment.run_experiment(config, tmp_path)
+        runner.run_experiment(config, tmp_path)
     monkeypatch.setattr(Checkpoints, "save", saves)
-    text_experiment.run_experiment(dataclasses.replace(config, arms=(), streaming=True), tmp_path)
-    like = text_experiment.make_world(config).student
-    left, right = (text_experiment.restore(like, run).params for run in (finished[0], tmp_path))
+    runner.run_experiment(dataclasses.replace(config, arms=(), streaming=True), tmp_path)
+    like = text_experiment.prepare(config, tmp_path).student
+    left, right = (restore(like, run).params for run in (finished[0], tmp_path))
     assert jax.tree.all(jax.tree.map(np.array_equal, left, right))
     losses = [[r["loss"] for r in read_metrics(run) if "loss" in r] for run in (finished[0], tmp_path)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
@@ -138,7 +141,7 @@ def test_resumed_equals_uninterrupted_to_the_bit_from_memory_or_disk(finished, c
 def test_a_changed_run_is_refused(finished, config):
     hotter = dataclasses.replace(config, objective=dataclasses.replace(config.objective, temperature=2.0))
     with pytest.raises(ValueError, match=r"objective\.temperature: 1\.0 → 2\.0"):
-        text_experiment.run_experiment(hotter, finished[0])
+        runner.run_experiment(hotter, finished[0])
     assert read_config(finished[0], TextConfig) == config  # what the other scripts read is what the run was made with
 
 
@@ -150,9 +153,9 @@ def test_a_start_with_layers_named_fewer_words_and_hidden_states_is_one_line_eac
         objective=dataclasses.replace(config.objective, features=FeatureConfig(hidden_weight=0.5)),
         training=dataclasses.replace(config.training, steps=4),
     )
-    world = text_experiment.make_world(given)
-    student = text_experiment.distil(given, tmp_path, world)
-    kl = [world.heldout.measure(world.student, params)["kl"] for params in (world.student.init(SEED), student.params)]
+    world = text_experiment.prepare(given, tmp_path)
+    student = runner.train(next(text_experiment.arms(world, {})), given)
+    kl = [world.heldout.measure(world.student, params)["kl"] for params in (world.first, student.params)]
     assert kl[1] != kl[0]
     assert all(r["hidden_projected_mse"] > 0 for r in read_metrics(tmp_path) if r["kind"] == "train")
     model, params = distill.load(tmp_path / "student_hf")
@@ -176,10 +179,10 @@ def test_a_start_with_layers_named_fewer_words_and_hidden_states_is_one_line_eac
     ],
     ids=lambda student: student.start.kind,
 )
-def test_every_start_becomes_a_plain_student(config, student):
+def test_every_start_becomes_a_plain_student(config, student, tmp_path):
     given = dataclasses.replace(config, student=student)
-    world = text_experiment.make_world(given)
-    params = world.student.init(jax.random.key(3))
+    world = text_experiment.prepare(given, tmp_path)
+    params = world.begin.plain(world.begin.learnt(jax.random.key(3)))
     size = world.student.config
     plain = jax.eval_shape(decoder(size).init, jax.random.key(0))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
@@ -206,20 +209,18 @@ def test_a_token_for_images_that_the_student_has_no_row_for_is_no_difference(fol
         model = decoder(DecoderConfig(vocab_size=rows, layers=1, width=8, heads=2, feed_forward=8, tied=True))
         distill.save(tmp_path / name, model, random_params(model), TextTokenizer(backend.to_str(), "<eos>"))
     student = StudentConfig(str(tmp_path / "small"))
-    world = text_experiment.make_world(dataclasses.replace(config, teacher=str(tmp_path / "large"), student=student))
+    given = dataclasses.replace(config, teacher=str(tmp_path / "large"), student=student)
+    world = text_experiment.prepare(given, tmp_path)
     assert world.tokenizer.ids() == known.ids()
     assert world.teacher.model.vocab_size == world.student.vocab_size == known.vocab_size
 
 
-def test_experts_are_kept_busy_in_every_arm(config, tmp_path, monkeypatch):
+def test_experts_are_kept_busy_in_every_arm(config, tmp_path):
     experts = decoder(DecoderConfig(vocab_size=320, layers=3, width=16, heads=2, feed_forward=8, **EXPERTS))
-    world = text_experiment.make_world(config)
-    begin = world.begin._replace(model=experts)
-    world, tasks = world._replace(begin=begin, student=experts), []
-    monkeypatch.setattr(text_experiment, "fit", lambda run, task, *_, **__: tasks.append(task) or {})
-    text_experiment.train_alone(config, tmp_path, world, "equal_tokens")
-    tasks.append(text_experiment.distillation(config, world))
-    assert [[t.weight for t in task.terms if isinstance(t, RouterTerm)] for task in tasks] == [[0.02]] * 2
+    world = text_experiment.prepare(dataclasses.replace(config, arms=("equal_tokens",)), tmp_path)
+    world = dataclasses.replace(world, begin=Start(experts, None, None), student=experts)
+    tasks = [arm.work().task for arm in text_experiment.arms(world, {})]
+    assert [[t.weight for t in task.terms if t.name == "load_balancing"] for task in tasks] == [[0.02]] * 2
 
 
 @pytest.mark.parametrize(
@@ -234,11 +235,11 @@ def test_experts_are_kept_busy_in_every_arm(config, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused_before_training(config, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(text_experiment, "fit", None)
+    monkeypatch.setattr(runner, "fit", None)
     if "data" in change:
         change = change | {"data": dataclasses.replace(config.data, **change["data"])}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        text_experiment.run_experiment(dataclasses.replace(config, **change), tmp_path)
+        runner.run_experiment(dataclasses.replace(config, **change), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -261,14 +262,15 @@ def test_bad_configurations_are_refused(make, message):
         make()
 
 
-def test_a_student_is_cut_out_before_its_teacher_is_rounded(config):
+def test_a_student_is_cut_out_before_its_teacher_is_rounded(config, tmp_path):
     """The teacher is the one read as int8, the student the one cut out of the teacher in bfloat16; both take a step."""
     small, wide = (
-        text_experiment.make_world(dataclasses.replace(config, teacher_dtype=dtype)) for dtype in ("int8", "bfloat16")
+        text_experiment.prepare(dataclasses.replace(config, teacher_dtype=dtype), tmp_path)
+        for dtype in ("int8", "bfloat16")
     )
     loaded = read(config.teacher, dtype="int8").params
     assert jax.tree.all(jax.tree.map(np.array_equal, small.teacher.params, loaded))
-    starts = [world.begin.model.init(SEED) for world in (small, wide)]
+    starts = [world.begin.learnt(SEED) for world in (small, wide)]
     assert jax.tree.all(jax.tree.map(np.array_equal, *starts))
     kl, exact = (world.heldout.measure(world.student, starts[0], 2)["kl"] for world in (small, wide))
     assert kl == pytest.approx(exact, rel=0.1) and kl != exact
@@ -276,9 +278,9 @@ def test_a_student_is_cut_out_before_its_teacher_is_rounded(config):
 
 def test_an_int8_teacher_may_lose_rows_of_its_vocabulary(config, tmp_path):
     config = dataclasses.replace(config, teacher_dtype="int8", vocabulary=300, arms=())
-    summary = text_experiment.run_experiment(config, tmp_path / "run")
+    summary = runner.run_experiment(config, tmp_path / "run")
     assert summary["student"]["kl"] < summary["start"]["kl"]
-    assert text_experiment.evaluate_folder(tmp_path / "run")["student"]["kl"] == summary["student"]["kl"]
+    assert runner.evaluate_folder(tmp_path / "run")["student"]["kl"] == summary["student"]["kl"]
 
 
 def test_the_report_shows_arms_texts_and_verdict(finished):
@@ -301,7 +303,7 @@ def test_the_reproduced_section_takes_the_place_of_its_own(tmp_path):
     low = summary["student"]["kl"]
     assert f"| distilled | {low + 0.5:.4f} [{low:.4f}, {low + 1:.4f}] |" in section
     for text in (section, section + "\nagain\n", "## One\n\nnew\n"):
-        reproduce.write_section(page, text)
+        write_section(page, text)
     written = page.read_text()
     assert written.startswith("# Reproduced numbers\n\n## One\n\nnew\n\n## Two\n\nsecond\n\n## ")
     assert written.count(section.partition("\n")[0]) == 1 and written.endswith("\nagain\n")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,15 +19,17 @@ from distill import train
 from distill.checkpoint import Checkpoints, KeepConfig, lock
 from distill.data import addition
 from distill.data.addition import TOKENIZER
-from distill.experiments.addition.run import open_run
-from distill.experiments.cost import restore
+from distill.experiments.folder import restore
+from distill.experiments.runner import open_run
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, Term, task_term, terms_of
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 from distill.reproduce import survival
-from distill.train import LogConfig, Stopped, Task, TrainingConfig, fit
+from distill.term import LOGITS
+from distill.train import Stopped, Task, fit
+from distill.training import LogConfig, TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 MODEL = DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16)
@@ -52,7 +55,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused_before_anything_is_com
         train.lower(task, dataclasses.replace(TRAINING, batch_size=12), ParallelConfig())
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(task, tmp_path, monkeypatch):  # row 55
+def test_resumed_equals_uninterrupted_to_the_bit(task, tmp_path, monkeypatch):
     straight = fit(tmp_path / "straight", task, TRAINING, **ALONE)
     saves = Checkpoints.save
 
@@ -82,13 +85,14 @@ def test_a_finished_run_is_not_trained_again(task, tmp_path):
 
 
 def test_changed_identity_is_refused_with_the_difference(task, tmp_path):
+    """Fault: a cache of another teacher, tokenizer, order or data is used."""
     fit(tmp_path, task, TRAINING, **ALONE)
     changed = dataclasses.replace(task, identity={"learning_rate": 0.2, "teacher": "a"})
     with pytest.raises(ValueError, match=r"learning_rate: 0\.1 → 0\.2"):
         fit(tmp_path, changed, TRAINING, **ALONE)
 
 
-def test_a_damaged_checkpoint_goes_back_to_the_one_before(task, tmp_path, capsys):  # row 57
+def test_a_damaged_checkpoint_goes_back_to_the_one_before(task, tmp_path, capsys):
     straight = fit(tmp_path, task, TRAINING, **ALONE)
     want = [(r["kind"], r["step"], r["loss"]) for r in read_metrics(tmp_path) if "loss" in r]
     file = next((tmp_path / "checkpoints" / "20" / "state").glob("ocdbt*/d/*"))
@@ -132,15 +136,15 @@ class Free:
     free = 0
 
 
-def test_nan_stops_and_names_the_step(task, tmp_path):  # row 49
-    broken = Term("broken", lambda s, t, labels: s.sum(-1) * np.float32("nan"), needs_teacher=False)
+def test_nan_stops_and_names_the_step(task, tmp_path):
+    broken = Term("broken", 1.0, LOGITS, lambda view: view.student_logits.sum(-1) * np.float32("nan"))
     with pytest.raises(FloatingPointError, match=r"step 1 \(batch 0\)"):
         fit(tmp_path, dataclasses.replace(task, terms=[broken]), TRAINING, **ALONE)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest is None
 
 
-def test_a_teacher_that_emits_nan_is_named(task, tmp_path):  # row 49
+def test_a_teacher_that_emits_nan_is_named(task, tmp_path):
     teacher = decoder(MODEL)
     params = jax.tree.map(lambda x: x * np.float32("nan"), teacher.init(jax.random.key(1)))
     kd = dataclasses.replace(task, terms=terms_of(ObjectiveConfig()), teacher=teacher, teacher_params=params)
@@ -148,31 +152,32 @@ def test_a_teacher_that_emits_nan_is_named(task, tmp_path):  # row 49
         fit(tmp_path, kd, TRAINING, **ALONE)
 
 
-def test_no_host_transfer_is_implicit(task, tmp_path, monkeypatch):  # row 58
+def test_nothing_is_moved_to_the_devices_or_between_them_implicitly(task, tmp_path, monkeypatch):
     seen = []
-    original = train._loop
+    original = train._Run.go
 
-    def loop(*args):
-        with jax.transfer_guard("disallow"):
+    def go(run):  # what a CPU device gives to the host is not copied: no guard would see it
+        with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_device("disallow"):
             seen.append(True)
-            return original(*args)
+            return original(run)
 
-    monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(train._Run, "go", go)
     fit(tmp_path, task, TRAINING, **ALONE)
     assert seen
 
 
 def test_where_a_dispatch_ends_within_its_call_its_speed_is_its_own(task, tmp_path, monkeypatch):
-    now, real_loop = [0.0], train._loop
+    now, original = [0.0], train._Run.go
 
-    def loop(state, step, task, training, wrapping, *rest):
-        def steps(*arguments):
+    def go(run):
+        def steps(*arguments, compiled=run.wrapping.steps):
             now[0] += 2.0
-            return jax.block_until_ready(wrapping.steps(*arguments))
+            return jax.block_until_ready(compiled(*arguments))
 
-        return real_loop(state, step, task, training, dataclasses.replace(wrapping, steps=steps), *rest)
+        run.wrapping = dataclasses.replace(run.wrapping, steps=steps)
+        return original(run)
 
-    monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(train._Run, "go", go)
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when a client is made, and by what records
     try:
@@ -185,7 +190,7 @@ def test_where_a_dispatch_ends_within_its_call_its_speed_is_its_own(task, tmp_pa
     assert [line["tokens_per_second"] for line in lines] == [tokens / 2.0] * 4
 
 
-def test_teacher_is_not_in_the_checkpoint(task, tmp_path):  # row 47
+def test_teacher_is_not_in_the_checkpoint(task, tmp_path):
     teacher = decoder(dataclasses.replace(MODEL, width=32))
     kd = dataclasses.replace(
         task, terms=terms_of(ObjectiveConfig()), teacher=teacher, teacher_params=teacher.init(jax.random.key(1))
@@ -218,10 +223,26 @@ SMALL = """
 """.split()
 
 
+ONE_DEVICE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and programs that are compiled in less time
+
+
 def script(name: str, *arguments: str):
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    """Run a script in a process of its own, with one device."""
+    environment = os.environ | ONE_DEVICE
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
+
+
+def here(name: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
+    """Run a script in this process, which saves the seconds of its imports: its exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +258,10 @@ def test_the_student_of_a_run_is_read_by_its_folder(finished, tmp_path):
     student = open_run(run)[1]["student"]
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     model, params = distill.load(run)
-    words = TOKENIZER.vocab_size
-    want = student.model.logits(student.params, tokens)[..., :words]
+    size = TOKENIZER.vocab_size
+    want = student.model.logits(student.params, tokens)[..., :size]
     np.testing.assert_array_equal(model.logits(params, tokens), want)
-    assert model.config.vocab_size == words < student.model.config.vocab_size
+    assert model.config.vocab_size == size < student.model.config.vocab_size
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="a run folder without student_hf, which is written when its training ends"):
         distill.load(tmp_path)
@@ -254,7 +275,7 @@ def test_distill_writes_what_is_promised(finished):
     assert (run / "config.json").exists() and (run / "evaluation.json").exists()
 
 
-def test_evaluate_report_generate(finished):
+def test_evaluate_report_generate(finished, monkeypatch, capsys):
     run, _ = finished
     before = json.loads((run / "evaluation.json").read_text())
     assert script("evaluate", "--run", str(run)).returncode == 0
@@ -265,13 +286,17 @@ def test_evaluate_report_generate(finished):
     assert done.returncode == 0 and (run / "report.html").exists(), done.stderr
     done = script("generate", "--run", str(run), "4+5=")
     assert done.returncode == 0 and "4+5=" in done.stdout and "teacher" in done.stdout, done.stderr
-    best = [script("generate", "--run", str(run), "4+5=", "--best", metric) for metric in ("exact_match", "kl")]
-    assert (best[0].returncode, best[0].stdout) == (0, done.stdout), best[0].stderr  # one evaluation, at the last step
-    assert best[1].returncode == 2 and "no checkpoint measured by 'kl'" in best[1].stderr
+    best = ["--run", str(run), "4+5=", "--best"]
+    code, printed, error = here("generate", [*best, "exact_match"], monkeypatch, capsys)
+    assert (code, printed) == (0, done.stdout), error  # one evaluation, at the last step
+    code, _, error = here("generate", [*best, "kl"], monkeypatch, capsys)
+    assert code == 2 and "no checkpoint measured by 'kl'" in error
 
 
-def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):  # row 55
-    straight = survival.Run(finished[0], SMALL, {"XLA_FLAGS": ""})
+def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):
+    # A killed process may leave half an entry: its compile cache is its own, with links to what is compiled already.
+    cache = shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "cache", copy_function=os.symlink)
+    straight = survival.Run(finished[0], SMALL, ONE_DEVICE | {"JAX_COMPILATION_CACHE_DIR": str(cache)})
     hit, equal = survival.kills(1, tmp_path, straight, np.random.default_rng(0))
     assert sum(hit.values()) == equal == 1
 
@@ -286,7 +311,7 @@ BAD = {
     "temperature 0": (["--objective.temperature", "0"], "temperature"),
     "beta 2": (["--objective.beta", "2"], "beta"),
     "no weight": (["--objective.kd-weight", "0"], "kd_weight"),
-    "steps": (["--student.training.steps", "77"], "steps_per_dispatch"),
+    "steps": (["--student.training.steps", "77", "--student.training.steps-per-dispatch", "50"], "steps_per_dispatch"),
     "micro-batches": (["--student.training.micro-batches", "7"], "micro_batches"),
     "heads": (["--student.model.heads", "3"], "heads"),
     "learning rate": (["--student.training.optimizer.learning-rate", "0"], "learning_rate"),
@@ -300,28 +325,18 @@ BAD = {
 }
 
 
-def here(name: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
-    """A script run in this process: its exit code and stderr."""
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "stays")  # set_up_jax leaves that of the tests alone
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
-    return exit.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_message_and_exit_2(case, tmp_path, monkeypatch, capsys):
     arguments, expected = BAD[case]
-    code, said = here("distill", ["--run", str(tmp_path / "run"), *arguments], monkeypatch, capsys)
-    assert code == 2 and expected in said and "Traceback" not in said
+    code, _, error = here("distill", ["--run", str(tmp_path / "run"), *arguments], monkeypatch, capsys)
+    assert code == 2 and expected in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("name", ["evaluate", "report", "generate"])
 def test_unreadable_run_folder(name, tmp_path, monkeypatch, capsys):
     arguments = ["--run", str(tmp_path / "none"), *(["1+1="] if name == "generate" else [])]
-    code, said = here(name, arguments, monkeypatch, capsys)
-    assert code == 2 and str(tmp_path) in said and "Traceback" not in said
+    code, _, error = here(name, arguments, monkeypatch, capsys)
+    assert code == 2 and str(tmp_path) in error and "Traceback" not in error
 
 
 def test_compiled_programs_are_kept_and_found_again(tmp_path):
@@ -335,7 +350,8 @@ def test_compiled_programs_are_kept_and_found_again(tmp_path):
     assert kept[0] and kept[0] == kept[1]  # a program compiled again would have been written again
 
 
-def test_changed_config_is_refused_by_the_script(finished):
-    done = script("distill", "--run", str(finished[0]), *SMALL, "--objective.temperature", "3")
-    assert done.returncode == 2 and "temperature: 1.0 → 3.0" in done.stderr
+def test_changed_config_is_refused_by_the_script(finished, monkeypatch, capsys):
+    changed = ["--run", str(finished[0]), *SMALL, "--objective.temperature", "3"]
+    code, _, error = here("distill", changed, monkeypatch, capsys)
+    assert code == 2 and "temperature: 1.0 → 3.0" in error
     assert json.loads((finished[0] / "summary.json").read_text())

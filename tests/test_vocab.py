@@ -32,7 +32,7 @@ def divergence(request):
     return DIVERGENCES[request.param]
 
 
-# ---- Row 33: one tokenizer, embeddings padded to different numbers of rows
+# ---- one tokenizer, embeddings padded to different numbers of rows
 
 
 def test_equal_vocabularies_are_fine_and_silent(caplog):
@@ -47,6 +47,7 @@ def test_equal_vocabularies_are_fine_and_silent(caplog):
 
 @pytest.mark.parametrize(("student_rows", "teacher_rows"), [(12, 16), (16, 12), (16, 16), (10, 12)])
 def test_padded_rows_carry_no_probability_on_either_side(divergence, student_rows, teacher_rows):
+    """Fault: one tokenizer with different padding is refused."""
     alignment = Alignment(WORDS, student_rows, teacher_rows)
     student, teacher = logits_of(student_rows, 0), logits_of(teacher_rows, 1)
 
@@ -69,6 +70,7 @@ def test_padded_rows_carry_no_probability_on_either_side(divergence, student_row
 
 
 def test_garbage_in_padded_rows_changes_nothing(divergence):
+    """Fault: one tokenizer with different padding is refused."""
     alignment, student, teacher = Alignment(WORDS, 12, 14), logits_of(12, 0), logits_of(14, 1)
 
     def loss(student, teacher):
@@ -90,14 +92,16 @@ def test_padding_is_said_in_one_line(caplog):
 
 
 def test_sizes_of_qwen():
+    """Fault: one tokenizer with different padding is refused."""
     tokens = {f"t{i}": i for i in range(151_665)}
     assert align(tokens, tokens, 151_936, 152_064).vocab_size == 151_665
 
 
-# ---- Row 34: padded with zero logits
+# ---- padded with zero logits
 
 
 def test_identical_models_with_64_padded_rows_score_0(divergence):
+    """Fault: padded with zero logits."""
     logits = logits_of(WORDS, 0)
     padded = jnp.concatenate([logits, logits_of(64, 1)], axis=-1)
     alignment = Alignment(WORDS, WORDS + 64, WORDS)
@@ -109,6 +113,7 @@ def test_identical_models_with_64_padded_rows_score_0(divergence):
 
 
 def test_zero_logits_would_not_score_0(divergence):
+    """Fault: padded with zero logits."""
     logits = logits_of(WORDS, 0)
     student = jnp.concatenate([logits, logits_of(64, 1)], axis=-1)
     teacher = jnp.pad(logits, ((0, 0), (0, 0), (0, 64)))  # the fault: padded with zeros
@@ -124,10 +129,11 @@ def test_mask_needs_that_many_rows():
         Alignment(4, 4, 6).match(jnp.zeros(4), jnp.zeros(5))
 
 
-# ---- Row 35: as many ids, other meanings
+# ---- as many ids, other meanings
 
 
 def test_equal_size_but_another_map_is_refused_naming_ids():
+    """Fault: vocabularies of equal size but another map are accepted."""
     with pytest.raises(ValueError) as error:
         align(tokens_of("<pad> a b c d"), tokens_of("<pad> a c b d"), 8, 8)
     text = str(error.value)

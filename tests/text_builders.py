@@ -14,7 +14,7 @@ from distill.models import DecoderConfig, decoder
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 from distill.tokenizer import TextTokenizer
-from distill.train import LogConfig, TrainingConfig
+from distill.training import LogConfig, TrainingConfig
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a brown dog and a quick fox", "user assistant system 0123"]

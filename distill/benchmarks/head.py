@@ -38,7 +38,7 @@ def plain_head(hidden, kernel, teacher_hidden, teacher_kernel, labels, mask):
 
 def chunked_head(hidden, kernel, teacher_hidden, teacher_kernel, labels, mask, **options: Any):
     """The same in chunks; ``options`` of ``losses.chunked``."""
-    heads = hidden, Head(kernel), teacher_hidden, Head(teacher_kernel)
+    heads = (hidden, Head(kernel)), (teacher_hidden, Head(teacher_kernel))
     return losses.divide(losses.chunked(task_and_kl, *heads, labels, mask, **options))
 
 
@@ -168,7 +168,7 @@ class Mixture(NamedTuple):
 
     def head(self, hidden, kernel, teacher_hidden, teacher_kernel, labels, mask):
         """The mean loss in chunks."""
-        heads = hidden, Head(kernel), teacher_hidden, Head(teacher_kernel)
+        heads = (hidden, Head(kernel)), (teacher_hidden, Head(teacher_kernel))
         return losses.divide(losses.chunked(self.loss, *heads, labels, mask))
 
 

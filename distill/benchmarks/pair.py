@@ -99,7 +99,8 @@ def main(argument: str) -> None:
     from distill.models.int8 import held
     from distill.objective import ObjectiveConfig, terms_of
     from distill.optim import OptimizerConfig, optimizer
-    from distill.step import init_state, make_train_step
+    from distill.state import init_state
+    from distill.step import make_train_step
 
     def drawn(like):
         """Numbers of about a kernel's size."""

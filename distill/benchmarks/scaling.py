@@ -35,7 +35,8 @@ from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import ParallelConfig, Wrapping
 from distill.planning.hlo import collectives
 from distill.reports import page
-from distill.step import TrainState, make_train_step
+from distill.state import TrainState
+from distill.step import make_train_step
 
 STEPS = 10
 DEVICES = 8

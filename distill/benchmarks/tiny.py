@@ -21,7 +21,8 @@ from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
-from distill.step import init_state, make_train_step
+from distill.state import init_state
+from distill.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,11 @@ def tiny(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
             for other in peers
         ]
     return lines + start_up()
+
+
+def tiny_and_data(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
+    """Lines of the tiny benchmark, and what making its batches takes."""
+    return [*tiny(peers), data_line()]
 
 
 def start_up(rounds: int = 3) -> list[str]:

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distill import parallel
 from distill.benchmarks.head import chunked_head, head_shapes, plain_head
-from distill.losses.fused_head import default_chunk_size
+from distill.devices import backend
 from distill.planning.hlo import Collective, collectives
 
 SLICES = (("4x4", (2, 2, 4)), ("2x2", (1, 2, 2)), ("2x2", (4, 1, 1)))
@@ -42,7 +42,7 @@ def tpu() -> list[str]:
         placed = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         for width, teacher_width, vocab in HEADS:
             tokens = TOKENS * shape[0] * shape[1]
-            chunk = default_chunk_size(vocab // shape[2], "tpu")  # words of one device
+            chunk = backend.chunk_size(vocab // shape[2], "tpu")  # words of one device
             sizes = f"{tokens} tokens in chunks of {chunk}, V={vocab}, D={width}/{teacher_width}, bfloat16"
             lines.append(f"v5e {topology} ({placed}), {sizes}; on each device:")
             lines += [

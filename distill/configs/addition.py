@@ -9,7 +9,7 @@ from distill.experiments.addition.config import Config, Recipe, SweepConfig
 from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
-from distill.train import TrainingConfig
+from distill.training import TrainingConfig
 
 
 def get_config() -> Config:

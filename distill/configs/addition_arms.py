@@ -10,7 +10,7 @@ from distill.experiments.addition.config import ProtocolConfig, Recipe, SweepCon
 from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
-from distill.train import TrainingConfig
+from distill.training import TrainingConfig
 
 
 def get_config() -> ProtocolConfig:

@@ -7,7 +7,7 @@ Hardware: 2 CPU cores, a few CPU minutes, the control among them. Score: see the
 
 from distill.experiments.sentences.config import SentenceConfig
 from distill.optim import OptimizerConfig
-from distill.train import TrainingConfig
+from distill.training import TrainingConfig
 
 
 def get_config() -> SentenceConfig:

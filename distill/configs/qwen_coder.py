@@ -11,7 +11,7 @@ from distill.data.text import TextDataConfig
 from distill.experiments.text.config import StudentConfig, TextConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
-from distill.train import TrainingConfig
+from distill.training import TrainingConfig
 
 
 def get_config() -> TextConfig:

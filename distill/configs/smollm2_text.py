@@ -14,7 +14,7 @@ from distill.experiments.text.config import StudentConfig, TextConfig
 from distill.features import FeatureConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
-from distill.train import TrainingConfig
+from distill.training import TrainingConfig
 
 
 def get_config() -> TextConfig:

@@ -6,6 +6,7 @@ reading. The shift from tokens to (inputs, labels) happens here, once.
 
 import functools
 
+import jax
 import numpy as np
 
 from distill.batch import Batch
@@ -72,4 +73,4 @@ class Loader:
     def batch(self, k: int) -> Batch:
         """Batch k."""
         rows = self.rows(k, 1)[0]
-        return Batch(*(None if field is None else field[rows] for field in self.examples))
+        return jax.tree.map(lambda field: field[rows], self.examples)

@@ -7,6 +7,7 @@ import numpy as np
 
 from distill.batch import Batch
 from distill.devices import processes
+from distill.generation import sampler
 from distill.models.model import Model
 from distill.shapes import Params
 
@@ -14,6 +15,14 @@ _logits = jax.jit(
     lambda model, params, batch: model.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments),
     static_argnums=0,
 )
+
+_greedy = jax.jit(sampler.greedy, static_argnums=0, static_argnames=("max_new_tokens", "eos_id", "pad_id"))
+
+
+def continued(model: Model, params: Params, prompts: np.ndarray, count: int, *, eos_id: int, pad_id: int) -> np.ndarray:
+    """``[B, count]`` ids a model writes greedily after prompts ``[B, L]``."""
+    ids = _greedy(model, params, jax.device_put(prompts), max_new_tokens=count, eos_id=eos_id, pad_id=pad_id)
+    return processes.fetch(ids)
 
 
 def logits_on(model: Model, params: Params, batch: Batch) -> np.ndarray:

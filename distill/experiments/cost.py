@@ -1,66 +1,76 @@
-"""What experiments share: a trained model, its way back from a run folder, and what every stage cost."""
+"""What the stages of an experiment cost: FLOPs, seconds, CPU-seconds and, on a CPU, modelled energy."""
 
 import contextlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from distill.checkpoint import Checkpoints
 from distill.config import write_json
-from distill.models import Model
-from distill.shapes import Params
 
 WATTS_PER_CORE = 10.0
-"""Assumed draw of one busy CPU core, in watts; energy here is modelled from CPU time, ± 40 %, not measured."""
-
-
-class Trained(NamedTuple):
-    """A model and its parameters."""
-
-    model: Model
-    params: Params
-
-
-def restore(model: Model, run: Path, best: str | None = None) -> Trained:
-    """A trained model from its run folder: the newest, or the best by a metric of the evaluation (``KeepConfig.best``).
-
-    Raises:
-      FileNotFoundError: no checkpoint there.
-      ValueError: the checkpoint holds a model of another shape, or none was measured by ``best``.
-    """
-    if not (run / "checkpoints").is_dir():
-        raise FileNotFoundError(
-            f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py or train.py."
-        )
-    with Checkpoints(run) as checkpoints:
-        step = None if best is None else checkpoints.best(best)
-        params = checkpoints.params(jax.eval_shape(model.init, jax.random.key(0)), step)
-    return Trained(model, params)
+"""Assumed power of one busy CPU core, in watts; energy is modelled from CPU time, ± 40 %, not measured."""
 
 
 @contextlib.contextmanager
-def cost(folder: Path, flops: float | None) -> Iterator[None]:
-    """Adds the time of a stage to FOLDER/cost.json (a stage killed midway loses that session's seconds)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "cost.json"
-    wall, cpu = time.perf_counter(), time.process_time()
+def training_cost(folder: Path, flops: float | None) -> Iterator[None]:
+    """Adds what the block spends to FOLDER/cost.json, if it trained at all.
+
+    A finished training that is run again writes no metrics and changes nothing. A session that is killed loses its
+    seconds.
+    """
+    before, started = _changed(folder), _clocks()
     try:
         yield
     finally:
-        before = json.loads(file.read_text()) if file.exists() and flops is not None else {}
-        spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        write_json(file, {"flops": flops} | {key: value + before.get(key, 0.0) for key, value in spent.items()})
+        if _changed(folder) != before:
+            file = folder / "cost.json"
+            spent = json.loads(file.read_text()) if file.exists() else {}
+            now = _spent(started)
+            write_json(file, {"flops": flops} | now | {key: now[key] + spent.get(key, 0.0) for key in _CLOCKS})
+
+
+@contextlib.contextmanager
+def evaluation_cost(folder: Path) -> Iterator[None]:
+    """Writes what the block spends to FOLDER/cost.json, in place of an earlier evaluation."""
+    started = _clocks()
+    yield
+    write_json(folder / "cost.json", {"flops": None} | _spent(started))
 
 
 def ledger(stages: dict[str, Path]) -> dict[str, Any]:
-    """FLOPs, seconds, CPU seconds and modelled joules of every stage that has a cost, name → folder."""
+    """Cost of every stage that has one, and the joules of those that ran on a CPU alone.
+
+    Args:
+      stages: name → folder.
+    """
     rows = []
     for what, folder in stages.items():
         if (folder / "cost.json").exists():
             spent = json.loads((folder / "cost.json").read_text())
-            rows.append({"what": what} | spent | {"joules": spent["cpu_seconds"] * WATTS_PER_CORE})
+            # Of an accelerator's run the CPU-seconds are those of the host, which waits: they say nothing of energy.
+            joules = {} if "platform" in spent else {"joules": spent["cpu_seconds"] * WATTS_PER_CORE}
+            rows.append({"what": what} | spent | joules)
     return {"rows": rows, "watts_per_core": WATTS_PER_CORE, "uncertainty": 0.4}
+
+
+_CLOCKS = ("seconds", "cpu_seconds")
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _spent(started: tuple[float, float]) -> dict[str, Any]:
+    spent = {key: now - then for key, now, then in zip(_CLOCKS, _clocks(), started, strict=True)}
+    platform = jax.default_backend()
+    return spent if platform == "cpu" else spent | {"platform": platform}
+
+
+def _changed(folder: Path) -> int | None:
+    """When a training last wrote its metrics; None where it has not begun."""
+    file = folder / "metrics.jsonl"
+    return file.stat().st_mtime_ns if file.exists() else None

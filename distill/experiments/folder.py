@@ -1,20 +1,54 @@
-"""The configuration of an experiment in its run folder."""
+"""A run folder: the configuration of its experiment, and the models trained in it."""
 
 import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from distill.checkpoint import Refused
+import jax
+
+from distill.checkpoint import Checkpoints, Refused
 from distill.config import from_dict, to_dict, write_json
+from distill.models.model import Model
+from distill.shapes import Params
+
+
+class Trained(NamedTuple):
+    """A model and its parameters."""
+
+    model: Model
+    params: Params
+
+
+def restore(model: Model, run: Path, best: str | None = None) -> Trained:
+    """A trained model from its run folder: the newest, or the best by a metric of the evaluation (``KeepConfig.best``).
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      ValueError: the checkpoint holds a model of another shape, or none was measured by ``best``.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py or train.py."
+        )
+    with Checkpoints(run) as checkpoints:
+        step = None if best is None else checkpoints.best(best)
+        params = checkpoints.params(jax.eval_shape(model.init, jax.random.key(0)), step)
+    return Trained(model, params)
+
+
+def identity(config: Any, *parts: str, **more: Any) -> dict[str, Any]:
+    """What may not change when a training goes on: parts of the configuration, and fingerprints."""
+    everything = to_dict(config)
+    return {part: everything[part] for part in parts} | more
 
 
 @contextlib.contextmanager
 def configured(run: Path, config: Any) -> Iterator[None]:
-    """RUN/config.json holds this configuration, unless the block finds that it is not the run's (``Refused``).
+    """Writes RUN/config.json for the block; puts the old one back if the block finds that the run is another.
 
-    Then it says again what it said: the scripts that read it must find the configuration that the run was made with.
+    The scripts that read it must find the configuration that the run was made with (``checkpoint.Refused``).
     """
     file, before = run / "config.json", None
     with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
@@ -29,7 +63,7 @@ def configured(run: Path, config: Any) -> Iterator[None]:
 
 
 def write_config(run: Path, config: Any) -> None:
-    """RUN/config.json: the configuration of an experiment, and which kind of experiment it is.
+    """Writes RUN/config.json: the configuration of an experiment, and its kind.
 
     Raises:
       ValueError: the folder holds an experiment of another kind, whose configuration stays.

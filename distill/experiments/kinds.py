@@ -1,6 +1,6 @@
-"""Which modules an experiment is run, evaluated and reported by: told by the kind of its configuration.
+"""The kinds of experiments: which modules run one and report on it.
 
-A configuration carries its kind (``Config.kind``), a run folder has it in ``config.json``; none there means addition.
+A configuration carries its kind (``Config.kind``); a run folder has it in ``config.json``.
 """
 
 import importlib
@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """Two modules, imported when they are asked for."""
+    """Two modules, imported when they are needed."""
 
     experiment: str
-    """Has ``run_experiment(config, run)``, ``evaluate_folder(run)`` and ``print_summary(summary, run)``, which prints
-    what the two return, and ``answer(run, prompts, best=None)``: what the models say, as rows of a table,
-    the student the newest or the best by a metric."""
+    """What is the kind's own of a run; ``runner.py`` lists its functions."""
     report: str
     """Has ``write_report(runs)``; imports no jax."""
 
@@ -29,7 +27,7 @@ KINDS = {
 
 
 def experiment_of(config: Any) -> ModuleType:
-    """The module that runs a configuration.
+    """The module of a configuration's kind.
 
     Raises:
       ValueError: a configuration that is no experiment.
@@ -44,7 +42,12 @@ def experiment_of(config: Any) -> ModuleType:
 
 
 def experiment_in(run: Path) -> ModuleType:
-    """The module that made a run folder."""
+    """The module of the kind of a run folder.
+
+    Raises:
+      FileNotFoundError: no run folder.
+      ValueError: a config.json that cannot be read, or names no kind.
+    """
     return importlib.import_module(_kind_in(run).experiment)
 
 
@@ -52,7 +55,7 @@ def report_in(*runs: Path) -> ModuleType:
     """The module that reports on run folders, which are all of one kind.
 
     Raises:
-      ValueError: folders of two kinds, which no one page compares.
+      FileNotFoundError, ValueError: as ``experiment_in``; folders of two kinds, which no one page compares.
     """
     kinds = [_kind_in(run) for run in runs]
     for run, kind in zip(runs, kinds, strict=True):
@@ -66,11 +69,13 @@ def report_in(*runs: Path) -> ModuleType:
 
 
 def _kind_in(run: Path) -> Kind:
-    """By config.json; what is wrong with a file that cannot be read is said by who reads it whole."""
+    file = run / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run}: no config.json; expected a run folder, made by scripts/distill.py.")
     try:
-        kind = json.loads((run / "config.json").read_text()).get("kind", "addition")
-    except (OSError, ValueError, AttributeError):
-        kind = "addition"
+        kind = json.loads(file.read_text()).get("kind")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); expected the configuration of a run.") from error
     if kind not in KINDS:
-        raise ValueError(f"{run / 'config.json'}: kind {kind!r}; expected one of {', '.join(KINDS)}.")
+        raise ValueError(f"{file}: kind {kind!r}; expected one of {', '.join(KINDS)}.")
     return KINDS[kind]

@@ -1,4 +1,4 @@
-"""Preflight: what can be known to be wrong before the first step, as one function and one table.
+"""Preflight: checks before the first step, as one function and one table.
 
 Errors stop the run; warnings are printed loudly. The memory plan is XLA's own, of the step that will run, compiled and
 not executed.
@@ -6,7 +6,6 @@ not executed.
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ import numpy as np
 from distill import losses
 from distill.batch import Batch
 from distill.config import write_json
+from distill.devices import backend
 from distill.models.model import Model
-from distill.objective import Term, Terms, evaluate_terms, terms_at
+from distill.objective import evaluate, terms_at
 from distill.shapes import Params
+from distill.term import Terms, View
 from distill.vocab import align, token_ids
 
 SAME = 1e-4
@@ -48,20 +49,21 @@ class Side:
 def preflight(
     student: Side,
     teacher: Side,
-    heldout: Batch,
+    heldout: Batch | None,
     terms: Terms,
     *,
     plan: dict[str, int] | None = None,
     run: Path | None = None,
 ) -> list[Check]:
-    """All checks, in order.
+    """Makes all checks, in order.
 
     Args:
       student: before its first step.
-      teacher: of the same words.
-      heldout: text on which both are measured; a few rows are enough.
+      teacher: of the same vocabulary.
+      heldout: text on which both are measured; a few rows are enough. None: models without logits, such as sentence
+        encoders, of which only weights and memory are checked.
       terms: of the objective; those that compare logits are held to 0 at student = teacher.
-      plan: of ``memory_plan``; None: memory is not looked at.
+      plan: of ``memory_plan``; None: memory is not checked.
       run: where preflight.json goes; None: nowhere.
 
     Raises:
@@ -70,14 +72,12 @@ def preflight(
     sides = {"student": student, "teacher": teacher}
     checks = [*_tokenizers(student.tokenizer, teacher.tokenizer, student.model, teacher.model)]
     checks += [_finite(f"weights of the {name}", jax.tree.leaves(side.params)) for name, side in sides.items()]
-    logits = {name: _logits(side, heldout) for name, side in sides.items()}
-    checks += [_finite(f"logits of the {name}", [x], heldout.mask) for name, x in logits.items()]
-    nats = {name: _nats(x, heldout) for name, x in logits.items()}
-    worse = nats["teacher"] > nats["student"]
-    found = f"teacher {nats['teacher']:.4f}, student before its first step {nats['student']:.4f} nats per token"
-    found += ": the teacher is WORSE than its student on this text" if worse else ""
-    checks.append(Check("held-out loss", "warning" if worse else "ok", found))
-    checks += _zero_at_teacher(terms, logits["teacher"], heldout)
+    nats: dict[str, float] = {}
+    if heldout is not None:
+        logits = {name: _logits(side, heldout) for name, side in sides.items()}
+        checks += [_finite(f"logits of the {name}", [x], heldout.mask) for name, x in logits.items()]
+        nats = {name: _nats(x, heldout) for name, x in logits.items()}
+        checks += [_worse(nats), *_zero_at_teacher(terms, logits["teacher"], heldout)]
     checks += [] if plan is None else [_fits(plan)]
     if run is not None:
         values = {"checks": [dataclasses.asdict(check) for check in checks], "memory": plan, "nats_per_token": nats}
@@ -86,6 +86,13 @@ def preflight(
     if wrong:
         raise ValueError("preflight: " + "\n  ".join(wrong))
     return checks
+
+
+def _worse(nats: dict[str, float]) -> Check:
+    found = f"teacher {nats['teacher']:.4f}, student before its first step {nats['student']:.4f} nats per token"
+    if nats["teacher"] > nats["student"]:
+        return Check("held-out loss", "warning", f"{found}: the teacher is WORSE than its student on this text")
+    return Check("held-out loss", "ok", found)
 
 
 def _tokenizers(student: Any, teacher: Any, of_student: Model, of_teacher: Model) -> list[Check]:
@@ -129,10 +136,12 @@ def _finite(name: str, leaves: list[Any], mask: Any = None) -> Check:
 
 def _zero_at_teacher(terms: Terms, logits: jax.Array, batch: Batch) -> list[Check]:
     """Student = teacher: every term that compares their logits is 0."""
-    compared = [term for term in terms_at(terms, jnp.int32(0)) if isinstance(term, Term) and term.needs_teacher]
-    checks = []
-    for name, pair in evaluate_terms(compared, logits, logits, batch).items():
-        value = float(losses.divide(pair))
+    compared = [term for term in terms_at(terms, jnp.int32(0)) if term.needs.teacher_logits or term.needs.signal]
+    compared = [term for term in compared if not term.needs.layers]
+    logits, checks = losses.select(logits, batch.mask), []
+    _, values = evaluate(compared, logits, logits, View(labels=jnp.where(batch.mask, batch.labels, 0)))
+    for name in (term.name for term in compared):
+        value = float(losses.divide(losses.masked_sum(values[name], batch.mask)))
         verdict = "ok" if abs(value) <= SAME else "warning"
         checks.append(Check(f"{name} at student = teacher", verdict, f"{value:.2e} nats per token"))
     return checks
@@ -161,7 +170,7 @@ def memory_plan(lowered: Any, state: Any, frozen: Any) -> dict[str, int]:
     names = {"arguments": "argument", "outputs": "output", "shared": "alias", "temporary": "temp"}
     plan |= {name: int(getattr(analysis, f"{of}_size_in_bytes")) for name, of in names.items()}
     plan["total"] = plan["arguments"] + plan["outputs"] - plan["shared"] + plan["temporary"]
-    return plan | {"device": device_bytes()}
+    return plan | {"device": backend.device_bytes()}
 
 
 def placed_bytes(tree: Any) -> int:
@@ -175,14 +184,6 @@ def placed_bytes(tree: Any) -> int:
     return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def device_bytes() -> int:
-    """Memory of the first device; of the host, shared by all its devices, on CPU; 0 if it is not known."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    return int((device.memory_stats() or {}).get("bytes_limit", 0))
-
-
 def _fits(plan: dict[str, int]) -> Check:
     total, there = (plan[name] / 2**30 for name in ("total", "device"))
     found = f"{total:.2f} GiB of {there:.2f} GiB, {plan['temporary'] / 2**30:.2f} GiB of it temporary"
@@ -194,7 +195,7 @@ def _fits(plan: dict[str, int]) -> Check:
 
 
 def print_checks(checks: list[Check]) -> None:
-    """The table."""
+    """Prints the table."""
     from rich.console import Console
     from rich.table import Table
 

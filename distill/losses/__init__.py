@@ -36,8 +36,12 @@ from distill.losses.matching import logit_mse, pearson
 from distill.losses.reduce import divide, masked_sum, select, sequence_weights
 from distill.losses.routing import load_balancing
 from distill.losses.stored import (
+    DenseTargets,
+    HiddenTargets,
     SampledTargets,
     SparseTargets,
+    from_targets,
+    logits_of,
     sample_targets,
     sampled_cross_entropy,
     sampled_forward_kl,
@@ -47,7 +51,9 @@ from distill.losses.stored import (
 )
 
 __all__ = [
+    "DenseTargets",
     "Head",
+    "HiddenTargets",
     "SampledTargets",
     "SparseTargets",
     "adaptive_kl",
@@ -59,6 +65,7 @@ __all__ = [
     "divide",
     "entropy_aware_kl",
     "forward_kl",
+    "from_targets",
     "generalized_jsd",
     "hidden_cosine",
     "hidden_mse",
@@ -66,6 +73,7 @@ __all__ = [
     "layer_map",
     "load_balancing",
     "logit_mse",
+    "logits_of",
     "masked_sum",
     "pearson",
     "projected_mse",

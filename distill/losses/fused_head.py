@@ -12,39 +12,38 @@ no logit is computed twice: 6·D + 2·D' operations per token and word, the leas
 backward pass (``jax.checkpoint``, chunked losses of other libraries) costs 8·D + 4·D'.
 
 Matrix products want a whole chunk; what lies between them, the loss and its gradient, is a dozen passes over the logits
-and wants them in a cache. So on CPU the loss takes a chunk some rows at a time, ``CPU_LOGITS`` of them.
+and wants them in a cache. So on CPU the loss takes a chunk some rows at a time (``backend.loss_rows``).
 
 Tokens that do not count are sorted behind those that do, and the loop ends where counting ends: a batch that is half
 prompt costs half.
 """
 
+import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from distill.devices import backend
 from distill.head import Head, product
 from distill.losses.reduce import Pair
 from distill.shapes import Array, Float, Mask
 
 PerPosition = Callable[[Any, Any, Any], Any]
-
-CPU_LOGITS = 2**18
-"""Logits of each side that are in the loss at a time on CPU: 32 rows of 8 192 words, 8 of 32 000 and more."""
+Side = tuple[Float[Array, "*batch _"], Head]
+"""Hidden states and the head that makes logits of them."""
 
 
 def chunked(
     per_position: PerPosition,
-    student_hidden: Float[Array, "*batch D"],
-    student_head: Head,
-    teacher_hidden: Float[Array, "*batch E"] | None,
-    teacher_head: Head | None,
-    labels: Any,
+    student: Side,
+    teacher: Side | Sequence[Side] | None,
+    inputs: Any,
     mask: Mask,
     chunk_size: int | None = None,
     *,
@@ -52,223 +51,271 @@ def chunked(
     mesh: Mesh | None = None,
     token_axes: tuple[str, ...] = ("dcn", "data", "fsdp"),
 ) -> Pair | tuple[Pair, Any]:
-    """``(Σ per_position(student_logits, teacher_logits, labels) where mask, number of counted positions)``.
+    """Σ per_position(student_logits, teacher_logits, inputs) over the mask, and the number of counted positions.
 
     Equal, in value and in gradient, to computing both logits and ``masked_sum``. Gradients are with respect to the
     student's hidden states and head only: the teacher is never differentiated. Reverse mode, once (no second order).
 
     Args:
-      per_position: ``(student_logits [n, V], teacher_logits [n, V], labels [n]) -> nats [n]``, any pure function that
-        treats positions independently; it must not close over something that is itself differentiated.
-      student_hidden: ``[..., D]``, as the head wants it.
-      student_head: its ``Head``.
-      teacher_hidden: ``[..., E]``, another width than D if need be; None: ``per_position`` gets None for its logits.
-      teacher_head: its ``Head``.
-      labels: ``[...]``, or a tree of arrays ``[..., *]`` (stored targets of a teacher), handed on in parts.
+      per_position: ``(student_logits [n, V], teacher_logits [n, V], inputs [n, …]) -> nats [n]``, any pure function
+        that treats positions independently; it must not close over something that is itself differentiated.
+      student: hidden states ``[..., D]``, as the head wants them, and their ``Head``.
+      teacher: the same of the teacher, of another width if need be; several pairs: ``per_position`` gets a tuple of
+        logits; None: it gets None.
+      inputs: labels ``[...]``, or any tree of arrays ``[..., *]`` (stored targets of a teacher), handed on in parts.
       mask: ``[...]``: which positions count. Whatever stands in the others, NaN too, has no part in anything.
-      chunk_size: positions at a time; about ``16 · V · chunk_size`` bytes are alive. None: ``default_chunk_size``.
+      chunk_size: positions at a time; about ``16 · V · chunk_size`` bytes are alive. None: ``backend.chunk_size``.
       has_aux: ``per_position`` returns ``(nats, aux)`` with aux a tree of further per-position values that are summed
         but not differentiated (metrics).
-      mesh: under ``jit`` on this mesh every device works on its own part of the first axis of ``mask``, sums and
-        gradients of the head are added at the end. Other axes stay with the compiler: a kernel sharded over words (the
-        axis ``tensor``) gives logits sharded over words, and a loss's sums over words become all-reduces.
-      token_axes: of the mesh, over which the first axis of ``mask`` lies; its second axis lies over ``sequence``.
+      mesh: under ``jit`` on this mesh every device works on its own part of the first axis of ``mask``; sums and
+        gradients of the head are added at the end. Other axes stay with the compiler: a kernel sharded over the
+        vocabulary (the axis ``tensor``) gives logits sharded over it, and a loss's sums over it become all-reduces.
+      token_axes: axes of the mesh over which the first axis of ``mask`` lies; its second axis lies over ``sequence``.
 
     Returns:
       ``(sum, weight)``, float32 scalars; with ``has_aux`` also the tree of sums of aux.
 
     Raises:
-      ValueError: shapes that do not fit together, words that differ between the two heads, chunk_size < 1.
+      ValueError: shapes that do not fit together, vocabularies that differ between two heads, chunk_size < 1.
 
     Example:
       >>> from distill import losses
       >>> hidden, kernel = jnp.ones((2, 3, 4)), jnp.eye(4, 7)
-      >>> student, teacher = Head(kernel), Head(2 * kernel)
+      >>> student, teacher = (hidden, Head(kernel)), (hidden, Head(2 * kernel))
       >>> labels, mask = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)
       >>> loss = lambda s, t, labels: losses.forward_kl(s, t, temperature=2.0)
-      >>> total, weight = chunked(loss, hidden, student, hidden, teacher, labels, mask, chunk_size=4)
-      >>> float(weight), bool(jnp.allclose(total, 6 * loss(student.logits(hidden), teacher.logits(hidden), 0)[0, 0]))
+      >>> total, weight = chunked(loss, student, teacher, labels, mask, chunk_size=4)
+      >>> logits = [head.logits(hidden) for hidden, head in (student, teacher)]
+      >>> float(weight), bool(jnp.allclose(total, 6 * loss(*logits, 0)[0, 0]))
       (6.0, True)
     """
-    student_head = student_head.words()
-    teacher_head = None if teacher_head is None else teacher_head.words()
-    _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, chunk_size)
-    platform = _platform(mesh)
+    hidden, head = student[0], student[1].words()
+    teachers = tuple((states, head.words()) for states, head in _pairs(teacher))
+    _check(student, _pairs(teacher), inputs, mask, chunk_size)
+    platform = backend.platform_of(mesh)
     of_tokens = (*token_axes, "sequence")
-    over_words = 1 if mesh is None else math.prod(n for axis, n in mesh.shape.items() if axis not in of_tokens)
-    chunk_size = chunk_size or default_chunk_size(student_head.kernel.shape[1] // over_words, platform)
-
-    def loss(student_logits, teacher_logits, labels):
-        result = per_position(student_logits, teacher_logits, labels)
-        return result if has_aux else (result, ())
-
-    def sums(student_hidden, student_head, rest):
-        (teacher_hidden, teacher_head), labels, mask = jax.lax.stop_gradient(rest)
-        tokens, batch = math.prod(mask.shape), mask.ndim
-
-        def flat(tree):
-            return jax.tree.map(lambda x: x.reshape(tokens, *x.shape[batch:]), tree)
-
-        teacher = None if teacher_hidden is None else (flat(teacher_hidden), teacher_head)
-        size = min(chunk_size, max(tokens, 1))
-        rows = _rows(size, student_head.kernel.shape[1]) if platform == "cpu" else size
-        return _total(loss, (size, rows), flat(student_hidden), student_head, teacher, flat(labels), flat(mask))
-
-    if mesh is not None:
-        if platform == "cpu":  # where XLA aborts on a sum of bfloat16 over a mesh, here the head's gradient
-            student_head = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), student_head)
+    over_vocabulary = 1 if mesh is None else math.prod(n for axis, n in mesh.shape.items() if axis not in of_tokens)
+    size = chunk_size or backend.chunk_size(head.kernel.shape[1] // over_vocabulary, platform)
+    how = _How(per_position, has_aux, _shown(teacher), size, platform)
+    if mesh is None:
+        total, aux = _total(how.of(head, mask), *_flat(hidden, head, teachers, inputs, mask))
+    else:
+        if backend.sum_in_float32(platform):  # of the head's gradient over the mesh
+            head = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), head)
         places = [tuple(axis for axis in token_axes if axis in mesh.shape)]
         if mesh.shape.get("sequence", 1) > 1 and mask.ndim > 1:
             places.append(("sequence",))
-        sums = _on_mesh(sums, mesh, places)
-    total, aux = sums(student_hidden, student_head, ((teacher_hidden, teacher_head), labels, mask))
+        total, aux = _on_mesh(how, mesh, places, len(teachers))(hidden, head, teachers, inputs, mask)
     pair = total, jnp.sum(mask, dtype=jnp.float32)
     return (pair, aux) if has_aux else pair
 
 
-def _on_mesh(sums: Callable, mesh: Mesh, places: Sequence[tuple[str, ...]]) -> Callable:
-    """``sums`` on every device's own tokens, added up; ``places``: the mesh axes of the first axes of the mask."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _How:
+    """What does not change from chunk to chunk."""
+
+    per_position: PerPosition
+    has_aux: bool
+    shown: Callable[[tuple], Any]
+    """What ``per_position`` gets of the teachers' logits."""
+    size: int
+    """Positions in a chunk."""
+    platform: str
+    rows: int = 0
+    """Rows that are in the loss at a time; they divide ``size``."""
+
+    def of(self, head: Head, mask: Mask) -> "_How":
+        """For the positions of a device: no chunk is larger than they are."""
+        size = min(self.size, max(mask.size, 1))
+        return dataclasses.replace(self, size=size, rows=backend.loss_rows(size, head.kernel.shape[1], self.platform))
+
+
+def _pairs(teacher: Side | Sequence[Side] | None) -> tuple[Side, ...]:
+    if teacher is None:
+        return ()
+    return (teacher,) if isinstance(teacher[1], Head) else tuple(teacher)
+
+
+def _shown(teacher: Side | Sequence[Side] | None) -> Callable[[tuple], Any]:
+    if teacher is None:
+        return lambda logits: None
+    return operator.itemgetter(0) if isinstance(teacher[1], Head) else tuple
+
+
+def _flat(hidden: Array, head: Head, teachers: tuple, inputs: Any, mask: Mask) -> tuple:
+    """Positions on one axis; nothing but the student is differentiated."""
+    teachers, inputs, mask = jax.lax.stop_gradient((teachers, inputs, mask))
+
+    def flat(x: Array) -> Array:
+        return x.reshape(mask.size, *x.shape[mask.ndim :])
+
+    teachers = tuple((flat(states), head) for states, head in teachers)
+    return flat(hidden), head, teachers, jax.tree.map(flat, inputs), flat(mask)
+
+
+def _on_mesh(how: _How, mesh: Mesh, places: Sequence[tuple[str, ...]], teachers: int) -> Callable:
+    """The sums over every device's own positions, added up; ``places``: mesh axes of the first axes of the mask."""
     tokens, everywhere = PartitionSpec(*places), PartitionSpec()
     axes = tuple(axis for several in places for axis in several)
 
-    def local(student_hidden, student_head, rest):
-        return jax.lax.psum(sums(student_hidden, student_head, rest), axes)
+    def local(hidden, head, teachers, inputs, mask):
+        own = _total(how.of(head, mask), *_flat(hidden, head, teachers, inputs, mask))
+        return jax.lax.psum(own, axes)
 
-    specs = (tokens, everywhere, ((tokens, everywhere), tokens, tokens))
+    specs = (tokens, everywhere, ((tokens, everywhere),) * teachers, tokens, tokens)
     # check_vma: a custom VJP and a loop of its own length on every device are beyond that check
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=everywhere, axis_names=set(axes), check_vma=False)
 
 
-def _platform(mesh: Mesh | None) -> str:
-    """Where it will run: the mesh may be of a machine that is not here (compiling ahead of time)."""
-    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
-
-
-def default_chunk_size(vocab_size: int, platform: str | None = None) -> int:
-    """Positions at a time: as many as 512 (GPU), 256 (TPU) or 128 (CPU) MiB of logits hold.
-
-    ``vocab_size`` counts the words that one device has. On an accelerator the gradient of the head, ``[D, V]`` in
-    float32, is read and written once per chunk, so that few large chunks are wanted, but never more than 1024
-    positions, where the products take longer than that traffic; a CPU takes 256 or 512. On an H100 at V = 128k, 1024
-    positions take 15 % less time than 512, and 2048 another 4 % for 1.6 to 2.6 GB more. ``platform``: None is the
-    default backend.
-    """
-    platform = platform or jax.default_backend()
-    logits, least, most = {"cpu": (2**25, 256, 512), "tpu": (2**26, 128, 1024)}.get(platform, (2**27, 128, 1024))
-    return int(np.clip(2 ** round(math.log2(logits / vocab_size)), least, most))
-
-
-def _rows(size: int, vocab_size: int) -> int:
-    """Of a chunk, how many rows the loss takes at a time on CPU; they divide it, and are eight at least."""
-    rows = math.gcd(size, max(8, 2 ** int(math.log2(CPU_LOGITS / vocab_size))))
-    return rows if rows >= 8 else size
-
-
-def _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, chunk_size):
+def _check(student: Side, teachers: Sequence[Side], inputs: Any, mask: Mask, chunk_size: int | None) -> None:
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunked: chunk_size={chunk_size}; expected at least 1, or None.")
-    if (teacher_hidden is None) != (teacher_head is None):
-        raise ValueError("chunked: teacher_hidden and teacher_head belong together; give both or None for both.")
-    sides = [("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)]
-    for name, hidden, head in sides:
-        if head is None:
-            continue
+    vocabulary = student[1].words().kernel.shape[1]
+    for name, (hidden, head) in (("student", student), *(("teacher", teacher) for teacher in teachers)):
         if hidden.shape[:-1] != mask.shape or hidden.shape[-1] != head.kernel.shape[0]:
             raise ValueError(
-                f"chunked: {name}_hidden {hidden.shape} with a head {head.kernel.shape} and a mask {mask.shape}; "
-                "expected hidden [*mask, D] and a kernel [D, V]."
+                f"chunked: hidden states {hidden.shape} of the {name} with a head {head.kernel.shape} and a mask "
+                f"{mask.shape}; expected hidden [*mask, D] and a kernel [D, V]."
             )
-    if teacher_head is not None and teacher_head.kernel.shape[1] != student_head.kernel.shape[1]:
-        raise ValueError(
-            f"chunked: the student has {student_head.kernel.shape[1]} words, the teacher {teacher_head.kernel.shape[1]}"
-            "; set vocab_size of both heads to the words they share (distill/vocab.py)."
-        )
-    for leaf in jax.tree.leaves(labels):
+        if head.words().kernel.shape[1] != vocabulary:
+            raise ValueError(
+                f"chunked: the student's vocabulary has {vocabulary} tokens, the teacher's "
+                f"{head.words().kernel.shape[1]}; set vocab_size of both heads to the ids they share "
+                "(distill/vocab.py)."
+            )
+    for leaf in jax.tree.leaves(inputs):
         if leaf.shape[: mask.ndim] != mask.shape:
-            raise ValueError(f"chunked: labels of shape {leaf.shape} with a mask {mask.shape}; expected [*mask, …].")
+            raise ValueError(f"chunked: inputs of shape {leaf.shape} with a mask {mask.shape}; expected [*mask, …].")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _total(loss, sizes, hidden, head, teacher, labels, mask):
-    """Σ loss and Σ aux, without gradients; ``sizes``: positions in a chunk, rows in the loss at a time."""
-    kernel = head.kernel.astype(hidden.dtype)
-
-    def part(s, t, of_labels, counts):
-        return _sums(loss(head.finish(s), t, of_labels), counts)
-
-    def one(total, h, *rest):
-        def rows(total, inputs):
-            return _add(total, part(*inputs))
-
-        return _by_rows(rows, sizes, total, (product(h, kernel), *rest))
-
-    return _loop(one, lambda h, *rest: part(product(h, kernel), *rest), sizes[0], hidden, teacher, labels, mask)
+# ---- the loop over chunks
 
 
-def _forward(loss, sizes, hidden, head, teacher, labels, mask):
+class _Chunks(NamedTuple):
+    """The positions that count, ``how.size`` at a time: they are sorted before those that do not."""
+
+    how: _How
+    order: Array
+    counted: Array
+    hidden: Array
+    teachers: tuple
+    inputs: Any
+
+    @classmethod
+    def of(cls, how: _How, hidden: Array, teachers: tuple, inputs: Any, mask: Array) -> "_Chunks":
+        """All chunks of ``mask [tokens]``; places beyond the last token point behind it."""
+        tokens = mask.shape[0]
+        chunks = -(-tokens // how.size)
+        order = jnp.argsort(~mask, stable=True)
+        order = jnp.concatenate([order, jnp.arange(tokens, chunks * how.size, dtype=order.dtype)])
+        kernels = tuple((states, head, head.kernel.astype(states.dtype)) for states, head in teachers)
+        return cls(how, order, jnp.sum(mask, dtype=jnp.int32), hidden, kernels, inputs)
+
+    @property
+    def number(self) -> Array:
+        """Chunks in which anything counts."""
+        return -(-self.counted // self.how.size)
+
+    def at(self, i: Array | int) -> tuple:
+        """Chunk i: the student's states, the teachers' logits, inputs, which rows count, and where they stand."""
+        index = jax.lax.dynamic_slice_in_dim(self.order, i * self.how.size, self.how.size)
+        counts = i * self.how.size + jnp.arange(self.how.size) < self.counted
+
+        def pick(x: Array) -> Array:
+            """Rows of x, zeros where nothing counts: selected before anything is computed."""
+            return jnp.where(counts.reshape(-1, *[1] * (x.ndim - 1)), x.at[index].get(mode="clip"), 0)
+
+        logits = tuple(head.finish(product(pick(states), kernel)) for states, head, kernel in self.teachers)
+        return pick(self.hidden), self.how.shown(logits), jax.tree.map(pick, self.inputs), counts, index
+
+
+def _sums(how: _How, head: Head, teacher_logits: Any, inputs: Any, counts: Array) -> Callable:
+    """``(s, bias) -> (Σ nats, Σ aux)`` of some rows, from the student's product ``s = hidden · kernel``."""
+
+    def sums(s, bias):
+        result = how.per_position(head.replace(bias=bias).finish(s), teacher_logits, inputs)
+        nats_and_aux = result if how.has_aux else (result, ())
+        return jax.tree.map(lambda x: jnp.sum(jnp.where(counts, x, 0.0), dtype=jnp.float32), nats_and_aux)
+
+    return sums
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(how: _How, hidden: Array, head: Head, teachers: tuple, inputs: Any, mask: Array):
+    """Σ loss and Σ aux, without gradients."""
+    kernel, chunks = head.kernel.astype(hidden.dtype), _Chunks.of(how, hidden, teachers, inputs, mask)
+
+    def rows(total, row):
+        s, *rest = row
+        return _add(total, _sums(how, head, *rest)(s, head.bias)), None
+
+    def chunk(i, total):
+        h, *rest, _ = chunks.at(i)
+        parts = product(h, kernel), *rest
+        if how.rows == how.size:
+            return rows(total, parts)[0]
+        parts = jax.tree.map(lambda x: x.reshape(how.size // how.rows, how.rows, *x.shape[1:]), parts)
+        return jax.lax.scan(rows, total, parts)[0]
+
+    def zero():
+        h, *rest, _ = chunks.at(0)
+        return _sums(how, head, *rest)(product(h, kernel), head.bias)
+
+    return jax.lax.fori_loop(0, chunks.number, chunk, _zeros(zero))
+
+
+def _forward(how: _How, hidden: Array, head: Head, teachers: tuple, inputs: Any, mask: Array):
     """The sums, and with them the gradients of Σ loss with respect to hidden and head."""
-    kernel = head.kernel.astype(hidden.dtype)
+    kernel, chunks = head.kernel.astype(hidden.dtype), _Chunks.of(how, hidden, teachers, inputs, mask)
 
-    def part(s, t, of_labels, counts):
-        """``(sums, ∂bias), ∂s`` of some rows."""
-
-        def finish(s, bias):
-            return _sums(loss(head.replace(bias=bias).finish(s), t, of_labels), counts)
-
-        total, pullback, aux = jax.vjp(finish, s, head.bias, has_aux=True)
-        gradient, bias = pullback(jnp.float32(1.0))
-        return ((total, aux), bias), gradient
-
-    def one(carry, h, t, of_labels, counts, index):
-        sums, by_hidden, by_kernel = carry
-
-        sums, gradient = _in_their_place(part, sizes, sums, product(h, kernel), (t, of_labels, counts))
+    def chunk(i, carry):
+        total, by_hidden, by_kernel = carry
+        h, *rest, index = chunks.at(i)
+        logits = product(h, kernel)
+        if how.rows == how.size:
+            nats, pullback, aux = jax.vjp(_sums(how, head, *rest), logits, head.bias, has_aux=True)
+            gradient, by_bias = pullback(jnp.float32(1.0))
+            total = _add(total, ((nats, aux), by_bias))
+        else:
+            total, gradient = _in_their_place(how, head, total, logits, rest)
         gradient = gradient.astype(hidden.dtype)
         by_h = jnp.einsum("nv,dv->nd", gradient, kernel, preferred_element_type=jnp.float32)
         by_hidden = by_hidden.at[index].set(by_h.astype(hidden.dtype), mode="drop", unique_indices=True)
         transposed = jax.lax.optimization_barrier(h.T)  # a copy of h alone: XLA's CPU products are a fifth faster
         by_kernel = by_kernel + jnp.matmul(transposed, gradient, preferred_element_type=jnp.float32)
-        return sums, by_hidden, by_kernel
+        return total, by_hidden, by_kernel
 
-    def like(h, *rest):
-        sums, bias = part(product(h, kernel), *rest)[0]
-        return (sums, jax.tree.map(lambda b: b.astype(jnp.float32), bias)), hidden, head.kernel.astype(jnp.float32)
+    def zero():
+        h, *rest, _ = chunks.at(0)
+        bias = jax.tree.map(lambda b: b.astype(jnp.float32), head.bias)
+        total = _sums(how, head, *rest)(product(h, kernel), head.bias), bias
+        return total, hidden, head.kernel.astype(jnp.float32)
 
-    (sums, by_bias), by_hidden, by_kernel = _loop(one, like, sizes[0], hidden, teacher, labels, mask, rows=True)
+    carry = jax.lax.fori_loop(0, chunks.number, chunk, _zeros(zero))
+    (sums, by_bias), by_hidden, by_kernel = carry
     gradient = head.replace(kernel=by_kernel, bias=by_bias)
     return sums, (by_hidden, gradient, jax.tree.map(lambda x: x[:0], head))
 
 
-def _by_rows(function, sizes, carry, inputs):
-    """``carry = function(carry, inputs)`` over the rows of a chunk, some at a time."""
-    chunk_size, rows = sizes
-    if rows == chunk_size:
-        return function(carry, inputs)
-    parts = jax.tree.map(lambda x: x.reshape(chunk_size // rows, rows, *x.shape[1:]), inputs)
-    return jax.lax.scan(lambda carry, part: (function(carry, part), None), carry, parts)[0]
-
-
-def _in_their_place(part, sizes, total, logits, inputs):
+def _in_their_place(how: _How, head: Head, total: Any, logits: Array, inputs: Any):
     """``total`` and the gradients of a chunk, which take the place of the student's logits, some rows at a time."""
-    chunk_size, rows = sizes
-    if rows == chunk_size:
-        values, gradient = part(logits, *inputs)
-        return _add(total, values), gradient
 
     def at(i, x):
-        return jax.lax.dynamic_slice_in_dim(x, i * rows, rows)
+        return jax.lax.dynamic_slice_in_dim(x, i * how.rows, how.rows)
 
-    def some(i, carry):
-        """``own``, the rows of turn i, travel apart: read from logits it writes to, XLA would copy all of them."""
-        total, logits, own = carry
-        values, gradient = part(own, *jax.tree.map(functools.partial(at, i), inputs))
-        logits = jax.lax.dynamic_update_slice_in_dim(logits, gradient, i * rows, axis=0)
-        return _add(total, values), logits, at(i + 1, logits)
+    def rows(i, carry):
+        """``row_block``, the logits of turn i, is carried apart: XLA would copy logits that it reads and writes."""
+        total, logits, row_block = carry
+        own = jax.tree.map(functools.partial(at, i), inputs)
+        nats, pullback, aux = jax.vjp(_sums(how, head, *own), row_block, head.bias, has_aux=True)
+        gradient, by_bias = pullback(jnp.float32(1.0))
+        logits = jax.lax.dynamic_update_slice_in_dim(logits, gradient, i * how.rows, axis=0)
+        return _add(total, ((nats, aux), by_bias)), logits, at(i + 1, logits)
 
-    return jax.lax.fori_loop(0, chunk_size // rows, some, (total, logits, at(0, logits)))[:2]
+    return jax.lax.fori_loop(0, how.size // how.rows, rows, (total, logits, at(0, logits)))[:2]
 
 
-def _backward(loss, sizes, kept, cotangent):
+def _backward(how: _How, kept, cotangent):
     by_hidden, by_head, like = kept
     scale = cotangent[0]
     by_head = jax.tree.map(lambda g, x: (g * scale).astype(x.dtype), by_head, like)
@@ -278,44 +325,10 @@ def _backward(loss, sizes, kept, cotangent):
 _total.defvjp(_forward, _backward)
 
 
-def _sums(values, counts):
-    """``(Σ nats, Σ aux)`` over the positions that count."""
-    return jax.tree.map(lambda x: jnp.sum(jnp.where(counts, x, 0.0), dtype=jnp.float32), values)
-
-
 def _add(a, b):
     return jax.tree.map(jnp.add, a, b)
 
 
 def _zeros(function):
+    """Zeros of the shapes of what a function returns, which is never computed."""
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function))
-
-
-def _loop(one, like, chunk_size, hidden, teacher, labels, mask, rows=False):
-    """``carry = one(carry, h, teacher_logits, labels, counts)`` over the chunks of the positions that count.
-
-    The carry starts as zeros of the shapes of ``like(h, teacher_logits, labels, counts)``, which is never computed.
-    """
-    tokens = mask.shape[0]
-    chunks = -(-tokens // chunk_size)
-    order = jnp.argsort(~mask, stable=True)
-    order = jnp.concatenate([order, jnp.full(chunks * chunk_size - tokens, tokens, order.dtype)])
-    counted = jnp.sum(mask, dtype=jnp.int32)
-    states, head = (None, None) if teacher is None else teacher
-    kernel = None if teacher is None else head.kernel.astype(states.dtype)
-
-    def inputs(i):
-        index = jax.lax.dynamic_slice_in_dim(order, i * chunk_size, chunk_size)
-        counts = i * chunk_size + jnp.arange(chunk_size) < counted
-
-        def pick(x):
-            """Rows of x, zeros where nothing counts: selected before anything is computed."""
-            return jnp.where(counts.reshape(-1, *[1] * (x.ndim - 1)), x.at[index].get(mode="clip"), 0)
-
-        logits = None if teacher is None else head.finish(product(pick(states), kernel))
-        return pick(hidden), logits, jax.tree.map(pick, labels), counts, *([index] if rows else [])
-
-    def body(i, carry):
-        return one(carry, *inputs(i))
-
-    return jax.lax.fori_loop(0, -(-counted // chunk_size), body, _zeros(lambda: like(*inputs(0)[:4])))

@@ -74,6 +74,84 @@ class SampledTargets:
     temperature: float = 1.0
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("logits",), meta_fields=())
+@dataclass(frozen=True)
+class DenseTargets:
+    """All logits of a teacher, computed beforehand: for small vocabularies.
+
+    Attributes:
+      logits: ``[..., V]``, at temperature 1.
+    """
+
+    logits: Leaf
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("hidden",), meta_fields=())
+@dataclass(frozen=True)
+class HiddenTargets:
+    """The teacher's final hidden states, after its last norm: with its head, they hold all that its logits hold.
+
+    Attributes:
+      hidden: ``[..., D]``, as the teacher's head wants them.
+    """
+
+    hidden: Leaf
+
+
+def logits_of(targets: Any) -> Logits | None:
+    """The teacher's logits, where the targets hold all of them, else None."""
+    return targets.logits if isinstance(targets, DenseTargets) else None
+
+
+def from_targets(
+    divergence: Callable[..., Nats], student_logits: Logits, targets: Any, *, temperature: float = 1.0, **options: float
+) -> Nats:
+    """A divergence between the student and what is stored of a teacher: the same information, the same numbers.
+
+    ``DenseTargets``: ``divergence`` itself. ``SparseTargets``: ``sparse``, exact for the stored tokens and the tail.
+    ``SampledTargets``: ``sampled_forward_kl``, which is unbiased for ``forward_kl`` and for no other divergence.
+
+    Args:
+      divergence: a function of ``distill.losses``, or one like it.
+      student_logits: ``[..., V]``.
+      targets: stored targets of the same positions.
+      temperature: T > 0; that at which the targets were stored, but for ``DenseTargets``.
+      **options: hyperparameters of the divergence.
+
+    Returns:
+      ``[...]`` float32.
+
+    Raises:
+      ValueError: targets of another kind, a temperature that they were not stored at, or a divergence that cannot be
+        computed from them.
+
+    Example:
+      >>> teacher, student = jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.zeros(3)
+      >>> round(float(from_targets(forward_kl, student, top_k_targets(teacher, 1))), 4)
+      0.0589
+    """
+    if not isinstance(temperature, int | float) and isinstance(targets, SparseTargets | SampledTargets):
+        raise ValueError(
+            f"a temperature that follows a schedule, and targets stored at temperature={targets.temperature}; use one "
+            "temperature, or all of the teacher's logits."
+        )
+    if isinstance(targets, DenseTargets):
+        return divergence(student_logits, targets.logits, temperature=temperature, **options)
+    if isinstance(targets, SparseTargets):
+        return sparse(divergence, student_logits, targets, temperature=temperature, **options)
+    if isinstance(targets, SampledTargets):
+        if divergence is not forward_kl:
+            raise ValueError(
+                f"sampled targets: {divergence.__name__} has no unbiased estimate from draws; use forward_kl, or store "
+                "the top k."
+            )
+        return sampled_forward_kl(student_logits, targets, temperature=temperature)
+    raise ValueError(
+        f"targets are a {type(targets).__name__}; expected DenseTargets, SparseTargets or SampledTargets, or a term "
+        "that reads them."
+    )
+
+
 def top_k_targets(teacher_logits: Logits, k: int, *, temperature: float = 1.0) -> SparseTargets:
     """The teacher's k most probable words with their log-probabilities, and the exact mass of the rest.
 

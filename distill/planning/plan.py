@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from distill.batch import Batch
+from distill.devices import backend
 from distill.devices.backend import fuse_attention as fused_on
 from distill.devices.chips import Topology, devices_of
+from distill.evaluation.heldout import rows_at_a_time
+from distill.experiments.learner import learner
 from distill.experiments.preflight import placed_bytes
 from distill.experiments.text.config import TextConfig
-from distill.experiments.text.run import learner
-from distill.losses.fused_head import default_chunk_size
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.models.int8 import held
@@ -37,7 +38,7 @@ from distill.train import Task, lower
 
 
 def abstract_task(config: TextConfig) -> Task:
-    """What the distilled student learns (``text_experiment.distillation``), as shapes.
+    """What the distilled student learns (``experiments.text.run.distillation``), as shapes.
 
     The examples are those of one dispatch.
 
@@ -59,9 +60,9 @@ def abstract_task(config: TextConfig) -> Task:
         words = min(words, config.vocabulary)
         teacher, student = (dataclasses.replace(one, vocab_size=words) for one in (teacher, student))
     of_teacher, of_student = (decoder(one).with_vocabulary(words) for one in (teacher, student))
-    of_student, terms = learner(config, of_student, of_teacher)
+    of_student, terms = learner(config.objective, of_student, of_teacher)
     of_teacher, params = held(of_teacher, config.teacher_dtype)
-    shape = config.training.steps_per_dispatch * config.training.batch_size, config.data.length
+    shape = config.training.dispatch * config.training.batch_size, config.data.length
     ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
     return Task(
         student=of_student,
@@ -134,20 +135,35 @@ def compile_step(config: TextConfig, topology: Topology, task: Task | None = Non
     seconds = {"lower": time.perf_counter() - start}
     placed = {name: placed_bytes(tree) for name, tree in (("parameters", state.params), ("optimizer", state.opt_state))}
     placed |= {"teacher": placed_bytes(frozen), "data": placed_bytes(task.examples)}
+    kept = heldout_bytes(config, task, make_mesh(parallel, devices))
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(error, sum(placed.values()))
+        needed = needed | {"evaluation": kept, "total": needed["total"] + kept}
         seconds |= {"compile": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         return Program(placed | needed, [], math.nan, seconds, False)
     seconds |= {"compile": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     memory = compiled.memory_analysis()
     names = {"arguments": "argument", "outputs": "output", "shared": "alias", "temporary": "temp"}
     placed |= {name: int(getattr(memory, f"{of}_size_in_bytes")) for name, of in names.items()}
-    placed["total"] = placed["arguments"] + placed["outputs"] - placed["shared"] + placed["temporary"]
+    program = placed["arguments"] + placed["outputs"] - placed["shared"] + placed["temporary"]
+    placed |= {"evaluation": kept, "total": program + kept}
     flops = float((compiled.cost_analysis() or {}).get("flops", math.nan))
     return Program(placed, collectives(compiled.as_text()), flops, seconds, placed["total"] <= topology.chip.memory)
+
+
+def heldout_bytes(config: TextConfig, task: Task, mesh: Any) -> int:
+    """Bytes on one device of the teacher's states on the held-out rows, which are kept (``evaluation/heldout.py``).
+
+    Where the configuration does not say how many rows there are, those of the learning curve.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+    rows = rows_at_a_time(parts)
+    count = -(-(config.heldout_rows or config.curve_rows) // rows) * rows
+    teacher = task.teacher.config
+    return count // parts * config.data.length * teacher.width * jnp.dtype(teacher.dtype).itemsize
 
 
 def _check_batch(config: TextConfig, parallel: Any, devices: Any) -> None:
@@ -212,7 +228,7 @@ def plan(
             "examples": config.training.batch_size,
             "length": config.data.length,
             "micro_batches": config.training.micro_batches,
-            "steps_per_dispatch": config.training.steps_per_dispatch,
+            "steps_per_dispatch": config.training.dispatch,
         },
         "compiled_for": "TPU" if topology.tpu else "CPU",
         "fits": program.fits,
@@ -238,7 +254,7 @@ def _split(config: TextConfig, task: Task, mesh: dict[str, int], topology: Topol
     chunk = config.training.chunk_size
     if chunk is None:
         platform = "tpu" if topology.tpu else "gpu"
-        chunk = default_chunk_size(words, platform) if task.student.vocab_size >= CHUNKED_FROM else 0
+        chunk = backend.chunk_size(words, platform) if task.student.vocab_size >= CHUNKED_FROM else 0
     rows = topology.devices // mesh["tensor"]
     tokens = config.training.batch_size * config.data.length // config.training.micro_batches // rows
     return roofline.Split(
@@ -401,6 +417,7 @@ BYTES = {
     "optimizer": "optimizer",
     "teacher": "teacher",
     "data": "data of one dispatch",
+    "evaluation": "evaluation: teacher's states of the held-out rows (by arithmetic)",
     "gradients": "gradients",
     "head": "head: logits of a chunk, kernels, their gradient (by arithmetic)",
     "activations": "activations and the rest",

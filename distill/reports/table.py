@@ -1,13 +1,32 @@
 """Tables in the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+Columns = Mapping[str, tuple[str, str | Callable[[Any], str]]]
+"""Title of a column → key of its values, and how they are written: a format specification, or a function."""
+
+
+def cells(values: Mapping[str, Any], columns: Columns) -> list[str]:
+    """The values of one row, written; – where there is none.
+
+    Example:
+      >>> cells({"kl": 0.5}, {"KL": ("kl", ".2f"), "seconds": ("seconds", ".0f")})
+      ['0.50', '–']
+    """
+    return [written(values[key], how) if key in values else "–" for key, how in columns.values()]
+
+
+def written(value: Any, how: str | Callable[[Any], str]) -> str:
+    """One value, as ``Columns`` says."""
+    return how(value) if callable(how) else format(value, how)
+
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table: the first column is a name, the others are numbers."""
+    """Prints a table whose first column is a name; the others are numbers."""
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left")
@@ -17,7 +36,7 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_answers(rows: list[dict[str, str]]) -> None:
-    """Prompts and what each model answers, with the truth."""
+    """Prints prompts and what each model answers."""
     table = Table()
     for name in rows[0]:
         table.add_column(name, justify="right")

@@ -19,6 +19,18 @@ NAMES = {  # model -> name on the page, colour, marker; in the order of the tabl
     "equal_time": ("cross-entropy, equal time", "#E69F00", "v"),
     "start": ("untrained start", "#8a9099", "x"),
 }
+COLUMNS = {
+    "KL": ("kl", ".4f"),
+    "nats/token": ("nll", ".4f"),
+    "perplexity": ("perplexity", ",.1f"),
+    "agreement": ("agreement", ".2%"),
+    "parameters": ("parameters", ",.0f"),
+    "FLOPs/token": ("flops_per_token", ".3g"),
+    "tokens/s": ("tokens_per_second", ",.0f"),
+    "trained on": ("training_tokens", ",.0f"),
+    "seconds": ("training_seconds", ",.0f"),
+}
+"""Column of the table → key and format."""
 FIGURES = {"kl": "KL to the teacher (nats)", "nll": "nats per token"}
 
 OVERFLOW = {

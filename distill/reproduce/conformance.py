@@ -18,6 +18,7 @@ import numpy as np
 
 from distill import losses
 from distill.objective import DIVERGENCES, ObjectiveConfig, distillation_term
+from distill.term import View
 from distill.vocab import Alignment
 
 PAGE, STORED = Path("distill/losses/CONFORMANCE.md"), Path("tests/conformance.json")
@@ -171,7 +172,7 @@ def ours(row: Row) -> float:
         nats = losses.cross_entropy(student, jnp.asarray(np.where(case.mask, case.labels, 0), jnp.int32))
     elif row.squared:
         term = distillation_term(ObjectiveConfig(row.loss, temperature=case.temperature))
-        nats, weight = term.per_position(student, teacher, jnp.zeros(case.mask.shape, jnp.int32)), term.weight
+        nats, weight = term.value(View(student, teacher)), term.weight
     else:
         nats = DIVERGENCES[row.loss](student, teacher, temperature=case.temperature, **dict(row.options))
     return weight * float(losses.divide(losses.masked_sum(nats, jnp.asarray(case.mask))))

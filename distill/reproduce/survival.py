@@ -27,12 +27,15 @@ import numpy as np
 from distill.data import addition
 from distill.data.feed import DataTimeout
 from distill.data.loader import Loader
-from distill.experiments.addition import run as experiment
+from distill.experiments import runner
+from distill.losses import DenseTargets
 from distill.metrics import read_metrics
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.objective import ObjectiveConfig, terms_of
-from distill.train import LogConfig, Task, TrainingConfig, fit
+from distill.reproduce.page import made_on, write_section
+from distill.train import Task, fit
+from distill.training import LogConfig, TrainingConfig
 
 SMALL = (
     *("--data.digits=2", "--data.max-examples=2000", "--data.test-fraction=0.8", "--log.no-progress"),
@@ -104,7 +107,7 @@ class Run:
 
     def differs(self, other: "Run") -> str:
         """Where this run ended otherwise than another, in words; empty where every weight and metric is equal."""
-        mine, others = (experiment.open_run(run.folder)[1] for run in (self, other))
+        mine, others = (runner.open_run(run.folder)[1] for run in (self, other))
         for name, trained in others.items():
             for a, b in zip(jax.tree.leaves(trained.params), jax.tree.leaves(mine[name].params), strict=True):
                 if not np.array_equal(a, b):
@@ -232,9 +235,9 @@ def phase(stacks: str) -> str:
     marks = {
         "save": r'distill/checkpoint\.py", line \d+ in (save|_seal|_settle|__exit__)|orbax/\S+(sav|sync|writ)',
         "compile": r"jax/_src/(compiler|pjit|interpreters/(pxla|mlir|partial_eval)|compilation_cache)\.py",
-        "evaluate": r"distill/evaluate\.py|in measure$",
+        "evaluate": r"distill/(evaluation/|experiments/\w+/measure)|in measure$",
         "data": r"distill/data/|tensorflow_datasets|array_record",
-        "train": r"in (_loop|train|record)$",
+        "train": r"in (go|dispatch|train|record)$",
     }
     works = "\n".join(thread for thread in stacks.split("\n\n") if "importlib._bootstrap" not in thread)
     found = (name for name, mark in marks.items() if re.search(mark, works, re.M))
@@ -296,13 +299,13 @@ def data_failures(folder: Path) -> Iterator[tuple[str, str, str]]:
     examples = addition.encode(data, addition.pairs(data)["train"]).batch(data)
     logits = np.random.default_rng(0).normal(size=(*examples.inputs.shape, 14)).astype(np.float32)
     training = TrainingConfig(steps=40, batch_size=8, steps_per_dispatch=5, evaluate_every=40, save_every=10)
-    loader = Loader(examples._replace(teacher_logits=logits), training.batch_size, training.seed)
+    loader = Loader(examples._replace(targets=DenseTargets(logits)), training.batch_size, training.seed)
     model = decoder(DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16))
     awake = threading.Event()
 
     def nan(k: int):
         good = loader.batch(k)
-        return good._replace(teacher_logits=good.teacher_logits * np.float32(np.nan)) if k == 17 else good
+        return good._replace(targets=DenseTargets(good.targets.logits * np.float32(np.nan))) if k == 17 else good
 
     def hangs(k: int):
         if k == 25:
@@ -359,3 +362,11 @@ def survive(folder: Path, count: int = 50, overrides: Sequence[str] = SMALL) -> 
         "",
         f"{(time.monotonic() - began) / 60:.0f} minutes in all.",
     ]
+
+
+def section(folder: Path, page: Path, count: int = 50) -> list[str]:
+    """Kills, failures and resumes; writes their section, returns its lines."""
+    lines = survive(folder, count)
+    made = f"{made_on()}."
+    write_section(page, "\n".join(["## Survival: `python scripts/reproduce.py survival`", "", *lines, made]) + "\n")
+    return lines

@@ -1,13 +1,13 @@
-"""Where a student starts: one call, one line of a configuration.
+"""The student before its first step, made from its teacher by one configuration.
 
 ====================  ================================================================================================
 ``kind``              the student
 ====================  ================================================================================================
 ``random``            drawn at random
 ``embeddings``        drawn at random, but with the teacher's embedding and head
-``teacher``           cut out of the teacher: layers by ``layers`` or ``choice``, the rest by importance (``init.py``)
+``teacher``           cut out of the teacher: layers by ``layers`` or ``choice``, the rest by importance (``cut.py``)
 ``low_rank``          that, its kernels replaced by factors of rank ``rank`` (``factors.py``)
-``lora``              that, frozen, with a correction of rank ``rank`` to learn (``factors.py``)
+``lora``              that, frozen, with a correction of rank ``rank`` to learn (``lora.py``)
 ====================  ================================================================================================
 """
 
@@ -46,7 +46,7 @@ class StartConfig:
     weighted: bool = False
     """low_rank: rows of a kernel weigh by what an error in them costs on the calibration batches."""
     share_embeddings: bool = False
-    """Embedding and head are the teacher's own arrays: not learnt, not held twice. The widths must be equal."""
+    """Use the teacher's own arrays for embedding and head: not learnt, not held twice. The widths must be equal."""
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0.0:
@@ -55,35 +55,33 @@ class StartConfig:
         read |= {"alpha": self.kind == "lora", "weighted": self.kind == "low_rank"}
         read |= {"share_embeddings": self.kind != "lora"}
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) != field.default and not read.get(field.name, True):
-                raise ValueError(
-                    f"student_start: {field.name}={getattr(self, field.name)!r} means nothing with kind={self.kind}."
-                )
+            value = vars(self)[field.name]
+            if value != field.default and not read.get(field.name, True):
+                raise ValueError(f"student_start: {field.name}={value!r} means nothing with kind={self.kind}.")
 
     @property
     def cut(self) -> bool:
-        """Is it cut out of the teacher?"""
+        """Whether the student is cut out of the teacher."""
         return self.kind in ("teacher", "low_rank", "lora")
 
     @property
     def factors(self) -> bool:
-        """Has it factors?"""
+        """Whether kernels are, or are corrected by, products of two factors."""
         return self.kind in ("low_rank", "lora")
 
     @property
-    def plain(self) -> bool:
-        """Are all parameters of the student learnt, as they are?"""
-        return not (self.factors or self.share_embeddings)
+    def tables(self) -> bool:
+        """Whether embedding and head are the teacher's."""
+        return self.kind == "embeddings" or self.share_embeddings
 
-    def identity(self) -> Any:
-        """As it stands in the identity of a run: the kind alone where nothing else is set."""
-        plain = self == StartConfig(kind=self.kind)
-        values = dataclasses.asdict(self) | {"layers": list(self.layers), "kernels": list(self.kernels)}
-        return self.kind if plain and not self.factors else values
+    @property
+    def plain(self) -> bool:
+        """Whether what is learnt is all of a plain decoder's parameters."""
+        return not (self.factors or self.share_embeddings)
 
 
 class Calibration(NamedTuple):
-    """What importance is measured on; nothing of it is called unless units are chosen by it."""
+    """Loss and batches by which importance is measured; called only where units are chosen by it."""
 
     loss: Callable[[Model, Params, Any], Array]
     """``(model, params, batch) -> scalar``, such as the cross-entropy of some text."""
@@ -94,17 +92,23 @@ class Start(NamedTuple):
     """A student before its first step."""
 
     model: Model
-    """``init(key)`` gives the parameters it learns from; for lora and shared embeddings only a part (``base``)."""
+    """Its ``init(key)`` has the shapes of what is learnt; for lora and shared embeddings a part of all (``base``)."""
+    params: Params | None
+    """Learnt parameters it starts from; None: those that ``model.init`` draws."""
     base: Params | None
-    """Parameters that are not learnt, to be given to the step in a ``Frozen``; None: all are learnt."""
+    """Parameters that are not learnt, given to the step in a ``Frozen``; None: all are learnt."""
 
-    def whole(self, params: Params) -> Params:
-        """All that ``model.apply`` takes, from what is learnt."""
-        return params if self.base is None else joined(self.base, params)
+    def learnt(self, key: Array) -> Params:
+        """What is learnt, before the first step of a training with this key."""
+        return self.model.init(key) if self.params is None else self.params
 
-    def plain(self, params: Params) -> Params:
-        """Parameters of ``decoder(student_config)``, factors multiplied out, from what is learnt."""
-        whole = self.whole(params)
+    def whole(self, learnt: Params) -> Params:
+        """All parameters that ``model.apply`` takes."""
+        return learnt if self.base is None else joined(self.base, learnt)
+
+    def plain(self, learnt: Params) -> Params:
+        """Parameters of ``decoder(student_config)``, with factors multiplied out."""
+        whole = self.whole(learnt)
         return whole if self.model.merge is None else self.model.merge(whole)
 
 
@@ -114,58 +118,47 @@ def start(
     student: DecoderConfig,
     options: StartConfig,
     calibration: Calibration | None = None,
+    *,
+    seed: int = 0,
 ) -> Start:
-    """The student of a configuration, at its start.
+    """The student of a configuration, before its first step.
 
     Args:
       teacher: a decoder.
-      teacher_params: of it; not changed, and shared where the student is frozen.
-      student: its sizes.
+      teacher_params: its parameters; not changed, and shared where the student is frozen.
+      student: sizes of the student.
       options: where it starts.
-      calibration: loss and batches, needed where units are chosen by importance or kernels are ``weighted``.
+      calibration: needed where units are chosen by importance or kernels are ``weighted``.
+      seed: of the training; draws what ``embeddings`` does not take from the teacher.
 
     Raises:
-      ValueError: a student that cannot be made like this from this teacher; says what differs.
+      ValueError: a student that cannot be made like this from this teacher; names what differs.
 
     Example:
       >>> config = DecoderConfig(vocab_size=14, layers=4, width=8, heads=2, feed_forward=16)
       >>> teacher = decoder(config)
       >>> params, small = teacher.init(jax.random.key(0)), dataclasses.replace(config, layers=2)
       >>> student = start(teacher, params, small, StartConfig("teacher", layers=(0, 3)))
-      >>> learnt = student.model.init(jax.random.key(1))
-      >>> bool((learnt["layers"]["mlp"]["up"]["kernel"][1] == params["layers"]["mlp"]["up"]["kernel"][3]).all())
+      >>> kernel = student.params["layers"]["mlp"]["up"]["kernel"]
+      >>> bool((kernel[1] == params["layers"]["mlp"]["up"]["kernel"][3]).all())
       True
     """
-    network = _network(teacher, student)
-    if options.kind in ("random", "embeddings"):
-        return _from_random(network, teacher, teacher_params, options)
-    config = _decoder_config(teacher)
-
-    def measure() -> Importance:
-        _check_calibration(calibration)
-
-        def loss(params: Params, batch: Any) -> Array:
-            return calibration.loss(teacher, params, batch)
-
-        return importance(config, teacher_params, loss, calibration.batches())
-
-    _, params = like(config, teacher_params, student, measure, _layers(config, student, options))
+    model, params = outline(teacher, student, options), None
+    if options.cut:
+        params = _cut_out(teacher, teacher_params, student, options, calibration)
     if options.kind == "lora":
-        return Start(lora(network, options.rank, alpha=options.alpha, kernels=options.kernels), params)
-    if options.kind == "low_rank":
-        rows = None
-        if options.weighted:
-            _check_calibration(calibration)
-            rows = fisher_rows(network, params, lambda p, b: calibration.loss(network, p, b), calibration.batches())
-        network, params = low_rank(network, params, options.rank, kernels=options.kernels, rows=rows)
-    return _shared(dataclasses.replace(network, init=lambda key: params), teacher, teacher_params, options)
+        return Start(model, None, params)
+    tables = {name: teacher_params[name] for name in ("embedding", "head") if options.tables and name in teacher_params}
+    if options.share_embeddings:
+        learnt = None if params is None else {name: value for name, value in params.items() if name not in tables}
+        return Start(model, learnt, tables)
+    if options.kind == "embeddings":
+        params = model.init(jax.random.key(seed)) | tables
+    return Start(model, params, None)
 
 
 def outline(teacher: Model, student: DecoderConfig, options: StartConfig) -> Model:
-    """The student's model before there is a trained teacher: ``start`` on shapes alone, with its errors.
-
-    Its ``init`` draws parameters of the right shapes at random.
-    """
+    """The model of ``start``, from shapes alone: it needs no trained teacher, and raises what ``start`` would raise."""
     network = _network(teacher, student)
     if options.cut:
         config = _decoder_config(teacher)
@@ -178,15 +171,34 @@ def outline(teacher: Model, student: DecoderConfig, options: StartConfig) -> Mod
         jax.eval_shape(cut, jax.eval_shape(teacher.init, jax.random.key(0)))
     if options.kind == "lora":
         return lora(network, options.rank, alpha=options.alpha, kernels=options.kernels)
-    if options.kind == "embeddings" or options.share_embeddings:
-        names = _check_shared(network, teacher)
+    tables = _equal_tables(network, teacher) if options.tables else ()
     if options.kind == "low_rank":
         network = factored(network, options.rank, options.kernels)
-    return freeze(network, names) if options.share_embeddings else network
+    return freeze(network, tables) if options.share_embeddings else network
+
+
+def _cut_out(
+    teacher: Model, params: Params, student: DecoderConfig, options: StartConfig, calibration: Calibration | None
+) -> Params:
+    """The student's part of the teacher's parameters, for low_rank in factors."""
+    config = _decoder_config(teacher)
+
+    def measure() -> Importance:
+        _check_calibration(calibration)
+        return importance(config, params, lambda p, batch: calibration.loss(teacher, p, batch), calibration.batches())
+
+    _, cut = like(config, params, student, measure, _layers(config, student, options))
+    if options.kind != "low_rank":
+        return cut
+    network, rows = _network(teacher, student), None
+    if options.weighted:
+        _check_calibration(calibration)
+        rows = fisher_rows(network, cut, lambda p, batch: calibration.loss(network, p, batch), calibration.batches())
+    return low_rank(network, cut, options.rank, kernels=options.kernels, rows=rows)[1]
 
 
 def _network(teacher: Model, student: DecoderConfig) -> Model:
-    """The student's decoder; rows beyond the teacher's words get no logit."""
+    """The student's decoder; rows beyond the teacher's vocabulary get no logit."""
     network = decoder(student)
     return network.with_vocabulary(min(teacher.vocab_size, network.vocab_size))
 
@@ -214,25 +226,8 @@ def _layers(teacher: DecoderConfig, student: DecoderConfig, options: StartConfig
     return options.layers
 
 
-def _from_random(network: Model, teacher: Model, teacher_params: Params, options: StartConfig) -> Start:
-    if options.kind == "random" and not options.share_embeddings:
-        return Start(network, None)
-    names = _check_shared(network, teacher)
-    taken = {name: teacher_params[name] for name in names}
-    if not options.share_embeddings:
-        network = dataclasses.replace(network, init=lambda key, model=network: model.init(key) | taken)
-    return _shared(network, teacher, teacher_params, options)
-
-
-def _shared(network: Model, teacher: Model, teacher_params: Params, options: StartConfig) -> Start:
-    if not options.share_embeddings:
-        return Start(network, None)
-    names = _check_shared(network, teacher)
-    return Start(freeze(network, names), {name: teacher_params[name] for name in names})
-
-
-def _check_shared(network: Model, teacher: Model) -> tuple[str, ...]:
-    """The names of the tables that student and teacher both have, if they have them alike."""
+def _equal_tables(network: Model, teacher: Model) -> tuple[str, ...]:
+    """Names of the embedding and the head, which student and teacher must have alike."""
     shapes = [jax.eval_shape(model.init, jax.random.key(0)) for model in (network, teacher)]
     tables = [{n: tree[n].shape for n in ("embedding", "head") if n in tree} for tree in shapes]
     if tables[0] != tables[1] or not tables[0]:

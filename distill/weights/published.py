@@ -41,7 +41,7 @@ def read(
       FileNotFoundError: nothing there.
       ValueError: not supported, an encoder, or more tokens than the embedding has rows.
     """
-    path = _located(name)
+    path = located(name)
     options = {"dtype": dtype, "activations": activations, "sharding": sharding}
     model, params = folder.load(path, **options)
     if isinstance(model.config, EncoderConfig):
@@ -53,7 +53,7 @@ def read(
     return Published(model.with_vocabulary(tokenizer.vocab_size), params, tokenizer)
 
 
-def _located(name: str) -> Path:
+def located(name: str) -> Path:
     """The path of the files, downloaded if necessary."""
     if name in fetch.MODELS:
         return fetch.fetch(fetch.MODELS[name])

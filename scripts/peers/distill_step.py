@@ -15,7 +15,8 @@ from distill.devices import backend
 from distill.models import DecoderConfig, decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
-from distill.step import init_state, make_train_step
+from distill.state import init_state
+from distill.step import make_train_step
 
 
 def model(layers, width):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_text_experiment import config, folder  # noqa: F401 - fixtures
 
 import distill
-from distill.experiments.text import run as text_experiment
+from distill.experiments import runner
 from distill.tokenizer import TextTokenizer
 
 TEXT = "the cat sat on a mat and saw that the dog ran to it while no one was at home."
@@ -28,7 +28,7 @@ def student(request, tmp_path_factory) -> Path:
     if "STUDENT" in os.environ:
         return Path(os.environ["STUDENT"])
     run = tmp_path_factory.mktemp("student")
-    text_experiment.run_experiment(request.getfixturevalue("config"), run)
+    runner.run_experiment(request.getfixturevalue("config"), run)
     return run / "student_hf"
 
 

@@ -8,7 +8,8 @@ from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.parallel import ParallelConfig
 from distill.students.start import StartConfig
-from distill.train import LogConfig, TrainingConfig
+from distill.teacher.signal import SignalConfig, check
+from distill.training import LogConfig, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Config:
     """Who writes the answers the student is distilled on: the teacher (no label is used) or the labels. The teacher's,
     with kd_weight 0 and task_weight 1, are sequence-level distillation (arXiv 1606.07947)."""
     student_start: StartConfig = StartConfig()
-    teacher_signal: Literal["cached", "live"] = "cached"
-    """cached: the teacher reads the transfer set once; live: it is evaluated in every step."""
+    signal: SignalConfig = SignalConfig("stored")
+    """Where the teacher's soft targets come from: it reads the transfer set once, or is evaluated in every step."""
     teacher_run: str | None = None
     """Run folder of a teacher trained before; None: RUN/teacher, trained if it isn't there."""
     baseline: SweepConfig = SweepConfig()
@@ -79,11 +80,7 @@ class Config:
                     f"{role}: vocab_size={recipe.model.vocab_size}, but the tokenizer has {TOKENIZER.vocab_size} ids; "
                     f"set --{role}.model.vocab-size {TOKENIZER.vocab_size} (more is padding)."
                 )
-        if self.objective.features.used and self.teacher_signal == "cached":
-            raise ValueError(
-                "objective.features: hidden states, attention maps and relations are not cached; set "
-                "--teacher-signal live."
-            )
+        check(self.signal, self.objective)
 
 
 @dataclasses.dataclass(frozen=True)

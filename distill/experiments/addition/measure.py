@@ -1,38 +1,49 @@
 """Evaluation: exact match by greedy decoding, agreement with the teacher, calibration, efficiency.
 
-Exact match is never teacher-forced: the model reads only the answer it writes. What compares distributions (agreement,
-KL, calibration) reads both models on the same text, and says on which.
+Exact match is never teacher-forced: the model reads only the answer it writes. Measures of distributions (agreement,
+KL, calibration) read both models on the same text.
 """
 
 import statistics
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from distill.data.addition import TOKENIZER, AdditionConfig, Examples
-from distill.devices import processes
-from distill.evaluation.measures import calibration, log_softmax, logits_on, nats_per_token
-from distill.generation import sampler
+from distill.evaluation.measures import calibration, continued, log_softmax, logits_on, nats_per_token
+from distill.experiments.addition.config import Config, Recipe
+from distill.experiments.folder import identity
+from distill.models.decoder import decoder
 from distill.models.model import Model
 from distill.shapes import Params
 
-greedy = jax.jit(sampler.greedy, static_argnums=0, static_argnames=("max_new_tokens", "eos_id", "pad_id"))
-"""``sampling.greedy``, compiled."""
+
+def network(recipe: Recipe) -> Model:
+    """The decoder of a recipe; rows of its embedding that are no token of the tokenizer get no logit."""
+    return decoder(recipe.model).with_vocabulary(TOKENIZER.vocab_size)
+
+
+def identity_of(config: Config, *parts: str, **more: Any) -> dict[str, Any]:
+    """``identity`` of a training on additions: with the tokenizer."""
+    return identity(config, *parts, tokenizer=TOKENIZER.fingerprint(), **more)
+
+
+def token_flops(recipe: Recipe, config: Config) -> float:
+    """FLOPs of one forward pass per token."""
+    return recipe.model.flops_per_token(config.data.prompt_length + config.data.answer_length - 1)
+
+
+def step_flops(recipe: Recipe, config: Config) -> float:
+    """FLOPs of one training step on true answers."""
+    tokens = recipe.training.batch_size * (config.data.prompt_length + config.data.answer_length - 1)
+    return 3 * tokens * token_flops(recipe, config)
 
 
 def write_answers(model: Model, params: Params, config: AdditionConfig, examples: Examples) -> np.ndarray:
     """``[examples, answer]`` ids the model writes for the prompts."""
-    answers = greedy(
-        model,
-        params,
-        jax.device_put(examples.prompts(config)),
-        max_new_tokens=config.answer_length,
-        eos_id=TOKENIZER.eos_id,
-        pad_id=TOKENIZER.pad_id,
-    )
-    return processes.fetch(answers)
+    end = {"eos_id": TOKENIZER.eos_id, "pad_id": TOKENIZER.pad_id}
+    return continued(model, params, examples.prompts(config), config.answer_length, **end)
 
 
 def is_correct(model: Model, params: Params, config: AdditionConfig, examples: Examples) -> np.ndarray:
@@ -67,7 +78,7 @@ def _seconds(function) -> float:
 
 
 def evaluate_model(model: Model, params: Params, config: AdditionConfig, test: Examples) -> dict[str, Any]:
-    """All that can be said of one model without its teacher, on examples nobody trained on."""
+    """Measures of one model without its teacher, on examples nobody trained on."""
     batch = test.batch(config)
     correct = is_correct(model, params, config, test)
     logits = logits_on(model, params, batch)
@@ -82,7 +93,7 @@ def evaluate_model(model: Model, params: Params, config: AdditionConfig, test: E
 
 
 def soft_targets(models: dict[str, np.ndarray], config: AdditionConfig, test: Examples, temperature: float = 4.0):
-    """The answer digit at which a teacher that is right sees most in a wrong symbol, and what each model says there.
+    """The digit at which a teacher that is right gives a wrong symbol most, and each model's probabilities there.
 
     Args:
       models: ``teacher`` and others → logits ``[examples, L, V]`` on the test text.

@@ -36,9 +36,10 @@ from distill.evaluation import measures
 from distill.experiments.addition import measure
 from distill.experiments.addition import replicas as arms
 from distill.experiments.addition.config import ProtocolConfig, Recipe
+from distill.experiments.addition.measure import network
 from distill.experiments.addition.replicas import Replicas, Schedule, pick, stack
-from distill.experiments.addition.run import network
-from distill.models import Model
+from distill.losses import DenseTargets
+from distill.models.model import Model
 from distill.objective import task_term, terms_of
 from distill.shapes import Params
 
@@ -55,22 +56,27 @@ class World(NamedTuple):
 
 
 def run_protocol(
-    config: ProtocolConfig, run: Path, say: Callable[[str], None] = print, workers: int = 0
+    config: ProtocolConfig,
+    run: Path,
+    say: Callable[[str], None] = print,
+    workers: int = 0,
+    set_up: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Every arm that isn't in RUN/arms.json yet; returns what stands there at the end.
+    """Trains every arm that is not in RUN/arms.json yet; returns the content of that file.
 
     Args:
       config: teacher, students, arms, seeds.
       run: the run folder.
-      say: is told of every row.
-      workers: processes that share the rows between them; 0: this one does them all.
+      say: prints a line for each row.
+      workers: processes that share the rows between them; 0: this one trains them all.
+      set_up: called first in each worker, such as ``cli.set_up_jax``.
     """
     with lock(run):
         results = _open_results(config, run)
         worlds = make_worlds(config, run, results)
         done = {(row["student"], row["arm"], row["labels"]) for row in results["rows"]}
         asked = [(name, *arm) for name in config.students for arm in _arms_of(config)]
-        for row in _rows(config, worlds, [one for one in asked if one not in done], workers):
+        for row in _rows(config, worlds, [one for one in asked if one not in done], workers, set_up):
             results["rows"].append(row)
             close_gaps(results, config)
             write_json(run / "arms.json", results)
@@ -79,15 +85,15 @@ def run_protocol(
     return results
 
 
-def _rows(config: ProtocolConfig, worlds: list[World], missing: list[tuple], workers: int) -> Iterator[dict[str, Any]]:
+def _rows(
+    config: ProtocolConfig, worlds: list[World], missing: list[tuple], workers: int, set_up: Callable[[], None] | None
+) -> Iterator[dict[str, Any]]:
     """``run_arm`` of each, in their order."""
     if not workers or not missing:
         yield from (run_arm(config, worlds, *one) for one in missing)
         return
-    from distill import cli
-
     one = functools.partial(run_arm, config, jax.device_get(worlds))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=cli.set_up_jax) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=set_up) as pool:
         yield from pool.map(one, *zip(*missing, strict=True))
 
 
@@ -100,7 +106,7 @@ def _open_results(config: ProtocolConfig, run: Path) -> dict[str, Any]:
     asked, file = to_dict(config), run / "arms.json"
     results = json.loads(file.read_text()) if file.exists() else {"config": asked, "rows": []}
     refuse_changes(run, results["config"], asked)
-    write_json(run / "config.json", asked | {"name": run.name})
+    write_json(run / "config.json", asked | {"kind": "addition", "name": run.name})
     return results
 
 
@@ -149,7 +155,7 @@ def run_arm(config: ProtocolConfig, worlds: list[World], student: str, arm: str,
     model, teacher = network(recipe), network(config.teacher)
     tuned = labels is not None
     train = _train_tuned if tuned else _train_untuned
-    params, chosen = train(config, recipe, model, teacher, worlds, arm, labels)
+    params, chosen = train(config, recipe, worlds, arm, labels)
     row: dict[str, Any] = {"student": student, "arm": arm, "labels": labels}
     row |= {"parameters": model.parameter_count(), "runs": config.seeds}
     if tuned:
@@ -173,10 +179,12 @@ def run_arm(config: ProtocolConfig, worlds: list[World], student: str, arm: str,
 def transfer(teacher: Model, params: Params, config: AdditionConfig, prompts: Examples) -> Batch:
     """Prompts with the teacher's answers and its logits on them."""
     batch = prompts.with_answers(config, measure.write_answers(teacher, params, config, prompts)).batch(config)
-    return batch._replace(teacher_logits=measures.logits_on(teacher, params, batch))
+    return batch._replace(targets=DenseTargets(measures.logits_on(teacher, params, batch)))
 
 
-def _train_untuned(config, recipe: Recipe, model: Model, teacher: Model, worlds: list[World], arm: str, _):
+def _train_untuned(config: ProtocolConfig, recipe: Recipe, worlds: list[World], arm: str, _: None):
+    model, teacher = network(recipe), network(config.teacher)
+
     def examples(world: World) -> Batch:
         if arm == "skyline":
             return world.train.batch(config.data)
@@ -184,7 +192,7 @@ def _train_untuned(config, recipe: Recipe, model: Model, teacher: Model, worlds:
         batch = transfer(teacher, source, config.data, world.train)
         if arm == "permuted_teacher":
             order = np.random.default_rng([world.seed, 2]).permutation(len(batch.inputs))
-            batch = batch._replace(teacher_logits=batch.teacher_logits[order])
+            batch = batch._replace(targets=DenseTargets(batch.targets.logits[order]))
         return batch
 
     terms = [task_term()] if arm == "skyline" else terms_of(config.unlabelled)
@@ -195,14 +203,15 @@ def _train_untuned(config, recipe: Recipe, model: Model, teacher: Model, worlds:
     return [pick(params, world.seed) for world in worlds], None
 
 
-def _train_tuned(config, recipe: Recipe, model: Model, teacher: Model, worlds: list[World], arm: str, labels: int):
+def _train_tuned(config: ProtocolConfig, recipe: Recipe, worlds: list[World], arm: str, labels: int):
+    model, teacher = network(recipe), network(config.teacher)
     sweep, examples, validation = config.sweep, [], []
     for world in worlds:
         order = np.random.default_rng([world.seed, 1]).permutation(len(world.train.tokens))
         few = world.train.take(order[:labels])
         batch = few.batch(config.data)
         if arm == "same_prompts":
-            batch = batch._replace(teacher_logits=measures.logits_on(teacher, world.teacher, batch))
+            batch = batch._replace(targets=DenseTargets(measures.logits_on(teacher, world.teacher, batch)))
         examples += [batch] * sweep.runs
         validation += [world.train.take(order[max(config.labels) :][: sweep.validation])] * sweep.runs
     rates, decays = arms.grid(sweep.learning_rates, sweep.weight_decays)

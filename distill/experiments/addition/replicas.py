@@ -15,13 +15,15 @@ import numpy as np
 from distill.batch import Batch
 from distill.data.addition import TOKENIZER, AdditionConfig, Examples
 from distill.data.loader import rows_of
+from distill.devices import backend
 from distill.generation import sampler
 from distill.models.model import Model
 from distill.objective import Term
 from distill.optim import OptimizerConfig, optimizer
-from distill.parallel import compiler_options
+from distill.parallel import scan_steps
 from distill.shapes import Array, Params
-from distill.step import init_state, make_train_step, scan_steps
+from distill.state import init_state
+from distill.step import make_train_step
 
 
 class Replicas(NamedTuple):
@@ -73,7 +75,7 @@ def each(function: Callable, shared: int = 0) -> Callable:
 
     def mapped(*arguments):
         split = len(arguments) - shared
-        if jax.default_backend() == "cpu":
+        if backend.loop_replicas():
             return jax.lax.map(lambda own: function(*own, *arguments[split:]), arguments[:split])
         return jax.vmap(function, in_axes=(0,) * split + (None,) * shared)(*arguments)
 
@@ -119,7 +121,7 @@ def train(
 
     rates = jnp.asarray(replicas.learning_rates, jnp.float32), jnp.asarray(replicas.weight_decays, jnp.float32)
     state = jax.jit(each(start))(jnp.asarray(replicas.seeds), *rates)
-    advance_all = jax.jit(each(advance, shared=1), donate_argnums=0, compiler_options=compiler_options())
+    advance_all = jax.jit(each(advance, shared=1), donate_argnums=0, compiler_options=backend.compiler_options())
     examples = jax.device_put(replicas.examples)
     indices = functools.partial(
         rows_of, examples.inputs.shape[1], schedule.batch_size, schedule.data_seed, count=schedule.evaluate_every

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from distill.features import FeatureConfig
 from distill.parallel import ParallelConfig
-from distill.train import LogConfig, TrainingConfig
+from distill.training import LogConfig, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 from distill.students.start import StartConfig
-from distill.train import LogConfig, TrainingConfig
+from distill.teacher.signal import SignalConfig, check
+from distill.training import LogConfig, TrainingConfig
 
 Arm = Literal["equal_tokens", "equal_time"]
 
@@ -34,10 +35,10 @@ class StudentConfig:
 
     def __post_init__(self):
         for name in ("layers", "kv_heads", "feed_forward", "width", "calibration_batches"):
-            value = getattr(self, name)
+            value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"student: {name}={value}; expected at least 1.")
-        sizes = {name: getattr(self, name) for name in ("layers", "kv_heads", "feed_forward", "width")}
+        sizes = {name: vars(self)[name] for name in ("layers", "kv_heads", "feed_forward", "width")}
         given = [name for name, value in sizes.items() if value is not None]
         given += [] if self.start == StartConfig("teacher") else ["start"]
         if self.source is not None and given:
@@ -71,6 +72,8 @@ class TextConfig:
     training: TrainingConfig = TrainingConfig()
     """Of every arm: same batches, same schedule; only equal_time has another number of steps."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    signal: SignalConfig = SignalConfig()
+    """Where the teacher's soft targets come from: it is evaluated in every step, or reads the rows once."""
     arms: tuple[Arm, ...] = ("equal_tokens", "equal_time")
     """The student by cross-entropy on the same text, beside the distilled one: as many tokens, or as many seconds of
     training, its schedule stretched to them."""
@@ -95,8 +98,8 @@ class TextConfig:
 
     def __post_init__(self):
         for name in ("curve_rows", "prompts", "prompt_tokens", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name}={vars(self)[name]}; expected at least 1.")
         if self.heldout_rows is not None and self.heldout_rows < 1:
             raise ValueError(f"heldout_rows={self.heldout_rows}; expected at least 1, or None for all.")
         if len(set(self.arms)) != len(self.arms):
@@ -105,6 +108,11 @@ class TextConfig:
             raise ValueError(f"arms={self.arms}; equal_time is timed by equal_tokens, which must come first.")
         if not (self.objective.kd_weight or self.objective.features.used):
             raise ValueError("objective: nothing of the teacher in it; the arms train without one.")
+        check(self.signal, self.objective)
+        if self.signal.kind == "stored" and self.streaming:
+            raise ValueError(
+                "signal: targets are stored for rows in memory; leave out streaming, or set --signal.kind live."
+            )
         if self.prompt_tokens > self.data.length:
             raise ValueError(f"prompt_tokens={self.prompt_tokens}; a row has {self.data.length} tokens.")
 
