@@ -27,7 +27,7 @@ class Head:
     vocab_size: int | None = struct.field(pytree_node=False, default=None)
     """Size of the vocabulary; later columns of the kernel are padding and have no probability. None: no padding."""
 
-    def words(self) -> "Head":
+    def unpadded(self) -> "Head":
         """Returns this head without padded columns."""
         size = self.kernel.shape[-1]
         if self.vocab_size is None or self.vocab_size == size:
@@ -45,7 +45,7 @@ class Head:
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits in float32, accumulated in float32 for inputs of any type."""
-        head = self.words()
+        head = self.unpadded()
         return head.finish(product(hidden, head.kernel))
 
 
