@@ -19,8 +19,9 @@ from distill.experiments.folder import Trained
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.parallel import ParallelConfig
-from distill.students.cut import Importance, importance, like, spread, student_from
-from distill.students.start import StartConfig
+from distill.students.config import StartConfig
+from distill.students.cut import Importance, importance, like, student_from
+from distill.students.layers import spread
 from distill.training import LogConfig, TrainingConfig
 
 CONFIG = tiny(

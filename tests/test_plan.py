@@ -21,7 +21,7 @@ from distill.models import DecoderConfig
 from distill.parallel import ParallelConfig, make_mesh
 from distill.planning import plan, roofline
 from distill.planning.hlo import Collective, collectives
-from distill.students.start import StartConfig
+from distill.students.config import StartConfig
 from distill.train import lower
 from distill.training import TrainingConfig
 

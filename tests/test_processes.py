@@ -91,7 +91,7 @@ def test_nobody_is_waited_for_without_end(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "index", lambda: 1)
     monkeypatch.setattr(global_state, "client", Silent())
-    with pytest.raises(TimeoutError, match=r"process 0 said nothing for 3 s \(.* 3000 ms"):
+    with pytest.raises(TimeoutError, match=r"process 0 sent nothing for 3 s \(.* 3000 ms"):
         processes.from_first(lambda: 1, seconds=3.0)
     with pytest.raises(TimeoutError, match=r"not all 2 processes came to: data, in 3 s \(.* 3000 ms"):
         processes.meet("data", seconds=3.0)

@@ -89,8 +89,8 @@ def chunked(
       >>> float(weight), bool(jnp.allclose(total, 6 * loss(*logits, 0)[0, 0]))
       (6.0, True)
     """
-    hidden, head = student[0], student[1].words()
-    teachers = tuple((states, head.words()) for states, head in _pairs(teacher))
+    hidden, head = student[0], student[1].unpadded()
+    teachers = tuple((states, head.unpadded()) for states, head in _pairs(teacher))
     _check(student, _pairs(teacher), inputs, mask, chunk_size)
     platform = backend.platform_of(mesh)
     of_tokens = (*token_axes, "sequence")
@@ -170,17 +170,17 @@ def _on_mesh(how: _How, mesh: Mesh, places: Sequence[tuple[str, ...]], teachers:
 def _check(student: Side, teachers: Sequence[Side], inputs: Any, mask: Mask, chunk_size: int | None) -> None:
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunked: chunk_size={chunk_size}; expected at least 1, or None.")
-    vocabulary = student[1].words().kernel.shape[1]
+    vocabulary = student[1].unpadded().kernel.shape[1]
     for name, (hidden, head) in (("student", student), *(("teacher", teacher) for teacher in teachers)):
         if hidden.shape[:-1] != mask.shape or hidden.shape[-1] != head.kernel.shape[0]:
             raise ValueError(
                 f"chunked: hidden states {hidden.shape} of the {name} with a head {head.kernel.shape} and a mask "
                 f"{mask.shape}; expected hidden [*mask, D] and a kernel [D, V]."
             )
-        if head.words().kernel.shape[1] != vocabulary:
+        if head.unpadded().kernel.shape[1] != vocabulary:
             raise ValueError(
                 f"chunked: the student's vocabulary has {vocabulary} tokens, the teacher's "
-                f"{head.words().kernel.shape[1]}; set vocab_size of both heads to the ids they share "
+                f"{head.unpadded().kernel.shape[1]}; set vocab_size of both heads to the ids they share "
                 "(distill/vocab.py)."
             )
     for leaf in jax.tree.leaves(inputs):

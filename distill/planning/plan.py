@@ -23,7 +23,8 @@ from distill.evaluation.heldout import rows_at_a_time
 from distill.experiments.learner import learner
 from distill.experiments.preflight import placed_bytes
 from distill.experiments.text.config import TextConfig
-from distill.models import DecoderConfig, decoder
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
 from distill.models.int8 import held
 from distill.models.placement import ROW_AXES
 from distill.parallel import batch_axes, make_mesh

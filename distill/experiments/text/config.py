@@ -7,7 +7,7 @@ from distill.data.text import TextDataConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
-from distill.students.start import StartConfig
+from distill.students.config import StartConfig
 from distill.teacher.signal import SignalConfig, check
 from distill.training import LogConfig, TrainingConfig
 

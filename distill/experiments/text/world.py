@@ -27,7 +27,8 @@ from distill.models.int8 import int8, quantizer
 from distill.models.model import Model
 from distill.parallel import RULES, make_mesh, param_shardings
 from distill.shapes import Params
-from distill.students.cut import CHOICES, part_of
+from distill.students.cut import part_of
+from distill.students.layers import CHOICES
 from distill.students.start import Calibration, Start, start
 from distill.students.vocabulary import Pruned, prune_by, prune_model
 from distill.tokenizer import TextTokenizer
