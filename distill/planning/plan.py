@@ -22,8 +22,9 @@ from distill.experiments.learner import learner
 from distill.experiments.preflight import placed_bytes
 from distill.experiments.text.config import TextConfig
 from distill.losses.fused_head import default_chunk_size
-from distill.models import DecoderConfig, decoder
 from distill.models.attention import fused_on
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
 from distill.models.int8 import held
 from distill.models.placement import ROW_AXES
 from distill.parallel import batch_axes, make_mesh

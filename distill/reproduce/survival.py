@@ -29,7 +29,8 @@ from distill.data.feed import DataTimeout
 from distill.data.loader import Loader
 from distill.experiments import runner
 from distill.metrics import read_metrics
-from distill.models import DecoderConfig, decoder
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.reproduce.page import made_on, write_section
 from distill.train import LogConfig, Task, TrainingConfig, fit

@@ -55,7 +55,7 @@ def prepare(config: Config, run: Path) -> World:
     sides = addition.load(config.data)
     addition.assert_disjoint(config.data, sides["train"], sides["test"])
     baseline.labelled(config, sides["train"], 0)
-    teacher = network(config.teacher)
+    teacher = network(config.teacher.model)
     learner(config.objective, outline(teacher, config.student.model, config.student_start), teacher)
     align(TOKENIZER.ids(), TOKENIZER.ids(), config.student.model.vocab_size, config.teacher.model.vocab_size)
     return World(config, run, sides)
@@ -67,23 +67,24 @@ def arms(world: World, trained: dict[str, Trained]) -> Iterator[Arm]:
     if config.teacher_run is None:
         yield alone(world, config.teacher, run / "teacher", "teacher")
     else:
-        folder, model = Path(config.teacher_run), network(config.teacher)
+        folder, model = Path(config.teacher_run), network(config.teacher.model)
         read = Work(None, learn=lambda: restore(model, folder).params)
         yield Arm("teacher", "teacher training", folder, model, lambda: read, model)
     yield student_arm(world, trained["teacher"])
+    train = world.sides["train"]
     yield Arm(
         "baseline",
         f"baseline sweep ({config.baseline.runs} runs)",
         run / "baseline",
-        network(config.student),
-        lambda: baseline.work(config, run / "baseline", world.sides["train"]),
-        network(config.student),
+        network(config.student.model),
+        lambda: Work(baseline.flops(config), learn=functools.partial(baseline.learn, config, run / "baseline", train)),
+        network(config.student.model),
     )
 
 
 def alone(world: World, recipe: Recipe, folder: Path, role: str) -> Arm:
     """A model on the true answers of the whole train side: a teacher, or a student without one."""
-    config, model = world.config, network(recipe)
+    config, model = world.config, network(recipe.model)
 
     def work() -> Work:
         task = Task(
@@ -93,14 +94,14 @@ def alone(world: World, recipe: Recipe, folder: Path, role: str) -> Arm:
             evaluate=_curve(model, world),
             identity=measure.identity_of(config, "data", role),
         )
-        return Work(recipe.training.steps * measure.step_flops(recipe, config), task, recipe.training)
+        return Work(_training_flops(recipe, config), task, recipe.training)
 
     return Arm(role, f"{role} training", folder, model, work, model)
 
 
 def student_arm(world: World, teacher: Trained) -> Arm:
     """The student, from the teacher's soft targets on the transfer set."""
-    config, model = world.config, network(world.config.student)
+    config, model = world.config, network(world.config.student.model)
     begin = functools.cache(lambda: started(config, teacher, world.sides["train"]))
     outlined = outline(teacher.model, config.student.model, config.student_start)
 
@@ -125,8 +126,7 @@ def distillation(world: World, teacher: Trained, begin: Any) -> Work:
     model, terms = learner(config.objective, begin().model, teacher.model)
     examples = transfer_set(config, sides, teacher).batch(config.data)
     reads = len(examples.inputs) if cached else training.steps * training.batch_size
-    flops = training.steps * measure.step_flops(config.student, config)
-    flops += reads * examples.inputs.shape[1] * measure.token_flops(config.teacher, config)
+    flops = _training_flops(config.student, config) + reads * measure.row_flops(config.teacher.model, config.data)
     if cached:
         examples = examples._replace(teacher_logits=measures.logits_on(*teacher, examples))
     parts = ("data", "student", "objective", "answers", "teacher_signal", "student_start")
@@ -149,6 +149,12 @@ def distillation(world: World, teacher: Trained, begin: Any) -> Work:
         return Look(student, Side(*teacher, TOKENIZER), few)
 
     return Work(flops, task, training, look)
+
+
+def _training_flops(recipe: Recipe, config: Config) -> float:
+    """FLOPs of a training on true answers."""
+    training = recipe.training
+    return 3 * training.steps * training.batch_size * measure.row_flops(recipe.model, config.data)
 
 
 def transfer_set(config: Config, sides: dict[str, Examples], teacher: Trained) -> Examples:
