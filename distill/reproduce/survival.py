@@ -233,9 +233,9 @@ def phase(stacks: str) -> str:
     marks = {
         "save": r'distill/checkpoint\.py", line \d+ in (save|_seal|_settle|__exit__)|orbax/\S+(sav|sync|writ)',
         "compile": r"jax/_src/(compiler|pjit|interpreters/(pxla|mlir|partial_eval)|compilation_cache)\.py",
-        "evaluate": r"distill/evaluate\.py|in measure$",
+        "evaluate": r"distill/evaluation/|addition/measure\.py|in measure$",
         "data": r"distill/data/|tensorflow_datasets|array_record",
-        "train": r"in (_loop|train|record)$",
+        "train": r'in (_loop|record)$|addition/replicas\.py", line \d+ in train$',
     }
     works = "\n".join(thread for thread in stacks.split("\n\n") if "importlib._bootstrap" not in thread)
     found = (name for name, mark in marks.items() if re.search(mark, works, re.M))
