@@ -16,7 +16,8 @@ from distill.data import addition
 from distill.experiments import runner
 from distill.experiments.addition.config import Config, Recipe
 from distill.experiments.addition.measure import network
-from distill.experiments.addition.run import World, student_arm, transfer_set
+from distill.experiments.addition.run import World, student_arm
+from distill.experiments.addition.student import transfer_set
 from distill.experiments.folder import Trained, restore
 from distill.features import (
     FeatureConfig,

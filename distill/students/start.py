@@ -30,7 +30,7 @@ from distill.trees import joined
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
-    """Where the student starts (``distill/students/start.py``)."""
+    """The start of a student: which of its parameters come from the teacher (``distill/students/start.py``)."""
 
     kind: Literal["random", "embeddings", "teacher", "low_rank", "lora"] = "random"
     choice: Literal[*CHOICES] = "spread"

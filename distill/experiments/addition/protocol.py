@@ -110,7 +110,7 @@ def _open_results(config: ProtocolConfig, run: Path) -> dict[str, Any]:
 
 
 def make_worlds(config: ProtocolConfig, run: Path, results: dict[str, Any]) -> list[World]:
-    """Splits and two teachers for every seed; teachers are read from RUN/teachers when they stand there."""
+    """Splits and two teachers for every seed; teachers are read from RUN/teachers where they are trained."""
     model, training = network(config.teacher.model), config.teacher.training
     splits = [dataclasses.replace(config.data, split_seed=seed) for seed in range(config.seeds)]
     sides = [{side: addition.encode(split, rows) for side, rows in addition.pairs(split).items()} for split in splits]

@@ -1,4 +1,4 @@
-"""What all arms of an experiment on text share: teacher, tokenizer, the student before its first step, the text."""
+"""Teacher, tokenizer, text and the student before its first step: shared by all arms of an experiment on text."""
 
 import collections
 import dataclasses
@@ -39,7 +39,7 @@ from distill.weights.published import Published
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class World:
-    """What all arms share."""
+    """Everything that the arms share."""
 
     config: TextConfig
     run: Path
@@ -64,7 +64,7 @@ class World:
 
     @property
     def key(self) -> jax.Array:
-        """Of the student's first parameters, where they are drawn."""
+        """Key of the student's first parameters, where they are drawn."""
         return jax.random.key(self.config.training.seed)
 
     @property
