@@ -151,6 +151,8 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     assert fingerprints.of_files(tmp_path / "a") == first and len(hashed) == 6
     distill.save(tmp_path / "a", model, random_params(model, 3))
     assert fingerprints.of_files(tmp_path / "a") not in (first, other) and len(hashed) > 6
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b" / "config.json"))  # cannot be a folder: nothing is kept
+    assert fingerprints.of_files(tmp_path / "b") == other
     with pytest.raises(FileNotFoundError, match="no weights"):
         fingerprints.of_files(tmp_path / "cache")
 
