@@ -9,7 +9,6 @@ python scripts/reproduce.py smollm2             # distilled on text, three seeds
 
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,29 +29,20 @@ def main(argv: Sequence[str]) -> None:
         os.environ.setdefault("NPROC", "1")  # threads of XLA on a CPU, here and in the workers
     cli.set_up_jax(keep=known.what == "smollm2")
     from distill.config import load_config
+    from distill.reproduce import addition, conformance, golden, survival, text
 
-    if known.what == "conformance":
-        from distill.reproduce import conformance
+    def run(name: str) -> Path:
+        return known.run or Path("runs") / name
 
-        conformance.run(peers)
-    elif known.what == "golden":
-        from distill.reproduce import golden
-
-        print(*golden.smollm2(), sep="\n")
-    elif known.what == "survival":
-        from distill.reproduce import survival
-
-        with tempfile.TemporaryDirectory() as folder:
-            print(*survival.section(Path(folder), known.page), sep="\n")
-    elif known.what == "smollm2":
-        from distill.reproduce import text
-
-        text.text(load_config("smollm2_text"), known.run or Path("runs/smollm2_seeds"), known.page)
-    else:
-        from distill.reproduce import addition
-
-        run = known.run or Path("runs/addition_arms")
-        addition.addition(load_config("addition_arms"), run, known.page, cli.set_up_jax)
+    {
+        "addition": lambda: addition.addition(
+            load_config("addition_arms"), run("addition_arms"), known.page, cli.set_up_jax
+        ),
+        "survival": lambda: survival.section(known.page),
+        "conformance": lambda: conformance.run(peers),
+        "golden": lambda: print(*golden.smollm2(), sep="\n"),
+        "smollm2": lambda: text.text(load_config("smollm2_text"), run("smollm2_seeds"), known.page),
+    }[known.what]()
     if known.what in ("addition", "smollm2"):
         print(f"written: {known.page}")
 

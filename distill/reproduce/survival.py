@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -362,9 +363,10 @@ def survive(folder: Path, count: int = 50, overrides: Sequence[str] = SMALL) -> 
     ]
 
 
-def section(folder: Path, page: Path, count: int = 50) -> list[str]:
-    """Kills, failures and resumes; writes their section, returns its lines."""
-    lines = survive(folder, count)
-    made = f"{made_on()}."
-    write_section(page, "\n".join(["## Survival: `python scripts/reproduce.py survival`", "", *lines, made]) + "\n")
-    return lines
+def section(page: Path, count: int = 50) -> None:
+    """Kills, failures and resumes; prints their lines and writes their section."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = survive(Path(folder), count)
+    print(*lines, sep="\n")
+    heading = "## Survival: `python scripts/reproduce.py survival`"
+    write_section(page, "\n".join([heading, "", *lines, f"{made_on()}."]) + "\n")
