@@ -250,7 +250,7 @@ def experiment(**options):
 
 def test_an_experiment_starts_from_its_teacher(tmp_path):
     config = experiment()
-    teacher = Trained(network(config.teacher), random_params(network(config.teacher)))
+    teacher = Trained(network(config.teacher.model), random_params(network(config.teacher.model)))
     sides = addition.load(config.data)
 
     def distil(config, run):
