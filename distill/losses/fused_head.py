@@ -1,6 +1,6 @@
 """Any per-position loss from hidden states and heads, with nothing of size ``[tokens, V]`` ever alive.
 
-A loss over words needs the logits of one token at a time. So tokens are taken ``chunk_size`` at a time, and while the
+A loss over tokens needs the logits of one token at a time. So tokens are taken ``chunk_size`` at a time, and while the
 logits ``S, T [chunk, V]`` of a chunk are there, so are the gradients:
 
     S = h·W,  T = h'·W'                                   logits of student and teacher
@@ -8,7 +8,7 @@ logits ``S, T [chunk, V]`` of a chunk are there, so are the gradients:
     ∂h = G·Wᵀ,  ∂W += hᵀ·G                                accumulated in float32
 
 All of it happens in the forward pass (a custom VJP keeps ∂h and ∂W, both as large as what they are gradients of), so
-no logit is computed twice: 6·D + 2·D' operations per token and word, the least there is. Recomputing the logits in the
+no logit is computed twice: 6·D + 2·D' operations per token and token, the least there is. Recomputing the logits in the
 backward pass (``jax.checkpoint``, chunked losses of other libraries) costs 8·D + 4·D'.
 
 Matrix products want a whole chunk; what lies between them, the loss and its gradient, is a dozen passes over the logits
