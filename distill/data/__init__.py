@@ -1,4 +1,4 @@
-"""Data: builders that prepare examples once, and a loader for which batch k is a pure function of k."""
+"""Data: builders that prepare examples once, and loaders for which batch k is a pure function of k."""
 
 from distill.batch import Batch, shift
 from distill.data.addition import AdditionConfig

@@ -1,6 +1,6 @@
 """n-digit addition: the running example. ``47+85=`` is answered ``231<eos>``, least significant digit first.
 
-The pairs are split by UNORDERED pair: 47+85 and 85+47 are on the same side, so nothing tested was seen turned round.
+The split is by UNORDERED pair: 47+85 and 85+47 are on the same side, so no test pair was seen in the other order.
 A TFDS builder writes the examples once, without TensorFlow; ``load`` reads them through Grain.
 """
 
@@ -21,18 +21,18 @@ TOKENIZER = CharacterTokenizer("0123456789+=")
 
 @dataclasses.dataclass(frozen=True)
 class AdditionConfig:
-    """Which additions there are, how they are written, and how they are split."""
+    """Which additions the task contains, how they are written, and how they are split."""
 
     digits: int = 2
     """Digits of each operand, leading zeros kept (5+7 is 05+07)."""
     reverse: bool = True
     """Answer least significant digit first (the order in which carries arise)."""
     test_fraction: float = 0.5
-    """Share of the unordered pairs that nobody trains on."""
+    """Share of the unordered pairs that no model trains on."""
     max_examples: int = 10_000
-    """Ordered pairs in all: every pair if there are no more, else so many distinct ones (or one fewer), drawn."""
+    """Upper limit of ordered pairs; where more exist, this many distinct pairs (or one fewer) are drawn."""
     split_seed: int = 0
-    """Seed of draw and split."""
+    """Seed of the draw and of the split."""
 
     def __post_init__(self):
         if not 1 <= self.digits <= 9:
@@ -53,11 +53,11 @@ class AdditionConfig:
         return self.digits + 2
 
     def prompt(self, a: int, b: int) -> str:
-        """The text of a question, such as ``05+07=``."""
+        """Text of a prompt, such as ``05+07=``."""
         return f"{a:0{self.digits}d}+{b:0{self.digits}d}="
 
     def answer(self, a: int, b: int) -> str:
-        """The text of its answer, such as ``210`` for 5+7 (reversed)."""
+        """Text of the answer, such as ``210`` for 5+7 (reversed)."""
         text = f"{a + b:0{self.digits + 1}d}"
         return text[::-1] if self.reverse else text
 
@@ -67,7 +67,7 @@ class AdditionConfig:
         return text.lstrip("0") or text[-1:]
 
     def parse(self, prompt: str) -> tuple[int, int]:
-        """``'47+85='`` or ``'5 + 7'`` → its operands. Raises ValueError on anything else."""
+        """Parses ``'47+85='`` or ``'5 + 7'`` into its operands. Raises ValueError for any other text."""
         parts = prompt.replace(" ", "").removesuffix("=").split("+")
         if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
             raise ValueError(f"prompt {prompt!r}; expected two numbers such as 47+85=.")
@@ -83,7 +83,7 @@ class Examples(NamedTuple):
     tokens: np.ndarray
     """``[examples, prompt + answer]`` ids."""
     carries: np.ndarray
-    """``[examples]``: how many carries the addition has."""
+    """``[examples]``: number of carries of the addition."""
 
     def prompts(self, config: AdditionConfig) -> np.ndarray:
         """``[examples, prompt]`` ids."""
@@ -94,15 +94,15 @@ class Examples(NamedTuple):
         return self.tokens[:, config.prompt_length :]
 
     def take(self, rows: np.ndarray) -> "Examples":
-        """Some of the examples."""
+        """Selects some of the examples."""
         return Examples(self.tokens[rows], self.carries[rows])
 
     def with_answers(self, config: AdditionConfig, answers: np.ndarray) -> "Examples":
-        """The same prompts with other answers, a teacher's for instance."""
+        """Replaces the answers, for instance by a teacher's."""
         return Examples(np.concatenate([self.prompts(config), answers], axis=1), self.carries)
 
     def batch(self, config: AdditionConfig) -> Batch:
-        """All examples as one ``Batch``; loss on the answer only, up to and with its first ``<eos>``."""
+        """All examples as one ``Batch``; only the answer counts, up to and including its first ``<eos>``."""
         answers = self.answers(config)
         finished = np.cumsum(answers == TOKENIZER.eos_id, axis=1) - (answers == TOKENIZER.eos_id)
         counts = np.concatenate([np.zeros_like(self.prompts(config), bool), finished == 0], axis=1)
@@ -110,10 +110,10 @@ class Examples(NamedTuple):
 
 
 def pairs(config: AdditionConfig) -> dict[str, np.ndarray]:
-    """``{"train": [n, 2], "test": [m, 2]}`` operands, split by unordered pair.
+    """Operands ``{"train": [n, 2], "test": [m, 2]}``, split by unordered pair.
 
-    Both orders of a pair are on the same side. Of the doubles (a + a) each side gets its share too, so that the
-    sides have exact sizes: 5 000 / 5 000 for two digits.
+    Both orders of a pair are on the same side. Doubles (a + a) are split separately, so that the sides have exact
+    sizes: 5 000 / 5 000 for two digits.
     """
     rng = np.random.default_rng([config.split_seed, config.digits])
     top = 10**config.digits
@@ -123,6 +123,7 @@ def pairs(config: AdditionConfig) -> dict[str, np.ndarray]:
         a, b = _draw_unordered(rng, top, config.max_examples)
     mixed = np.flatnonzero(a != b), np.flatnonzero(a == b)
     sides: dict[str, list[np.ndarray]] = {"test": [], "train": []}
+    # A mixed pair gives two examples and a double one, so each kind is split by itself to keep the sizes exact.
     for group in mixed:
         group = rng.permutation(group)
         cut = round(len(group) * config.test_fraction)
@@ -132,11 +133,12 @@ def pairs(config: AdditionConfig) -> dict[str, np.ndarray]:
 
 
 def _draw_unordered(rng: np.random.Generator, top: int, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct unordered pairs that make ``examples`` ordered ones, or one fewer."""
+    """Draws distinct unordered pairs that give ``examples`` ordered pairs, or one fewer."""
 
     def orders(pairs: np.ndarray) -> np.ndarray:
         return np.where(pairs[:, 0] == pairs[:, 1], 1, 2)
 
+    # Drawing with rejection costs as much as the examples; enumerating 10^18 pairs of nine digits is not possible.
     found = np.empty((0, 2), np.int64)
     while orders(found).sum() < examples:
         draws = np.sort(rng.integers(0, top, (2 * examples, 2)), axis=1)
@@ -152,7 +154,7 @@ def _both_orders(a: np.ndarray, b: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def count_carries(a: np.ndarray, b: np.ndarray, digits: int) -> np.ndarray:
-    """How many columns carry when a and b are added by hand.
+    """Number of columns that carry when a and b are added by hand.
 
     Example:
       >>> count_carries(np.array([47, 12, 99]), np.array([85, 34, 1]), 2)
@@ -165,7 +167,7 @@ def count_carries(a: np.ndarray, b: np.ndarray, digits: int) -> np.ndarray:
 
 
 def encode(config: AdditionConfig, operands: np.ndarray) -> Examples:
-    """Operands ``[n, 2]`` → their examples."""
+    """Encodes operands ``[n, 2]`` as examples."""
     texts = [(config.prompt(a, b), config.answer(a, b)) for a, b in operands.tolist()]
     rows = [[*TOKENIZER.encode(prompt + answer), TOKENIZER.eos_id] for prompt, answer in texts]
     carries = count_carries(operands[:, 0], operands[:, 1], config.digits)
@@ -176,7 +178,7 @@ def _builder(config: AdditionConfig, data_dir: str | Path | None):
     import tensorflow_datasets as tfds
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)  # a warning for each configuration made in code
+    logging.set_verbosity(logging.ERROR)  # TFDS warns for each configuration that is made in code
     tfds.disable_progress_bar()
 
     class Addition(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -201,17 +203,18 @@ def _builder(config: AdditionConfig, data_dir: str | Path | None):
             for i, (tokens, carries) in enumerate(zip(*examples, strict=True)):
                 yield i, {"tokens": tokens, "carries": int(carries)}
 
+    # The hash keeps data of different configurations in different folders.
     identity = json.dumps(dataclasses.asdict(config), sort_keys=True)
     name = f"d{config.digits}_{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     return Addition(config=tfds.core.BuilderConfig(name=name), data_dir=data_dir, file_format="array_record")
 
 
 def load(config: AdditionConfig, data_dir: str | Path | None = None) -> dict[str, Examples]:
-    """The examples of both sides, prepared on first use.
+    """Loads the examples of both sides; they are prepared on first use.
 
     Args:
       config: which additions.
-      data_dir: where TFDS keeps prepared data; None: its own default (``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``).
+      data_dir: where TFDS keeps prepared data; None: its default (``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``).
 
     Returns:
       ``{"train": Examples, "test": Examples}``, disjoint as unordered pairs (asserted).
@@ -219,7 +222,7 @@ def load(config: AdditionConfig, data_dir: str | Path | None = None) -> dict[str
     builder, sides = once.prepared(lambda: _builder(config, data_dir)), {}
     for side in ("train", "test"):
         source = builder.as_data_source(split=side)
-        everything = source.__getitems__(range(len(source)))  # what Grain reads one by one, in half the time
+        everything = source.__getitems__(range(len(source)))  # one read; Grain reads them one by one
         tokens = np.stack([row["tokens"] for row in everything])
         sides[side] = Examples(tokens, np.array([row["carries"] for row in everything], np.int32))
     assert_disjoint(config, sides["train"], sides["test"])
@@ -227,7 +230,7 @@ def load(config: AdditionConfig, data_dir: str | Path | None = None) -> dict[str
 
 
 def assert_disjoint(config: AdditionConfig, left: Examples, right: Examples) -> None:
-    """Raises ValueError if any unordered pair is in both, naming one."""
+    """Raises ValueError, with one example, if any unordered pair is in both."""
     seen = {frozenset(pair) for pair in _operands(config, left)}
     shared = [pair for pair in _operands(config, right) if frozenset(pair) in seen]
     if shared:

@@ -1,4 +1,4 @@
-"""Which characters of a conversation the assistant wrote: what counts in the loss."""
+"""Loss mask of conversations: which characters the assistant wrote."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ Spans = list[tuple[int, int]]
 def chat_with_turns(
     tokenizer: TextTokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
 ) -> tuple[str, Spans]:
-    """A conversation as text, and the characters ``[from, to)`` of the assistant's turns.
+    """Renders a conversation as text, with the characters ``[from, to)`` of the assistant's turns.
 
-    If the template marks what is generated, its marks are taken. Otherwise a turn begins where the prompt for it ends
-    and is what the text grows by; white space after its last special token is left out.
+    If the template marks what is generated, its marks are used. Otherwise the text up to a turn is rendered with and
+    without it: the turn is the difference. White space after its last special token does not belong to it.
 
     Raises:
-      ValueError: no template, a template that fails, or one without marks that rewrites the text before a turn when
-        messages follow, such as one that drops earlier reasoning: no prefix of the text is then what was seen.
+      ValueError: no template, a template that fails, or one without marks that rewrites earlier text when messages
+        follow, such as a template that drops earlier reasoning. A turn has no position in such a text.
     """
     if tokenizer.marks_turns:
         text, spans = tokenizer.chat_with_marks(messages, tools)
@@ -42,7 +42,7 @@ def chat_with_turns(
 
 
 def _end_of_turn(tokenizer: TextTokenizer, text: str, start: int) -> int:
-    """Where a turn ends: after its last special token if only white space follows, else with the text."""
+    """End of a turn: after its last special token if only white space follows, otherwise the end of the text."""
     ends = [
         text.rfind(token, start) + len(token) for token in tokenizer.special_tokens if text.rfind(token, start) >= 0
     ]
@@ -52,10 +52,10 @@ def _end_of_turn(tokenizer: TextTokenizer, text: str, start: int) -> int:
 def encode_chat(
     tokenizer: TextTokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a conversation, and which of them the assistant wrote.
+    """Ids of a conversation, with a mask of the tokens that the assistant wrote.
 
-    The text is encoded whole and nothing is added: the template has written the special tokens, the beginning of text
-    too. A token counts if any of its characters lies in a turn.
+    The text is encoded as a whole and no special token is added, because the template writes them all. A token counts
+    if any of its characters lies in a turn.
 
     Returns:
       ``ids [n]`` int32 and ``counts [n]`` bool.
@@ -65,6 +65,7 @@ def encode_chat(
     """
     text, spans = chat_with_turns(tokenizer, messages, tools)
     ids, offsets = tokenizer.encode_with_offsets(text)
+    # Tokens do not respect the limits of turns. Sums of the mask over characters answer "does any lie in a turn?".
     inside = np.zeros(len(text) + 1, bool)
     for first, last in spans:
         inside[first:last] = True

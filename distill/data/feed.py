@@ -1,8 +1,8 @@
-"""What the loop hands to the next dispatch, ready before it is asked for.
+"""Feeds: the batches of the next dispatch, prepared in advance.
 
-Two forms, one interface: ``feed(step)`` gives the last two arguments of the compiled steps, on the devices, for the
-batches from ``step`` on. ``InMemory`` places all examples once and then rows of indices; ``Ahead`` reads batches and
-sends them to the devices in a thread, for data larger than memory, and gives up on a source from which nothing comes.
+Both feeds have one interface: ``feed(step)`` returns the last two arguments of the compiled steps, on the devices, for
+the batches from ``step`` on. ``InMemory`` places all examples once and then only rows of indices. ``Ahead`` is for data
+larger than memory: a thread reads batches and sends them to the devices. It raises ``DataTimeout`` if the source hangs.
 """
 
 import queue
@@ -19,17 +19,17 @@ from distill.data.loader import Loader
 
 
 class DataTimeout(Exception):
-    """Nothing came from the source of the data for as long as was allowed."""
+    """The data source gave no batch within the timeout."""
 
 
 class InMemory:
-    """Batches as rows of examples that lie on the devices.
+    """Batches as indices into examples that lie on the devices.
 
     Args:
-      loader: which rows.
+      loader: chooses the rows of a batch.
       count: batches in a dispatch.
       place_examples: puts all examples onto the devices.
-      place_rows: puts indices ``[count, B]`` there.
+      place_rows: puts indices ``[count, B]`` onto the devices.
     """
 
     def __init__(self, loader: Loader, count: int, place_examples: Callable, place_rows: Callable):
@@ -38,22 +38,22 @@ class InMemory:
         self._rows = lambda step: place_rows(loader.rows(step, count))
 
     def __call__(self, step: int) -> tuple[Batch, Any]:
-        """``(examples, rows)``."""
+        """Returns ``(examples, rows)``."""
         return self.examples, self._rows(step)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no resource is open."""
 
 
 class Ahead:
-    """Batches read, and sent to the devices, in a thread while these compute.
+    """Batches that a thread reads and sends to the devices while these compute.
 
     Args:
       batch: ``k -> batch k``, a pure function, such as ``StreamLoader.batch``.
       steps: first step of every dispatch; its stride is the number of batches in one.
       place: puts batches, stacked ``[count, B, …]``, onto the devices.
-      timeout: seconds after which a batch that does not come is given up.
-      stopped: whether the run was asked to stop; then nothing is waited for any more.
+      timeout: seconds to wait for a batch before ``DataTimeout`` is raised.
+      stopped: whether the run was asked to stop, which ends any waiting.
       ahead: dispatches kept ready, on the devices.
 
     Example:
@@ -83,15 +83,15 @@ class Ahead:
         self._batch, self._steps, self._place, self._timeout, self._stopped = batch, steps, place, timeout, stopped
         self._ready: queue.Queue[tuple[int, Any]] = queue.Queue(ahead)
         self._next, self._reading, self._since, self._closed = steps.start, steps.start, time.monotonic(), False
-        threading.Thread(target=self._read, daemon=True).start()  # a daemon: a hung source must not keep the process
+        threading.Thread(target=self._read, daemon=True).start()  # a hung source must not keep the process alive
 
     def _read(self) -> None:
         for step in self._steps:
             try:
                 found = self._place(self._stacked(range(step, step + self._steps.step)))
-            except Exception as error:  # said where the batch is asked for
+            except Exception as error:  # raised in the thread that asks for the batch
                 found = error
-            while not self._closed:
+            while not self._closed:  # a put without a timeout would never notice ``close``
                 try:
                     self._ready.put((step, found), timeout=0.1)
                     break
@@ -111,11 +111,11 @@ class Ahead:
         return jax.tree.map(lambda *fields: np.stack(fields), *batches)
 
     def __call__(self, step: int) -> tuple[None, Batch] | None:
-        """``(None, batches [count, B, …])``, or None if the run was asked to stop while the source gave nothing.
+        """Returns ``(None, batches [count, B, …])``, or None if the run is stopped while it waits for the source.
 
         Raises:
-          DataTimeout: the source gives nothing.
-          ValueError: the source failed, or another step than the next is asked for.
+          DataTimeout: no batch within the timeout.
+          ValueError: the source failed, or ``step`` is not the next one.
         """
         if step != self._next:
             raise ValueError(f"feed: step {step} asked for, {self._next} is next; dispatches come in order.")
@@ -127,6 +127,7 @@ class Ahead:
             except queue.Empty:
                 if self._stopped():
                     return None
+                # Measured from the start of the current read: a slow source that still delivers batches is not hung.
                 if time.monotonic() - max(asked, self._since) > self._timeout:
                     raise DataTimeout(f"batch {self._reading}: nothing from the data for {self._timeout:g} s") from None
         if isinstance(found, Exception):
@@ -135,5 +136,5 @@ class Ahead:
         return None, found
 
     def close(self) -> None:
-        """Ends the thread, once it comes back from the source."""
+        """Ends the thread when the current read returns."""
         self._closed = True

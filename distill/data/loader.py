@@ -1,7 +1,7 @@
-"""From stored examples to batches. Batch k is a pure function of k, so a position in the data is one number.
+"""Batches of stored examples. Batch k is a pure function of k, so the position in the data is one number.
 
-Examples that fit are kept as arrays, on the device; a batch is then a row of indices (``rows_of``), computed without
-reading. The shift from tokens to (inputs, labels) happens here, once.
+Examples that fit into memory are kept as arrays on the device. A batch is then a row of indices (``rows_of``), computed
+without reading any example.
 """
 
 import functools
@@ -12,21 +12,23 @@ import numpy as np
 from distill.batch import Batch
 
 FEW = 2**16
-"""Examples below which a whole epoch is put in order at once. Grain's shuffle of an index walks through so many
-numbers until it meets one that is there: the fewer examples, the longer for each."""
+"""Examples below which the order of a whole epoch is computed at once.
+
+Grain's shuffle of a single index repeats until the result is in range, which takes longer the fewer examples there are.
+"""
 
 
 @functools.lru_cache(maxsize=64)
 def _epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch of few: by numbers of Philox, whose stream NumPy keeps the same for good."""
+    """Order of one epoch below ``FEW``. NumPy guarantees the stream of Philox, so resumed runs see the same order."""
     return np.argsort(np.random.Philox([seed % 2**32, epoch]).random_raw(examples), kind="stable")
 
 
 def rows_of(examples: int, batch_size: int, seed: int, first: int, count: int) -> np.ndarray:
-    """Indices ``[count, B]`` of the batches first … first + count − 1 out of so many examples; every one once an epoch.
+    """Indices ``[count, B]`` of the batches first … first + count − 1; each example occurs once per epoch.
 
-    Below ``FEW`` examples an epoch's order is drawn; from there on it is that of Grain's
-    ``MapDataset.source(…).shuffle(seed).repeat().batch(B)``, index by index, so that it never has to be held.
+    Below ``FEW`` examples the order of an epoch is drawn as a whole. From there on it is that of Grain's
+    ``MapDataset.source(…).shuffle(seed).repeat().batch(B)``, computed index by index without holding the permutation.
     """
     start, stop = first * batch_size, (first + count) * batch_size
     if examples < FEW:
@@ -45,7 +47,7 @@ class Loader:
 
     Args:
       examples: a ``Batch`` of all examples, ``[examples, L]`` each.
-      batch_size: global batch B; more than there are examples means that a batch holds some twice.
+      batch_size: global batch B; where it exceeds the number of examples, a batch repeats some.
       seed: of the order.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Data prepared by one process at a time: TFDS fails where a second one prepares the same data meanwhile."""
+"""Locks the preparation of data: TFDS fails if two processes prepare the same data at the same time."""
 
 import contextlib
 import fcntl
@@ -10,15 +10,15 @@ from distill.devices import processes
 
 
 def prepared(make: Callable[[], Any]) -> Any:
-    """The TFDS builder that ``make`` gives, its data written; where another process writes them, it is waited for.
+    """Returns the TFDS builder of ``make``, its data prepared; waits where another process prepares them.
 
-    Of the processes of one run the first goes first.
+    Within one run, process 0 prepares and the others wait for it.
     """
     with processes.first_goes_first("data"):
         builder = make()
-        if not builder.info.splits:  # nothing was there when it was made
+        if not builder.info.splits:  # no data existed when the builder was made
             with _alone(str(builder.data_dir)):
-                if builder.is_prepared():  # written since: a builder made before the data were there has no splits
+                if builder.is_prepared():  # written in the meantime; a builder made before the data exist has no splits
                     builder = make()
                 else:
                     builder.download_and_prepare()
@@ -27,7 +27,7 @@ def prepared(make: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _alone(folder: str) -> Iterator[None]:
-    """One process at a time; a bucket knows no locks."""
+    """Lets one process at a time into the block. Buckets have no locks, so there it does nothing."""
     if "://" in folder:
         yield
         return

@@ -1,7 +1,7 @@
-"""Documents → rows of L+1 tokens, many to a row, once. They never attend to each other: each is a segment.
+"""Packing: documents → rows of L+1 tokens. Documents in one row are segments and do not attend to each other.
 
-Rows are filled by best fit, the longest document first, in windows of documents, so that nothing has to be in memory
-at once; a document that does not fit into a row is cut as the configuration says.
+Rows are filled by best fit, the longest document first, within windows of documents, so that memory holds one window.
+A document longer than a row is cut as the configuration says.
 """
 
 import dataclasses
@@ -14,25 +14,25 @@ from distill.batch import Batch, shift
 from distill.data.text import Encoded
 
 WINDOW = 16_384
-"""Pieces that are packed together."""
+"""Number of pieces that are packed together."""
 
 
 @dataclasses.dataclass
 class Summary:
-    """What packing did, counted as it went."""
+    """Counts of what packing did."""
 
     documents: int = 0
     tokens: int = 0
-    """Of the documents, before anything was cut."""
+    """Tokens of the documents before cutting."""
     cut: int = 0
     """Documents longer than a row."""
     lost: int = 0
-    """Tokens that were left out: cut off, or of pieces in which nothing counts."""
+    """Tokens left out: cut off, or of pieces in which no token counts."""
     empty: int = 0
-    """Documents of which nothing is left to be predicted."""
+    """Documents without a token to predict."""
     rows: int = 0
     counted: int = 0
-    """Tokens to be predicted."""
+    """Tokens to predict."""
     fill: float = 0.0
     """Share of positions of the rows that hold a token."""
 
@@ -50,16 +50,16 @@ class Rows(NamedTuple):
     tokens: np.ndarray
     """``[n, L+1]`` ids, int32, or uint16 where the vocabulary allows."""
     counts: np.ndarray
-    """``[n, L+1]`` bool: to be predicted."""
+    """``[n, L+1]`` bool: tokens to predict."""
     segments: np.ndarray
-    """``[n, L+1]`` documents of a row, numbered from 1; 0 is padding."""
+    """``[n, L+1]`` number of the document within its row, from 1; 0 is padding."""
 
     def batch(self) -> Batch:
         """All rows as one ``Batch``."""
         return shift(*self)
 
     def take(self, rows: np.ndarray | slice) -> "Rows":
-        """Some of the rows."""
+        """Selects some of the rows."""
         return Rows(*(field[rows] for field in self))
 
     @property
@@ -71,14 +71,14 @@ class Rows(NamedTuple):
 def cut(
     document: Encoded, length: int, overflow: Literal["split", "keep_start", "keep_end"], start: int = 0
 ) -> list[Encoded]:
-    """A document as pieces of at most ``length`` + 1 tokens.
+    """Cuts a document into pieces of at most ``length`` + 1 tokens.
 
     Args:
       document: its tokens.
       length: L.
-      overflow: ``split``: every piece begins with the last token of the one before, which there is not predicted
-        again; ``keep_start``, ``keep_end``: one piece.
-      start: tokens at its beginning that ``keep_end`` keeps (the beginning-of-text token).
+      overflow: ``split``: every piece begins with the last token of the previous one and does not predict it again;
+        ``keep_start``, ``keep_end``: one piece.
+      start: tokens at the beginning of the document that ``keep_end`` keeps (the beginning-of-text token).
 
     Example:
       >>> text = Encoded(np.arange(5), np.ones(5, bool))
@@ -111,19 +111,19 @@ def pack(
     summary: Summary | None = None,
     window: int = WINDOW,
 ) -> Iterator[Rows]:
-    """Rows of ``length`` + 1 tokens from documents, a window of them at a time.
+    """Packs documents into rows of ``length`` + 1 tokens, one window at a time.
 
     Args:
       found: documents.
       length: L.
       overflow: what happens to a document longer than a row (``cut``).
-      pad_id: fills the end of a row; any id will do.
+      pad_id: fills the end of a row. Any id works, as padding is masked.
       start: tokens that ``keep_end`` keeps at the beginning.
-      summary: counts what happens.
-      window: pieces packed together; more fill better.
+      summary: receives the counts.
+      window: pieces packed together; larger windows fill rows better.
 
     Yields:
-      ``Rows`` of the windows. Pieces in which nothing is to be predicted are left out.
+      ``Rows`` of one window. Pieces without a token to predict are left out.
     """
     summary = Summary() if summary is None else summary
     pieces: list[Encoded] = []
@@ -134,6 +134,7 @@ def pack(
         summary.tokens += len(document.ids)
         summary.cut += len(document.ids) > length + 1
         summary.empty += not parts
+        # Each piece after the first repeats one token of the previous piece, which must not hide a lost one.
         inside = sum(len(part.ids) for part in parts)
         used += inside
         summary.lost += max(len(document.ids) - inside + max(len(parts) - 1, 0), 0)
@@ -147,7 +148,7 @@ def pack(
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
-    """Bins of a capacity, the largest first, each into the fullest bin that has room: indices of ``sizes`` by bin.
+    """Best-fit-decreasing bin packing: indices of ``sizes`` by bin. Each item goes into the fullest bin with room.
 
     Example:
       >>> best_fit(np.array([2, 5, 3, 1, 4]), capacity=5)
@@ -155,7 +156,7 @@ def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
     """
     bins: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r: there is a bin with room r
+    rooms = 0  # bit r: some bin has room r. The lowest set bit above the size finds the fullest one in O(1).
     for item in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[item])
         fitting = rooms >> size
@@ -184,7 +185,7 @@ def _fill(pieces: list[Encoded], length: int, pad_id: int, summary: Summary) -> 
             here = slice(at, at + len(ids))
             rows.tokens[number, here], rows.segments[number, here] = ids, segment
             rows.counts[number, here] = counts
-            rows.counts[number, at] = False  # nothing stands before the first token of a document
+            rows.counts[number, at] = False  # the first token of a document has no context to be predicted from
             at += len(ids)
     summary.rows += len(bins)
     summary.counted += int(rows.counts.sum())

@@ -1,4 +1,4 @@
-"""Text prepared once: read, tokenised, packed, and kept under the hash of all that decides what it is.
+"""Prepared text: read, tokenised and packed once, then kept under a hash of everything it depends on.
 
 The rows are a TFDS data set in array_record, written without TensorFlow.
 """
@@ -18,31 +18,32 @@ from distill.data.text import SIDES, Side, TextDataConfig
 from distill.tokenizer import TextTokenizer
 
 VERSION = "1.0.0"
-"""Of how rows are made; prepared data of another version is made anew."""
+"""Version of the preparation; data of another version are prepared again."""
 
 
 def fingerprint(config: TextDataConfig, tokenizer: TextTokenizer) -> str:
-    """Hash of configuration, tokenizer and everything that is read: equal where the rows are.
+    """Hash of the configuration, the tokenizer and all files that are read: equal hashes mean equal rows.
 
     Raises:
-      FileNotFoundError, ValueError: a source that is not there or holds nothing.
+      FileNotFoundError, ValueError: a source that does not exist or is empty.
     """
     values = dataclasses.asdict(config)
     for name in ("source", "heldout_source"):
         if values[name] not in (*text.BUILT_IN, None):
-            values[name] = "files"  # their hashes say which
+            values[name] = "files"  # identified by the hash of their content: a moved folder stays valid
     parts = [VERSION, values, tokenizer.fingerprint(), text.source_hash(config)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
-    """The TFDS builder of the rows of both sides; ``download_and_prepare`` writes them if they are not there."""
+    """The TFDS builder of the rows of both sides; ``download_and_prepare`` writes them if they do not exist yet."""
     import tensorflow_datasets as tfds
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)  # a warning for each configuration made in code
+    logging.set_verbosity(logging.ERROR)  # TFDS warns for each configuration that is made in code
     tfds.disable_progress_bar()
     width = config.length + 1
+    # Narrow types halve the files and the memory of the rows.
     narrow = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     types = {"tokens": narrow, "counts": np.uint8, "segments": np.uint16 if width < 2**16 else np.int32}
 
@@ -81,7 +82,7 @@ def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
 
 
 def ready(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
-    """The builder, its rows written: by the first process, or by each where they share no folder."""
+    """The builder with its rows prepared: by process 0, or by each process where they share no folder."""
     return once.prepared(lambda: builder(config, tokenizer, data_dir))
 
 
@@ -107,13 +108,13 @@ def prepare(
     data_dir: str | Path | None = None,
     sides: Sequence[Side] = SIDES,
 ) -> dict[str, Rows]:
-    """The rows of both sides, or of one, as arrays, prepared on first use.
+    """Loads the rows of both sides, or of one, as arrays; they are prepared on first use.
 
     Args:
       config: which text, and how it becomes rows.
-      tokenizer: the one of teacher and student.
-      data_dir: where TFDS keeps prepared data; None: its own default (``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``).
-      sides: those that are read; ``stream.py`` reads what does not fit into memory.
+      tokenizer: the tokenizer that teacher and student share.
+      data_dir: where TFDS keeps prepared data; None: its default (``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``).
+      sides: those to load; ``stream.py`` reads data that do not fit into memory.
 
     Returns:
       ``{"train": Rows, "heldout": Rows}``; ``rows.batch()`` is what a ``Loader`` and the step take.
@@ -135,7 +136,7 @@ def prepare(
 
 
 def as_rows(records: list[dict[str, np.ndarray]]) -> Rows:
-    """Stored rows as arrays."""
+    """Stacks stored rows into arrays."""
     tokens, counts, segments = (np.stack([record[name] for record in records]) for name in Rows._fields)
     return Rows(tokens, counts.astype(bool), segments)
 
@@ -143,6 +144,6 @@ def as_rows(records: list[dict[str, np.ndarray]]) -> Rows:
 def summaries(
     config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None
 ) -> dict[str, Summary]:
-    """What packing did on both sides: documents, tokens, rows and how full they are."""
+    """Counts of packing for both sides: documents, tokens, rows and their fill."""
     prepared = ready(config, tokenizer, data_dir)
     return {side: Summary(**prepared.info.metadata[side]) for side in SIDES}

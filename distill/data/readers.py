@@ -1,7 +1,7 @@
-"""Files of text → documents, one at a time: plain text, JSON lines, parquet, arrow, or a folder of them.
+"""Readers: plain text, JSON lines, parquet, arrow, or a folder of them → documents, one at a time.
 
-A ``Document`` is parts of text, of which some count in the loss, or the messages of a conversation; a tokenizer and
-its chat template come later (``packing.py``).
+A ``Document`` holds parts of text, of which some count in the loss, or the messages of a conversation. ``text.encode``
+applies the tokenizer and its chat template.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 Format = Literal["auto", "text", "prompt", "messages"]
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".arrow")
-"""Files that are read."""
+"""Suffixes of the files that are read."""
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -22,7 +22,7 @@ class Part(NamedTuple):
 
     text: str
     counts: bool
-    """Whether its tokens are to be predicted."""
+    """Whether its tokens are predicted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Document:
 
     parts: tuple[Part, ...] = ()
     messages: tuple[Mapping[str, Any], ...] = ()
-    """Of a conversation, each with ``role`` and ``content``; then there are no parts."""
+    """Messages of a conversation, each with ``role`` and ``content``; a conversation has no parts."""
     tools: tuple[Any, ...] = ()
-    """What a chat template is told about tools."""
+    """Descriptions of tools for the chat template."""
     where: str = ""
-    """Where it was read, ``file:line``, for errors."""
+    """Origin for error messages, ``file:line``."""
 
     def content(self) -> str:
-        """All of it as one text that is equal for equal documents."""
+        """The whole document as one text; equal documents have equal texts."""
         return json.dumps([self.parts, self.messages, self.tools], sort_keys=True)
 
 
@@ -58,8 +58,8 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
 
     Args:
       path: a file, or a folder as data sets are kept on the hub or saved by ``datasets``.
-      split: of a folder whose files or sub-folders are named for splits (``train-00000-of-00002.parquet``,
-        ``test/data-00000-of-00001.arrow``): which of them. Where none is, all files are read.
+      split: which split to read of a folder whose files or sub-folders are named after splits
+        (``train-00000-of-00002.parquet``, ``test/data-00000-of-00001.arrow``). Without such names all files are read.
 
     Raises:
       FileNotFoundError: no such path.
@@ -94,18 +94,18 @@ def _hidden(path: Path) -> bool:
 
 def _split_of(path: Path) -> str | None:
     """``data/train-00000-of-00002.parquet`` → ``train``."""
-    words = [word for part in reversed(path.with_suffix("").parts) for word in re.split(r"[^A-Za-z0-9]+", part)]
-    return next((word for word in words if word in _SPLITS), None)
+    names = [name for part in reversed(path.with_suffix("").parts) for name in re.split(r"[^A-Za-z0-9]+", part)]
+    return next((name for name in names if name in _SPLITS), None)
 
 
 def read(path: Path, form: Format, fields: Fields, separator: str = "") -> Iterator[Document]:
-    """The documents of one file.
+    """Reads the documents of one file.
 
     Args:
       path: the file.
-      form: what a record is; ``auto``: by the fields of the file's first.
+      form: kind of the records; ``auto``: decided by the fields of the first record.
       fields: names of the fields.
-      separator: cuts a plain text into documents; empty: the file is one.
+      separator: separates the documents of a plain text; empty: the file is one document.
 
     Raises:
       ValueError: what cannot be read, with file and line (or row) number.
@@ -116,12 +116,13 @@ def read(path: Path, form: Format, fields: Fields, separator: str = "") -> Itera
     records = {".jsonl": _json_lines, ".parquet": _parquet, ".arrow": _arrow}[path.suffix](path)
     for number, record in records:
         where = f"{path}:{number}"
+        # Decided once per file: a later record of another kind is then an error instead of a silent mixture.
         form = guess(record, fields, where) if form == "auto" else form
         yield document_of(record, form, fields, where)
 
 
 def guess(record: Mapping[str, Any], fields: Fields, where: str) -> Format:
-    """What a record is, by its fields: a conversation, else a prompt with completion, else a text."""
+    """Kind of a record by its fields: a conversation, otherwise a prompt with completion, otherwise a text."""
     if fields.messages in record:
         return "messages"
     if fields.prompt in record and fields.completion in record:
@@ -135,10 +136,10 @@ def guess(record: Mapping[str, Any], fields: Fields, where: str) -> Format:
 
 
 def document_of(record: Mapping[str, Any], form: Format, fields: Fields, where: str) -> Document:
-    """One record as a document.
+    """Converts a record into a document.
 
     Raises:
-      ValueError: a missing field, or one of another type, with where it stands.
+      ValueError: a missing field, or one of another type, with file and line number.
     """
 
     def text(name: str) -> str:
@@ -160,10 +161,10 @@ def document_of(record: Mapping[str, Any], form: Format, fields: Fields, where: 
 
 
 def check_messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    """A conversation as it came.
+    """Checks the messages of a conversation and drops fields that are None.
 
     Raises:
-      ValueError: no list of objects with a ``role`` and, unless tools are called, ``content``, both text.
+      ValueError: not a list of objects with a ``role`` and, unless tools are called, ``content``, both text.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ValueError(f"{where}: messages are {value!r}; expected a list of {{'role': …, 'content': …}}.")
@@ -214,7 +215,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _arrow(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Both kinds of arrow files: a stream, as ``datasets`` writes, or the one with an index at its end."""
+    """Reads both formats of arrow: the stream that ``datasets`` writes, and the file with an index at its end."""
     import pyarrow
 
     try:
@@ -231,7 +232,7 @@ def _arrow(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _numbered(batches: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of tables, counted from 1."""
+    """Rows of tables with their numbers, from 1."""
     number = 0
     for batch in batches:
         for record in batch.to_pylist():

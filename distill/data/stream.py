@@ -1,7 +1,7 @@
-"""Rows that do not fit into memory: read from array_record where a batch needs them (ahead of it: ``feed.Ahead``).
+"""Loader for rows that do not fit into memory: each batch reads its rows from array_record.
 
-The order is that of ``Loader``: batch k is a pure function of k, so a run continues at any k. Which rows are in a
-batch does not depend on how many processes share it.
+The order is that of ``Loader``: batch k is a pure function of k, so a run can resume at any k. The rows of a batch do
+not depend on the number of processes that share it. ``feed.Ahead`` reads batches in advance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,18 +20,18 @@ from distill.tokenizer import TextTokenizer
 
 
 class StreamLoader:
-    """Batches of rows that stay on the disk.
+    """Batches of rows that stay on disk.
 
     Args:
       source: rows by number, one or many at a time (``source[i]``, ``source.__getitems__([i, …])``), each a dict with
-        the fields of ``Rows``: what ``open_rows`` gives.
+        the fields of ``Rows``; ``open_rows`` returns such a source.
       batch_size: global batch B.
       seed: of the order.
-      own: places in a batch whose rows are read, those that lie on this process's devices; the others are zeros.
-        None: all.
+      own: positions in the batch that lie on this process's devices. Only these rows are read, the others are zeros.
+        None: all rows.
 
     Raises:
-      ValueError: no rows, or places outside the batch.
+      ValueError: no rows, or positions outside the batch.
     """
 
     def __init__(self, source: Sequence[Any], batch_size: int, seed: int, *, own: np.ndarray | None = None):
@@ -43,7 +43,7 @@ class StreamLoader:
         self._own = own
 
     def rows(self, k: int) -> np.ndarray:
-        """Numbers ``[B]`` of the rows of batch k, of all processes."""
+        """Numbers ``[B]`` of the rows of batch k over all processes."""
         return rows_of(len(self.source), self.batch_size, self.seed, k, 1)[0]
 
     def batch(self, k: int) -> Batch:
@@ -63,7 +63,7 @@ class StreamLoader:
 def open_rows(
     config: TextDataConfig, tokenizer: TextTokenizer, side: Side = "train", data_dir: str | Path | None = None
 ) -> Sequence[Any]:
-    """The prepared rows of a side, on the disk: random access, nothing is read yet.
+    """Opens the prepared rows of a side for random access, without reading any.
 
     Raises:
       FileNotFoundError, ValueError: as ``prepare``.
@@ -72,6 +72,6 @@ def open_rows(
 
 
 def blocks(source: Sequence[Any], size: int = 4096) -> Iterator[Rows]:
-    """All rows of ``open_rows`` in their order, so many at a time."""
+    """Iterates over all rows of ``open_rows`` in order, ``size`` at a time."""
     for start in range(0, len(source), size):
         yield as_rows(source.__getitems__(range(start, min(start + size, len(source)))))

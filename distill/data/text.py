@@ -1,6 +1,6 @@
-"""Text to train on: where documents come from, which are held out, and their tokens.
+"""Text data: sources of documents, the held-out split, and tokenisation.
 
-A source is a file, a folder, or one of two corpora that are there without a download by hand: ``pydoc``, the language
+A source is a file, a folder, or one of two corpora that need no manual download: ``pydoc``, the language
 reference that Python's ``help()`` shows (79 pages in Python 3.11; it changes with the version of Python), and
 ``chitchat``, 7 168 dialogues of people (``weights.carried.CHITCHAT``, MIT, fetched once with pip and known by hash).
 """
@@ -27,35 +27,35 @@ BUILT_IN = ("pydoc", "chitchat")
 
 @dataclasses.dataclass(frozen=True)
 class TextDataConfig:
-    """Which text is read, which of it is held out, and how it becomes rows."""
+    """Which text is read, which part is held out, and how it becomes rows."""
 
     source: str = "pydoc"
     """pydoc, chitchat, or a path: .txt, .md, .jsonl, .parquet, .arrow, or a folder of them (a data set of the hub)."""
     split: str = "train"
-    """Of a folder that holds several splits: the one to train on."""
+    """Split to train on, where a folder holds several."""
     heldout_source: str | None = None
-    """Where held-out documents come from; None: the source."""
+    """Source of held-out documents; None: ``source``."""
     heldout_split: str | None = None
-    """Which split of that is held out; None, and no heldout_source: documents are drawn from those of the source."""
+    """Split that is held out; None without a heldout_source: documents are drawn from those of the source."""
     heldout_fraction: float = 0.1
-    """Share of documents that are held out, by a hash of what they say: equal documents are on one side."""
+    """Share of documents that are held out, by a hash of their content, so equal documents are on one side."""
     split_seed: int = 0
-    """Of that draw."""
+    """Seed of that draw."""
     max_documents: int | None = None
-    """Documents read from each source, the first ones; None: all."""
+    """Number of documents read from the beginning of each source; None: all."""
     format: Format = "auto"
-    """What a record is; auto: by its fields. text reads chitchat as plain text, a line for each turn."""
+    """Kind of the records; auto: by their fields. ``text`` reads chitchat as plain text, one line per turn."""
     fields: Fields = Fields()
     """Names of the fields of a record."""
     separator: str = ""
-    """Cuts a plain text file into documents; empty: a file is one document."""
+    """Separates the documents of a plain text file; empty: a file is one document."""
     loss: Literal["completion", "all"] = "completion"
-    """Which tokens count: completions and the assistant's turns, or all. Of plain text always all."""
+    """Which tokens count: completions and the assistant's turns, or all. In plain text all tokens count."""
     length: int = 256
-    """Tokens of a row, L; a row holds one more, the last label."""
+    """Tokens of a row, L; a stored row has one more, the last label."""
     overflow: Literal["split", "keep_start", "keep_end"] = "split"
-    """A document longer than a row: goes on in further rows (the last token of one is the first of the next, so every
-    token is predicted once), or its start or its end is kept."""
+    """Treatment of a document longer than a row: split over further rows (the last token of one is the first of the
+    next, so every token is predicted once), or only its start or end is kept."""
 
     def __post_init__(self):
         if self.length < 1:
@@ -67,7 +67,7 @@ class TextDataConfig:
 
     @property
     def separate(self) -> bool:
-        """Whether held-out documents have a source of their own."""
+        """Whether held-out documents have a separate source or split."""
         return self.heldout_source is not None or self.heldout_split is not None
 
 
@@ -77,7 +77,7 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     """``[n]`` int32."""
     counts: np.ndarray
-    """``[n]`` bool: to be predicted."""
+    """``[n]`` bool: tokens to predict."""
 
 
 def documents(config: TextDataConfig, side: Side) -> Iterator[Document]:
@@ -85,7 +85,7 @@ def documents(config: TextDataConfig, side: Side) -> Iterator[Document]:
 
     Raises:
       FileNotFoundError: no such source.
-      ValueError: what cannot be read, with file and line number.
+      ValueError: a file that cannot be read, with its line number.
     """
     if config.separate:
         yield from itertools.islice(_all(config, side), config.max_documents)
@@ -96,13 +96,13 @@ def documents(config: TextDataConfig, side: Side) -> Iterator[Document]:
 
 
 def _draw(document: Document, seed: int) -> float:
-    """A number in [0, 1) that depends on the seed and on what the document says."""
+    """A number in [0, 1) that depends on the seed and the content of the document alone."""
     digest = hashlib.sha256(f"{seed}\n{document.content()}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _source_of(config: TextDataConfig, side: Side) -> tuple[str, str]:
-    """The source of a side and its split."""
+    """Source and split of a side."""
     if side == "heldout" and config.separate:
         return config.heldout_source or config.source, config.heldout_split or config.split
     return config.source, config.split
@@ -127,7 +127,7 @@ def _pydoc() -> Iterator[Document]:
 
 
 def _chitchat(as_text: bool) -> Iterator[Document]:
-    """Who speaks first is the user; a turn of several lines is one message."""
+    """Dialogues in which the first speaker is the user; a turn of several lines is one message."""
     from distill import fetch
 
     dialogues = json.loads(fetch.fetch(fetch.CHITCHAT).read_text(encoding="utf-8"))
@@ -140,11 +140,11 @@ def _chitchat(as_text: bool) -> Iterator[Document]:
 
 
 def source_hash(config: TextDataConfig) -> str:
-    """Hash of all that is read, names of files included.
+    """Hash of all content that is read, including the names of files.
 
     Raises:
       FileNotFoundError: no such source.
-      ValueError: a folder without files to read.
+      ValueError: a folder without readable files.
     """
     from distill import fetch
 
@@ -161,16 +161,16 @@ def source_hash(config: TextDataConfig) -> str:
 
 
 def encode(found: Iterable[Document], tokenizer: TextTokenizer, config: TextDataConfig) -> Iterator[Encoded]:
-    """The tokens of documents, in their order.
+    """Tokenises documents, in order.
 
-    A text, or a prompt with its completion, starts with what the tokenizer puts there (``tokenizer.start``) and ends
-    with the end-of-text token, which counts; neither is doubled where the text has it. Parts are encoded one by one:
-    a prompt is cut into tokens as it will be at generation. A conversation is what its template writes.
+    A text, or a prompt with its completion, starts with ``tokenizer.start`` and ends with the end-of-text token, which
+    counts; a text that has them already gets no second ones. Parts are encoded one by one, so that a prompt has the
+    same tokens as at generation. A conversation is encoded as its template renders it.
 
     Raises:
-      ValueError: a conversation without a chat template, or one that the template refuses, with where it stands.
+      ValueError: a conversation without a chat template, or one that the template rejects, with file and line number.
     """
-    for group in _groups(found, 256):
+    for group in _groups(found, 256):  # fast tokenizers encode a list in parallel
         texts = tokenizer.encode_all([part.text for document in group for part in document.parts])
         pieces = iter(texts)
         for document in group:
@@ -203,5 +203,5 @@ def _chat(document: Document, tokenizer: TextTokenizer, config: TextDataConfig) 
 
 
 def file_name(config: TextDataConfig) -> str:
-    """A short name of the source, for folders."""
+    """Short name of the source, for folders."""
     return "".join(c if c.isalnum() else "_" for c in Path(config.source).stem)[:40] or "text"
