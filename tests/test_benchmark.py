@@ -288,7 +288,7 @@ def test_a_step_reports_what_is_missing_and_refuses_unknown_names(tmp_path, monk
         with pytest.raises(ValueError, match=f"--python {wrong}: write NAME=PATH with a NAME of here, gone"):
             benchmark_step.commands(tmp_path, [wrong], "")
     for vocab, count in ((1, 1), (9, 0)):
-        with pytest.raises(ValueError, match="at least 2 words and 1 round"):
+        with pytest.raises(ValueError, match="at least 2 tokens and 1 round"):
             benchmark_step.step(vocab, count, tmp_path, [])
 
 

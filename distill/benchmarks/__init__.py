@@ -1,1 +1,1 @@
-"""Measurements, contestants in turn in one run."""
+"""Benchmarks: contestants measured in turn within one run."""

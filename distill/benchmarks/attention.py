@@ -1,4 +1,4 @@
-"""Causal attention measured: the form of this platform against all scores at once, by length."""
+"""Benchmark of causal attention by length: the form of this platform against the plain form with all scores."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from distill.shapes import Array
 
 
 class Case(NamedTuple):
-    """What is measured on a platform."""
+    """Form and shapes to measure on a platform."""
 
     name: str
     form: Callable[..., Array]
@@ -30,12 +30,12 @@ GPU = Case("cuDNN", fused, 16_384, 16, 8, 128, jnp.dtype("bfloat16"), (64, 128, 
 
 
 def plain(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """All scores at once."""
+    """Plain attention, which materialises all scores."""
     return mix(attention_weights(q, k, mask), v)
 
 
 def _program(form: Callable[..., Array], case: Case, length: int) -> tuple[Callable, list[Array]]:
-    """Value and gradients of queries, keys and values, and what they are taken of."""
+    """The compiled value and gradients with respect to queries, keys and values, and its arguments."""
     batch, keys = case.tokens // length, jax.random.split(jax.random.key(0), 4)
     heads = (case.heads, case.groups, case.groups, case.heads)
     *qkv, g = (
@@ -60,19 +60,19 @@ def _run(program: Callable, arrays: list[Array]) -> Run:
 
 
 def far(case: Case, length: int) -> float:
-    """The largest difference between both forms, values and gradients, over the largest number of the plain one."""
+    """Largest difference of values and gradients between the forms, over the largest number of the plain one."""
     (one, arrays), (other, _) = (_program(form, case, length) for form in (case.form, plain))
     pairs = zip(jax.tree.leaves(one(*arrays)), jax.tree.leaves(other(*arrays)), strict=True)
     return max(float(jnp.max(jnp.abs(a - b).astype(jnp.float32)) / jnp.max(jnp.abs(b))) for a, b in pairs)
 
 
 def attention(case: Case | None = None, steps: int = 5, rounds: int = 5) -> list[str]:
-    """Lines: milliseconds, how many times as fast as plain, and how far apart the two are, for every length.
+    """Lines for every length: milliseconds, speed relative to the plain form, and their largest difference.
 
     Args:
-      case: None: that of the platform.
-      steps: of a round.
-      rounds: measured, after one of warm-up.
+      case: what to measure; None: the case of the platform.
+      steps: steps of a round.
+      rounds: measured rounds, after one of warm-up.
     """
     case = case or (GPU if jax.default_backend() == "gpu" else CPU)
     shape = f"{case.tokens} tokens, {case.heads} heads of {case.size}, {case.groups} groups, {case.dtype.name}"

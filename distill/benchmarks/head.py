@@ -1,4 +1,4 @@
-"""The loss head measured: in chunks against all logits at once, and against the heads of other libraries."""
+"""Benchmark of the loss head: in chunks against all logits at once, and against the heads of other libraries."""
 
 import statistics
 from collections.abc import Callable
@@ -19,13 +19,13 @@ HEADS = (
     ("8192 tokens, V=151936, D=256/512", 8192, 256, 512, 151_936),
     ("8192 tokens, V=32768, D=256/512", 8192, 256, 512, 32_768),
 )
-"""Name, tokens, widths of student and teacher, words: shapes whose memory is known of other libraries."""
+"""Name, tokens, widths of student and teacher, vocabulary size: shapes for which other libraries publish memory."""
 
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
 
 def task_and_kl(student_logits, teacher_logits, labels):
-    """Half cross-entropy, half forward KL at temperature 2."""
+    """Half cross-entropy and half forward KL at temperature 2, T² included."""
     soft = 4.0 * losses.forward_kl(student_logits, teacher_logits, temperature=2.0)
     return 0.5 * soft + 0.5 * losses.cross_entropy(student_logits, labels)
 
@@ -37,7 +37,7 @@ def plain_head(hidden, kernel, teacher_hidden, teacher_kernel, labels, mask):
 
 
 def chunked_head(hidden, kernel, teacher_hidden, teacher_kernel, labels, mask, **options: Any):
-    """The same in chunks; ``options`` of ``losses.chunked``."""
+    """The mean loss in chunks; ``options`` are those of ``losses.chunked``."""
     heads = (hidden, Head(kernel)), (teacher_hidden, Head(teacher_kernel))
     return losses.divide(losses.chunked(task_and_kl, *heads, labels, mask, **options))
 
@@ -46,24 +46,24 @@ CONTESTANTS = {"plain": plain_head, "chunked": chunked_head}
 
 
 def head_shapes(tokens: int, width: int, teacher_width: int, vocab: int, dtype: Any) -> Shapes:
-    """What ``plain_head`` and ``chunked_head`` take."""
+    """Shapes of the arguments of ``plain_head`` and ``chunked_head``."""
     sizes = (tokens, width), (width, vocab), (tokens, teacher_width), (teacher_width, vocab)
     shapes = (jax.ShapeDtypeStruct(size, dtype) for size in sizes)
     return *shapes, jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((tokens,), bool)
 
 
 def compiled(function: Callable, shapes: Shapes) -> Any:
-    """Value and gradients with respect to the student's hidden states and head, for ``shapes``."""
+    """Compiles value and gradients with respect to the student's hidden states and head."""
     return jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(*shapes).compile()
 
 
 def _temporary(function: Callable, shapes: Shapes) -> float:
-    """GiB that live beside inputs and gradients; compiled, not run."""
+    """Temporary memory in GiB, without inputs and gradients; compiled, not run."""
     return compiled(function, shapes).memory_analysis().temp_size_in_bytes / 2**30
 
 
 def arguments(shapes: Shapes) -> list[jax.Array]:
-    """Drawn arrays of ``shapes``; every position counts."""
+    """Random arrays of ``shapes``; every position counts."""
     keys = jax.random.split(jax.random.key(0), 5)
     arrays = [
         (jax.random.normal(key, s.shape) * s.shape[0] ** -0.25).astype(s.dtype)
@@ -77,7 +77,7 @@ def arguments(shapes: Shapes) -> list[jax.Array]:
 
 
 def head_run(function: Callable, shapes: Shapes) -> Run:
-    """``run(n)``: n times value and gradients."""
+    """``run(n)``, which computes value and gradients n times."""
     arrays, program = arguments(shapes), compiled(function, shapes)
 
     def run(steps: int) -> None:
@@ -88,13 +88,13 @@ def head_run(function: Callable, shapes: Shapes) -> Run:
 
 
 def _race(shapes: Shapes, steps: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Runs per second of the chunked head, and how many times as fast as the plain one it is."""
+    """Runs per second of the chunked head, and its speed relative to the plain one."""
     speeds = in_turn({name: head_run(f, shapes) for name, f in CONTESTANTS.items()}, steps, rounds)
     return speeds["chunked"], ratio(speeds, "chunked", "plain")
 
 
 def memory(cases: tuple = HEADS) -> list[str]:
-    """Temporary memory of both at the shapes of ``HEADS``."""
+    """Lines: temporary memory of both heads at the shapes of ``cases``."""
     lines = []
     for name, *sizes in cases:
         plain, chunked = (_temporary(f, head_shapes(*sizes, jnp.float32)) for f in CONTESTANTS.values())
@@ -103,7 +103,7 @@ def memory(cases: tuple = HEADS) -> list[str]:
 
 
 def speed(vocabularies: tuple[int, ...] = (8192, 49_152), tokens: int = 2048, rounds: int = 5) -> list[str]:
-    """Time of large vocabularies, in float32 and bfloat16."""
+    """Lines: time at large vocabularies, in float32 and bfloat16."""
     lines = []
     for vocab in vocabularies:
         for dtype in (jnp.float32, jnp.bfloat16):
@@ -117,12 +117,12 @@ def speed(vocabularies: tuple[int, ...] = (8192, 49_152), tokens: int = 2048, ro
 def small_vocabularies(
     vocabularies: tuple[int, ...] = (256, 512, 1024, 2048, 4096), tokens: int = 2048, rounds: int = 7
 ) -> list[str]:
-    """From how many words on the chunked head is the faster one: where ``step.CHUNKED_FROM`` comes from."""
+    """Lines: the vocabulary size from which the chunked head is faster; the source of ``step.CHUNKED_FROM``."""
     lines = []
     for widths in ((64, 128), (256, 512)):
         name, faster = f"{tokens} tokens, D={widths[0]}/{widths[1]}, float32", None
         for vocab in vocabularies:
-            steps = max(1, 16 * 1024 // vocab)
+            steps = max(1, 16 * 1024 // vocab)  # about the same time in every round
             _, ratios = _race(head_shapes(tokens, *widths, vocab, jnp.float32), steps, rounds)
             faster = (faster or vocab) if min(ratios) > 1 else None
             lines.append(f"{name}, V={vocab}: chunked {spread(ratios)} times as fast as plain")
@@ -131,8 +131,7 @@ def small_vocabularies(
 
 
 def curve(figure: Path, counts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16_384), vocab: int = 32_768) -> str:
-    """Temporary memory against the number of tokens, drawn to ``figure``."""
-
+    """Draws temporary memory against the number of tokens to ``figure``."""
     names = {"plain": "all logits at once", "chunked": "in chunks"}
     curves = {
         names[name]: [_temporary(f, head_shapes(n, 256, 512, vocab, jnp.float32)) for n in counts]
@@ -143,10 +142,10 @@ def curve(figure: Path, counts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16_38
 
 
 def head(figure: Path) -> list[str]:
-    """Lines of the head benchmark: temporary memory, time from few words to many, and a curve.
+    """Lines of the head benchmark: temporary memory, time by vocabulary size, and a curve.
 
     Args:
-      figure: PNG of temporary memory against the number of tokens, written anew.
+      figure: PNG of temporary memory against the number of tokens; overwritten.
     """
     return [*memory(), *speed(), *small_vocabularies(), curve(figure)]
 
@@ -155,14 +154,14 @@ def head(figure: Path) -> list[str]:
 
 
 class Mixture(NamedTuple):
-    """soft · generalised Jensen–Shannon divergence at β (0: forward KL) + hard · cross-entropy, temperature 1."""
+    """The loss soft · JSD(β) + hard · cross-entropy at temperature 1; β = 0 is forward KL."""
 
     beta: float
     soft: float
     hard: float
 
     def loss(self, student_logits, teacher_logits, labels):
-        """Per position."""
+        """The loss per position."""
         soft = self.soft * losses.generalized_jsd(student_logits, teacher_logits, beta=self.beta)
         return soft + self.hard * losses.cross_entropy(student_logits, labels) if self.hard else soft
 
@@ -173,17 +172,17 @@ class Mixture(NamedTuple):
 
 
 class Rival(NamedTuple):
-    """Another library's head on given arrays."""
+    """The head of another library on given arrays."""
 
     run: Run
     value: Callable[[], tuple[Any, Any, Any]]
-    """Loss, and gradients as ours: ``[tokens, D]`` and ``[D, V]``."""
+    """Loss, and gradients in our layout: ``[tokens, D]`` and ``[D, V]``."""
     peak: Callable[[], int]
-    """Bytes at the worst moment of a run, its inputs too; 0 where that is not known."""
+    """Peak memory of a run in bytes, including its inputs; 0 where it is unknown."""
 
 
 Peers = dict[str, Callable[[Mixture, list[jax.Array]], Rival | None]]
-"""Name → the rival, None where it has no such loss; from scripts/peers."""
+"""Name → a function that makes the rival, None where the library lacks this loss; from scripts/peers."""
 
 MIXTURES = {
     "JSD + cross-entropy": Mixture(0.5, 0.5, 0.5),
@@ -191,11 +190,11 @@ MIXTURES = {
     "JSD": Mixture(0.5, 1.0, 0.0),
 }
 BESIDE = (8192, 2048, 4096, 128_256)
-"""Tokens, widths of student and teacher, words: the shape Liger's own figures are of."""
+"""Tokens, widths of student and teacher, vocabulary size: the shape of the figures that Liger publishes."""
 
 
 def need_gpu() -> None:
-    """Raises ValueError where JAX sees none."""
+    """Raises ValueError where JAX sees no GPU."""
     if jax.default_backend() != "gpu":
         raise ValueError(
             f"this measures on a GPU, and JAX sees only {jax.default_backend()}; pip install -e '.[cuda]'."
@@ -203,20 +202,20 @@ def need_gpu() -> None:
 
 
 def rivals(mixture: Mixture, peers: Peers, arrays: list[jax.Array]) -> dict[str, Rival]:
-    """Those of ``peers`` that have this loss."""
+    """The ``peers`` that implement this loss."""
     made = {name: peer(mixture, arrays) for name, peer in peers.items()}
     return {name: rival for name, rival in made.items() if rival is not None}
 
 
 def liger(load: Callable[[], Peers]) -> list[str]:
-    """Lines of ``agreement`` and ``beside``; the peers are loaded once a GPU is there."""
+    """Lines of ``agreement`` and ``beside``; the peers are loaded only if JAX sees a GPU."""
     need_gpu()
     peers = load()
     return [*agreement(peers), *beside(peers)]
 
 
 def agreement(peers: Peers, sizes: tuple[int, ...] = (96, 16, 24, 160)) -> list[str]:
-    """How far loss and gradients of the peers are from ours, in float32 on a small shape; relative."""
+    """Lines: relative difference of the peers' loss and gradients from ours, in float32 on a small shape."""
     lines, shapes = [], head_shapes(*sizes, jnp.float32)
     for name, mixture in MIXTURES.items():
         arrays = arguments(shapes)
@@ -230,7 +229,7 @@ def agreement(peers: Peers, sizes: tuple[int, ...] = (96, 16, 24, 160)) -> list[
 
 
 def beside(peers: Peers, sizes: tuple[int, ...] = BESIDE, steps: int = 5, rounds: int = 7) -> list[str]:
-    """Milliseconds and peak memory of our head and the peers', in turn, bfloat16 hidden states and heads."""
+    """Lines: milliseconds and peak memory of our head and the peers', with bfloat16 hidden states and heads."""
     tokens, width, teacher_width, vocab = sizes
     lines, shapes = [], head_shapes(*sizes, jnp.bfloat16)
     title = f"{tokens} tokens, V={vocab}, D={width}/{teacher_width}, bfloat16"

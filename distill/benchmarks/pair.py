@@ -1,8 +1,8 @@
-"""The step of a published pair at its real size, on this device, beside a plain PyTorch loop; weights are drawn.
+"""Benchmark of a published pair at its real size on this device, beside a plain PyTorch loop, with random weights.
 
-Time and memory depend on shapes alone, so no weight is fetched. Ours runs first and PyTorch after it, each in a process
-of its own: both would not fit in one device's memory at once. Memory is what the compiler states of our program, and
-the peak of PyTorch's allocator.
+Time and memory depend on shapes alone, so no weights are fetched. Each case runs in a separate process, one after the
+other, because two would not fit into the memory of one device. Memory is the compiler's figure for our program, and the
+peak of PyTorch's allocator.
 """
 
 import json
@@ -24,18 +24,18 @@ CASES = (
     ("teacher in int8", {"remat": "dots", "teacher_dtype": "int8"}),
     ("cross-entropy alone, no teacher", {"remat": "dots", "teacher": None}),
 )
-"""What is measured of this library."""
+"""Cases of this library: name and options."""
 
 
 def pair(name: str, batch: int, length: int, peer: Path, steps: int = 8) -> list[str]:
-    """Lines: seconds, tokens/s, FLOP/s and memory of every case, then of PyTorch where it is installed.
+    """Lines: seconds, tokens/s, FLOP/s and memory of every case and of PyTorch.
 
     Args:
       name: a configuration whose models are published ones, such as ``qwen3_8b_to_0p6b``.
-      batch: rows.
+      batch: rows of a batch.
       length: tokens of a row.
-      peer: scripts/peers/torch_pair.py.
-      steps: measured, after two of warm-up.
+      peer: path of scripts/peers/torch_pair.py.
+      steps: measured steps, after two of warm-up.
 
     Raises:
       ValueError: a configuration of another kind, or sizes below 1.
@@ -50,7 +50,7 @@ def pair(name: str, batch: int, length: int, peer: Path, steps: int = 8) -> list
         raise ValueError(f"pair: --shape {batch} {length}: at least 1 of each is needed.")
     task = {"teacher": config.teacher, "student": config.student.source, "batch": batch, "length": length}
     task |= {"steps": steps} | {f"{side}_config": _hub(task[side]) for side in ("teacher", "student")}
-    own = [sys.executable, "-c", "import sys; from distill import benchmark_pair; benchmark_pair.main(sys.argv[1])"]
+    own = [sys.executable, "-c", "import sys; from distill.benchmarks import pair; pair.main(sys.argv[1])"]
     return [
         f"{config.teacher} → {config.student.source}, {batch} x {length} tokens, activations in bfloat16",
         *(_line(case, own, task | options) for case, options in CASES),
@@ -66,12 +66,12 @@ def _hub(name: str) -> dict[str, Any]:
 
 
 def _line(case: str, command: list[str], task: dict[str, Any]) -> str:
-    """What a case took, in words; where its process failed, the last line of what it said."""
+    """Formats the result of a case; where its process failed, the last line of its stderr."""
     from distill.devices import speed
 
     ended = subprocess.run([*command, json.dumps(task)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if ended.returncode:
-        return f"{case}: {(ended.stderr.strip().splitlines() or ['ended without a word'])[-1][:160]}"
+        return f"{case}: {(ended.stderr.strip().splitlines() or ['ended without a message'])[-1][:160]}"
     seconds, gigabytes, kind = json.loads(ended.stdout.splitlines()[-1])
     tokens = task["batch"] * task["length"] / statistics.median(seconds)
     flops = tokens * speed.flops_per_token(*_models(task), task["length"])
@@ -82,7 +82,7 @@ def _line(case: str, command: list[str], task: dict[str, Any]) -> str:
 
 
 def _models(task: dict[str, Any]) -> tuple[Any, Any]:
-    """Student and teacher, which is None where there is none."""
+    """Student and teacher; the teacher is None for a case without one."""
     from distill.models.decoder import decoder
     from distill.planning.architectures import architecture
 
@@ -91,7 +91,7 @@ def _models(task: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def main(argument: str) -> None:
-    """One case of ours, in a process of its own; prints JSON: seconds of every step, GB, the device."""
+    """Runs one case of ours and prints JSON: seconds of every step, GB, the device."""
     import jax
     import jax.numpy as jnp
 
@@ -103,14 +103,14 @@ def main(argument: str) -> None:
     from distill.step import make_train_step
 
     def drawn(like):
-        """Numbers of about a kernel's size."""
+        """Deterministic numbers of the magnitude of a kernel, computed on the device."""
         size = jnp.sin(jax.lax.iota(jnp.float32, math.prod(like.shape))) * (64.0 if like.dtype == jnp.int8 else 0.02)
         return size.astype(like.dtype).reshape(like.shape)
 
     task = json.loads(argument)
     student, teacher = _models(task)
     frozen = None
-    if teacher:
+    if teacher:  # drawn leaf by leaf: float32 initial values of the whole teacher would not fit
         teacher, shapes = held(teacher, task.get("teacher_dtype", "bfloat16"))
         frozen = jax.tree.map(lambda like: jax.jit(lambda: drawn(like))(), shapes)
     update = optimizer(OptimizerConfig(learning_rate=1e-5, warmup_steps=0, schedule="constant"), 1)

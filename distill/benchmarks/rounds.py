@@ -1,4 +1,4 @@
-"""Contestants in turn in one run: rounds, ratios and their spread."""
+"""Rounds in which contestants are timed in turn, speed ratios, and their spread."""
 
 import importlib
 import os
@@ -11,16 +11,19 @@ from pathlib import Path
 import jax
 
 Run = Callable[[int], None]
-"""``run(n)``: n training steps, waited for."""
+"""``run(n)`` takes n training steps and blocks until they are computed."""
 
 
 def a_device_for_every_core() -> None:
-    """Makes as many devices of the CPU as it has cores; before JAX is used."""
+    """Splits the CPU into one device per core; call it before JAX is used."""
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
 
 
 def in_turn(contestants: dict[str, Run], steps: int, rounds: int = 7) -> dict[str, list[float]]:
-    """Steps per second of every contestant in every round, one after the other within a round; one warm-up round."""
+    """Steps per second of every contestant in every round, after one round of warm-up.
+
+    Contestants alternate within a round, so that a change in the machine's speed meets all of them.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, run in contestants.items():
@@ -32,10 +35,10 @@ def in_turn(contestants: dict[str, Run], steps: int, rounds: int = 7) -> dict[st
 
 
 def peers_of(folder: Path, module: str, extra: str) -> dict[str, Callable]:
-    """``PEERS`` of a module of scripts/peers.
+    """Imports ``PEERS`` from a module of scripts/peers.
 
     Raises:
-      ValueError: what it needs is not installed; ``extra`` would install it.
+      ValueError: a library of the peers is missing; ``extra`` installs it.
     """
     sys.path.append(str(folder))
     try:
@@ -45,15 +48,15 @@ def peers_of(folder: Path, module: str, extra: str) -> dict[str, Callable]:
 
 
 def speed(name: str, values: list[float]) -> str:
-    """One line: a contestant's steps per second."""
+    """Formats the steps per second of a contestant as one line."""
     return f"{name:<26} {spread(values)} steps/s"
 
 
 def ratio(speeds: dict[str, list[float]], ours: str, other: str) -> list[float]:
-    """How many times as fast ``ours`` is as ``other``, round by round."""
+    """Speed of ``ours`` relative to ``other``, round by round."""
     return [a / b for a, b in zip(speeds[ours], speeds[other], strict=True)]
 
 
 def spread(values: list[float]) -> str:
-    """Median [least, most]."""
+    """Formats values as median [least, most]."""
     return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"

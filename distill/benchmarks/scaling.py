@@ -1,7 +1,7 @@
-"""The same steps on more and more devices, and in two processes: equal losses, bytes exchanged, what sizes cost.
+"""Benchmark of scaling: the same steps on 1 to 8 devices and in two processes, and the cost of larger sizes.
 
-The devices are parts of one machine's CPU: what is compared is values and bytes; the seconds of several devices there
-say nothing about a slice and are not printed.
+The devices are parts of one machine's CPU, so the comparison is of losses and bytes. The time of several such devices
+predicts nothing about a slice and is not printed.
 """
 
 import functools
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """In a batch."""
+        """Tokens of a batch."""
         return self.batch * self.length
 
     def models(self) -> tuple[Model, Model]:
@@ -62,7 +62,7 @@ class Shape(NamedTuple):
         return self._decoder(2 * self.width), self._decoder(self.width)
 
     def flops(self) -> float:
-        """Of a step's products: the teacher's forward pass, three of the student's."""
+        """FLOPs of a step: the teacher's forward pass and three of the student's."""
         teacher, student = (model.config.flops_per_token(self.length) for model in self.models())
         return self.tokens * (teacher + 3 * student)
 
@@ -78,18 +78,18 @@ MESHES = {
     "8 fsdp": (8, ParallelConfig("mesh", fsdp=8)),
     "4 fsdp × 2 tensor": (8, ParallelConfig("mesh", fsdp=4, tensor=2)),
 }
-"""Name → devices, and how they are used."""
+"""Name → number of devices and their mesh."""
 
 SWEEPS = {
     "tokens": [Shape(batch=n, length=64, width=64, vocab=4096) for n in (4, 8, 16, 32)],
     "layers": [Shape(batch=8, length=64, width=64, vocab=4096, layers=n) for n in (1, 2, 4, 8)],
     "vocab": [Shape(batch=8, length=64, width=64, vocab=n) for n in (2048, 4096, 8192, 16_384)],
 }
-"""What grows → shapes."""
+"""Name of the size that grows → shapes."""
 
 
 class Program(NamedTuple):
-    """A dispatch of steps, compiled, with its arguments."""
+    """A compiled dispatch of steps with its arguments."""
 
     compiled: Any
     wrapping: Wrapping
@@ -99,13 +99,13 @@ class Program(NamedTuple):
     loader: Loader
 
     def losses(self, steps: int) -> list[float]:
-        """Of so many steps from the start; the state is used up."""
+        """Losses of the first steps; donates the state, so call it once."""
         _, metrics = self.compiled(self.state, self.frozen, self.examples, self._rows(steps))
         total, weight = (np.asarray(processes.fetch(part)) for part in metrics["loss"])
         return (total / weight).tolist()
 
     def seconds(self, rounds: int) -> list[float]:
-        """Of a dispatch of one step, after one of warm-up."""
+        """Seconds of dispatches of one step, after one of warm-up."""
         state, found = self.state, []
         for _ in range(rounds + 1):
             start = time.perf_counter()
@@ -118,7 +118,7 @@ class Program(NamedTuple):
 
 
 def program(shape: Shape, config: ParallelConfig, devices: Sequence[jax.Device], steps: int) -> Program:
-    """The train step of a shape on some devices, so many steps a dispatch; drawn from seeds, compiled."""
+    """Compiles the train step of a shape on some devices with ``steps`` steps per dispatch; weights are random."""
     teacher, student = shape.models()
     update = optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant"), 1)
     make_step = functools.partial(_make_step, teacher, student, update)
@@ -138,7 +138,7 @@ def _make_step(teacher: Model, student: Model, update: Any, axis_name: str | Non
 
 
 def _examples(shape: Shape) -> Batch:
-    """Random tokens; every row counts another number of them."""
+    """Random tokens, with a different number of counted tokens in every row."""
     tokens = np.random.default_rng(0).integers(0, shape.vocab, (4 * shape.batch, shape.length + 1))
     first = np.arange(len(tokens)) * 5 % (shape.length - 1)
     return shift(tokens, np.arange(shape.length + 1) > first[:, None])
@@ -148,7 +148,7 @@ def _examples(shape: Shape) -> Batch:
 
 
 def measure(name: str, devices: Sequence[jax.Device], shape: Shape | None = None) -> dict[str, Any]:
-    """Losses of ``STEPS`` steps, and MiB that a device sends in one of them: computed, and as compiled."""
+    """Losses of ``STEPS`` steps, and MiB that a device sends per step: by formula and by the compiled program."""
     config, shape = MESHES[name][1], shape or Shape()
     made = program(shape, config, devices, STEPS)
     kinds: dict[str, float] = {}
@@ -158,11 +158,11 @@ def measure(name: str, devices: Sequence[jax.Device], shape: Shape | None = None
 
 
 def sent(shape: Shape, config: ParallelConfig, devices: int) -> float:
-    """Bytes that a device has to send in a step, float32, in rings.
+    """Bytes in float32 that a device must send in a step on a ring.
 
-    With P parameters of the student and Q of the teacher, on n devices: data 2·4P·(n − 1)/n, the sum of the gradients;
-    fsdp 4·(3P + Q)·(n − 1)/n, where both passes collect the student's parameters, the teacher's are collected once,
-    and the gradients are summed to their places. NaN for a mesh with a tensor axis, whose activations are exchanged.
+    With P parameters of the student and Q of the teacher on n devices: data 2·4P·(n − 1)/n, an all-reduce of the
+    gradients; fsdp 4·(3P + Q)·(n − 1)/n, which gathers the student's parameters in both passes and the teacher's once,
+    and reduce-scatters the gradients. NaN for a mesh with a tensor axis, which also exchanges activations.
     """
     teacher, student = (model.parameter_count() for model in shape.models())
     if config.tensor > 1:
@@ -172,16 +172,16 @@ def sent(shape: Shape, config: ParallelConfig, devices: int) -> float:
 
 
 def two_processes(name: str = "8 data") -> dict[str, Any]:
-    """``measure`` by two processes, each with half of the devices; what process 0 found.
+    """Runs ``measure`` in two processes with half of the devices each; returns the result of process 0.
 
     Raises:
-      RuntimeError: one of them failed; its own message is on stderr.
+      RuntimeError: a process failed; its message is on stderr.
     """
     with socket.socket() as place, tempfile.TemporaryDirectory() as folder:
         place.bind(("localhost", 0))
         port, answer = place.getsockname()[1], Path(folder) / "answer.json"
         place.close()
-        command = [sys.executable, "-c", "from distill import benchmark_scaling; benchmark_scaling.worker()"]
+        command = [sys.executable, "-c", "from distill.benchmarks import scaling; scaling.worker()"]
         shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
         shared |= {"XLA_FLAGS": _flags(DEVICES // 2), "SCALING": json.dumps([name, str(answer)])}
         options: dict[str, Any] = {"cwd": Path(__file__).parents[2], "stdout": subprocess.DEVNULL}
@@ -200,7 +200,7 @@ def two_processes(name: str = "8 data") -> dict[str, Any]:
 
 
 def worker() -> None:
-    """One process of ``two_processes``; the environment says which, and what it does."""
+    """One process of ``two_processes``, with its index and its task in environment variables."""
     processes.start()
     name, answer = json.loads(os.environ["SCALING"])
     found = measure(name, jax.devices())
@@ -209,13 +209,13 @@ def worker() -> None:
 
 
 def _flags(devices: int) -> str:
-    """Variable XLA_FLAGS for so many devices on a CPU."""
+    """Value of XLA_FLAGS for this number of CPU devices."""
     others = (flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag)
     return " ".join([*others, f"--xla_force_host_platform_device_count={devices}"])
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each case; losses are compared with those of one device."""
+    """Lines of a table with a row per case; losses are compared with those of one device."""
     lines = [
         "| devices | loss 1 … last | differs by | computed MiB | compiled MiB | of these |",
         "|---|---|---:|---:|---:|---|",
@@ -233,12 +233,14 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-# ---- what sizes cost
+# ---- cost of larger sizes
 
 
 def curves(rounds: int, folder: Path, sweeps: dict[str, list[Shape]] = SWEEPS) -> tuple[list[str], dict[str, Any]]:
-    """A step on one device as tokens, layers and vocabulary grow: seconds, temporary memory, FLOPs; drawn to PNGs."""
+    """Measures a step on one device as tokens, layers and vocabulary grow; draws PNGs.
 
+    Returns lines of a table and their numbers: seconds, temporary memory and FLOPs.
+    """
     lines = ["| grows | to | ms a step | temporary MiB | GFLOP computed |", "|---|---:|---:|---:|---:|"]
     numbers: dict[str, Any] = {}
     for what, shapes in sweeps.items():
@@ -257,17 +259,17 @@ def curves(rounds: int, folder: Path, sweeps: dict[str, list[Shape]] = SWEEPS) -
 
 
 def scaling(rounds: int, folder: Path = Path("runs")) -> list[str]:
-    """Lines of the benchmark; its numbers go to FOLDER/benchmark_scaling.json, its curves to PNGs beside it.
+    """Lines of the benchmark; writes numbers to FOLDER/benchmark_scaling.json and curves to PNGs beside it.
 
     Args:
-      rounds: of the seconds.
-      folder: made if it is not there.
+      rounds: rounds of the timings.
+      folder: created if it does not exist.
 
     Raises:
-      ValueError: JAX already runs with fewer devices than are compared.
+      ValueError: JAX is already initialised with too few devices.
     """
     os.environ["XLA_FLAGS"] = _flags(DEVICES)
-    os.environ.setdefault("NPROC", "16")  # a thread pool in which eight devices can wait for each other
+    os.environ.setdefault("NPROC", "16")  # threads enough for eight devices to wait for each other
     jax.config.update("jax_platforms", "cpu")
     if len(jax.devices()) < DEVICES:
         raise ValueError(f"scaling: JAX runs with {len(jax.devices())} devices already; expected {DEVICES} on the CPU.")

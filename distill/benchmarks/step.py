@@ -1,4 +1,4 @@
-"""A whole distillation step beside other libraries: every contestant a process of its own, one computing at a time."""
+"""Benchmark of a whole distillation step beside other libraries: separate processes, one computing at a time."""
 
 import contextlib
 import json
@@ -18,10 +18,10 @@ from distill.benchmarks.rounds import spread
 
 BATCH, LENGTH = 8, 256
 SHAPE = {"student": (4, 256), "teacher": (8, 512)}
-"""Layers and widths; heads of 64, feed-forward of three widths, untied heads, float32."""
+"""Layers and width; head size 64, feed-forward 3 · width, untied heads, float32."""
 
 PRODUCTS = 100 * 2 * 2048 * 512 * 1536
-"""FLOPs of a turn of matmul_step.py."""
+"""FLOPs of one step of matmul_step.py."""
 
 SCRIPTS = {
     "distill": ("distill_step", ()),
@@ -31,14 +31,17 @@ SCRIPTS = {
     "EasyDeL": ("easydel_step", ("easydel", "torch", "PIL")),
     "matmul": ("matmul_step", ()),
 }
-"""Contestant → its script in scripts/peers and the modules it cannot do without."""
+"""Contestant → its script in scripts/peers and the modules it requires."""
 
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""For every contestant, where the caller has not set it: XLA and PyTorch ask for memory anew in every step."""
+"""Environment of every contestant unless set: XLA and PyTorch allocate memory anew in every step."""
 
 REST = 3.0
-"""Seconds before every turn. Two seconds after memory was freed, Linux hands it to a virtual machine's host (free page
-reporting); without a rest that falls into the turn of another contestant."""
+"""Seconds of rest before every turn.
+
+Two seconds after memory is freed, Linux returns it to the host of a virtual machine (free page reporting). Without a
+rest that work would fall into the turn of the next contestant.
+"""
 
 FILE = Path("runs/benchmark_step.json")
 
@@ -57,7 +60,7 @@ def flops(vocab: int) -> float:
 
 
 def missing(python: str, modules: tuple[str, ...]) -> str:
-    """Which of these modules the interpreter lacks, in words; empty if none."""
+    """Names of the modules that the interpreter lacks, as text; empty if it has all."""
     try:
         found = subprocess.run([python, "-c", _FIND, *modules], capture_output=True, text=True)
     except OSError as error:
@@ -66,15 +69,15 @@ def missing(python: str, modules: tuple[str, ...]) -> str:
 
 
 def commands(folder: Path, pythons: Sequence[str], task: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Contestant → command, and contestant → what its interpreter lacks.
+    """Contestant → command, and contestant → modules that its interpreter lacks.
 
     Args:
-      folder: scripts/peers.
-      pythons: ``NAME=PATH``, a contestant and its interpreter where it is not the running one.
-      task: JSON for the scripts.
+      folder: path of scripts/peers.
+      pythons: ``NAME=PATH``, the interpreter of a contestant; the default is the running one.
+      task: JSON argument of the scripts.
 
     Raises:
-      ValueError: another form, or no such contestant.
+      ValueError: an argument of another form, or an unknown contestant.
     """
     others = [name for name, (_, modules) in SCRIPTS.items() if modules]
     for one in pythons:
@@ -93,12 +96,12 @@ def commands(folder: Path, pythons: Sequence[str], task: str) -> tuple[dict[str,
 
 
 def race(commands: Mapping[str, list[str]], rounds: int) -> dict[str, list[list[float]]]:
-    """Seconds and memory of every contestant in every round, in turn; two rounds of warm-up.
+    """Seconds and memory of every contestant in every round, in turn, after two rounds of warm-up.
 
-    A turn is two steps, of which the second counts (scripts/peers/step_worker.py), after a rest of ``REST``.
+    A turn is a rest of ``REST`` seconds and two steps, of which the second counts (scripts/peers/step_worker.py).
 
     Raises:
-      RuntimeError: a contestant ended before it answered.
+      RuntimeError: a contestant ended without an answer.
     """
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = LARGE_PAGES | os.environ
@@ -108,7 +111,7 @@ def race(commands: Mapping[str, list[str]], rounds: int) -> dict[str, list[list[
         for i in range(rounds + 2):
             for name, worker in workers.items():
                 time.sleep(REST)
-                with contextlib.suppress(BrokenPipeError):  # said below
+                with contextlib.suppress(BrokenPipeError):  # the empty answer below is the error
                     worker.stdin.write("go\n")
                     worker.stdin.flush()
                 line = worker.stdout.readline()
@@ -127,8 +130,9 @@ def race(commands: Mapping[str, list[str]], rounds: int) -> dict[str, list[list[
 
 
 def table(vocab: int, answers: Mapping[str, list[list[float]]]) -> list[str]:
-    """Lines: seconds, ours over theirs round by round, share of the measured peak, memory."""
+    """Lines of a table: seconds, ratio of ours to theirs, share of the measured peak, memory."""
     answers = dict(answers)
+    # The best rate of plain products in this run stands for the machine's peak.
     peak = max(PRODUCTS / one[0] for one in answers.pop("matmul"))
     ours = [one[0] for one in answers["distill"]]
     lines = ["| V | who | seconds | distill / it | MFU | peak resident MB |", "|---:|---|---:|---:|---:|---:|"]
@@ -145,21 +149,21 @@ def table(vocab: int, answers: Mapping[str, list[list[float]]]) -> list[str]:
 
 
 def step(vocab: int, rounds: int, peers: Path, pythons: Sequence[str], file: Path = FILE) -> list[str]:
-    """Lines of the table for one vocabulary; adds the numbers to ``file``.
+    """Runs the benchmark for one vocabulary size and adds the numbers to ``file``. Returns the lines of its table.
 
     Args:
-      vocab: words.
-      rounds: measured, after two of warm-up.
-      peers: scripts/peers.
+      vocab: vocabulary size.
+      rounds: measured rounds, after two of warm-up.
+      peers: path of scripts/peers.
       pythons: see ``commands``.
-      file: JSON, vocabulary → contestant → [seconds, MB] of every round.
+      file: JSON, vocabulary size → contestant → [seconds, MB] of every round.
 
     Raises:
-      ValueError: fewer than 2 words or no round; an interpreter as in ``commands``.
-      RuntimeError: a contestant ended before it answered.
+      ValueError: fewer than 2 tokens or no round; an interpreter as in ``commands``.
+      RuntimeError: a contestant ended without an answer.
     """
     if vocab < 2 or rounds < 1:
-        raise ValueError(f"--vocab {vocab} --rounds {rounds}: at least 2 words and 1 round are needed.")
+        raise ValueError(f"--vocab {vocab} --rounds {rounds}: at least 2 tokens and 1 round are needed.")
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder) / "ids.npy"
         np.save(ids, np.random.default_rng(0).integers(0, vocab, (BATCH, LENGTH + 1)).astype(np.int32))

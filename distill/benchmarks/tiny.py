@@ -1,4 +1,4 @@
-"""Measurements: contestants in turn in one process, medians and ratios with their spread, start-up from outside."""
+"""Benchmark of the tiny regime: steps per second beside eager PyTorch in one process, and start-up time."""
 
 import dataclasses
 import os
@@ -27,13 +27,13 @@ from distill.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """One shape of the tiny regime: live teacher, forward KL, AdamW with clipping, on two-digit addition."""
+    """A shape of the tiny regime: live teacher, forward KL, AdamW with clipping, on two-digit addition."""
 
     teacher: DecoderConfig
     student: DecoderConfig
     batch_size: int
     steps: int
-    """Steps of one dispatch; four dispatches are a round."""
+    """Steps per dispatch; four dispatches are a round."""
 
 
 def _model(layers: int, width: int) -> DecoderConfig:
@@ -47,7 +47,10 @@ TINY = (
 
 
 def ours(case: Tiny, examples: Batch, per_dispatch: int, pmapped: bool = False) -> Run:
-    """The library: so many steps a dispatch; of one, the loss is read every time. On one device, or pmapped on all."""
+    """The run of this library, on one device or pmapped on all.
+
+    With one step per dispatch the loss is read after every step, as a plain loop does.
+    """
     teacher, student = decoder(case.teacher), decoder(case.student)
     update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)
 
@@ -74,10 +77,10 @@ def ours(case: Tiny, examples: Batch, per_dispatch: int, pmapped: bool = False) 
 
 
 def tiny(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
-    """Lines of the tiny benchmark: steps per second against ``peers``, and start-up.
+    """Lines of the tiny benchmark: steps per second beside ``peers``, and start-up time.
 
     Args:
-      peers: name → ``(case, examples) -> run``; the same training in eager PyTorch, from scripts/peers.
+      peers: name → ``(case, examples) -> run``, the same training in eager PyTorch, from scripts/peers.
     """
     data = addition.AdditionConfig()
     examples = addition.load(data)["train"].batch(data)
@@ -98,12 +101,12 @@ def tiny(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
 
 
 def tiny_and_data(peers: dict[str, Callable[[Tiny, Batch], Run]]) -> list[str]:
-    """Lines of the tiny benchmark, and what making its batches takes."""
+    """Lines of the tiny benchmark, and the time to compute the indices of its batches."""
     return [*tiny(peers), data_line()]
 
 
 def start_up(rounds: int = 3) -> list[str]:
-    """Seconds of a whole process that reads the data, draws both models, compiles and takes one step."""
+    """Lines: seconds of a process that reads the data, draws both models, compiles and takes one step."""
     times: dict[str, list[float]] = {"cold": [], "with the compilation cache": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as cache:
@@ -114,7 +117,7 @@ def start_up(rounds: int = 3) -> list[str]:
 
 def _process_seconds(cache: str) -> float:
     environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
-    command = [sys.executable, "-c", "from distill import benchmark; benchmark.first_step()"]
+    command = [sys.executable, "-c", "from distill.benchmarks import tiny; tiny.first_step()"]
     root = str(Path(__file__).parents[2])
     start = time.perf_counter()
     subprocess.run(command, check=True, cwd=root, env=environment | {"XDG_CACHE_HOME": cache}, capture_output=True)
@@ -122,7 +125,7 @@ def _process_seconds(cache: str) -> float:
 
 
 def first_step() -> None:
-    """What ``start_up`` times: a distillation of the first tiny shape up to and with its first step."""
+    """The process that ``start_up`` times: distils the first tiny shape for one step."""
     from distill import cli
 
     cli.set_up_jax()
@@ -131,7 +134,7 @@ def first_step() -> None:
 
 
 def time_data(steps: int = 1000, batch_size: int = 256) -> float:
-    """Milliseconds to compute the indices of one batch, over new epochs."""
+    """Milliseconds to compute the indices of one batch, averaged over several epochs."""
     examples = addition.encode(addition.AdditionConfig(), np.array([[1, 2]] * 5000)).batch(addition.AdditionConfig())
     loader = Loader(examples, batch_size, seed=123_456)
     start = time.perf_counter()
@@ -140,5 +143,5 @@ def time_data(steps: int = 1000, batch_size: int = 256) -> float:
 
 
 def data_line() -> str:
-    """``time_data`` in words."""
+    """Formats ``time_data`` as one line."""
     return f"indices of one batch of 256: {time_data():.2f} ms of Python, while the device computes"

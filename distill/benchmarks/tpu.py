@@ -1,6 +1,7 @@
-"""The loss head compiled ahead of time for a TPU slice that is not here: its memory and its collectives. Nothing runs.
+"""Benchmark of the loss head compiled ahead of time for a TPU slice: memory and collectives. No TPU is needed.
 
-Tokens lie over the axes data and fsdp, heads as the train step places them: widths over fsdp, words over tensor.
+Tokens are divided over the axes data and fsdp. Heads are placed as in the train step: widths over fsdp, the vocabulary
+over tensor.
 """
 
 import functools
@@ -21,11 +22,11 @@ from distill.devices import backend
 from distill.planning.hlo import Collective, collectives
 
 SLICES = (("4x4", (2, 2, 4)), ("2x2", (1, 2, 2)), ("2x2", (4, 1, 1)))
-"""Topology of v5e chips, and how many of them lie along data, fsdp and tensor."""
+"""Topology of v5e chips, and the sizes of the axes data, fsdp and tensor."""
 HEADS = ((2048, 4096, 128_256), (1024, 4096, 151_936))
-"""Widths of student and teacher, words."""
+"""Widths of student and teacher, vocabulary size."""
 TOKENS = 8192
-"""On every device of data and fsdp."""
+"""Tokens on every device of data and fsdp."""
 
 
 def tpu() -> list[str]:
@@ -35,14 +36,14 @@ def tpu() -> list[str]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the compiler for TPUs (libtpu) is not installed; pip install -e '.[tpu]'. No TPU is needed.")
-    jax.config.update("jax_platforms", "cpu")  # nothing here may wait for a TPU
+    jax.config.update("jax_platforms", "cpu")  # a backend for TPUs would wait for one
     lines = []
     for topology, shape in SLICES:
         mesh = tpu_mesh(topology, shape)
         placed = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         for width, teacher_width, vocab in HEADS:
             tokens = TOKENS * shape[0] * shape[1]
-            chunk = backend.chunk_size(vocab // shape[2], "tpu")  # words of one device
+            chunk = backend.chunk_size(vocab // shape[2], "tpu")  # the columns of one device
             sizes = f"{tokens} tokens in chunks of {chunk}, V={vocab}, D={width}/{teacher_width}, bfloat16"
             lines.append(f"v5e {topology} ({placed}), {sizes}; on each device:")
             lines += [
@@ -52,10 +53,10 @@ def tpu() -> list[str]:
 
 
 def tpu_mesh(topology: str, shape: tuple[int, int, int]) -> Mesh:
-    """A mesh of axes (data, fsdp, tensor) over chips that are not here."""
+    """A mesh of axes (data, fsdp, tensor) over chips that are not attached."""
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # outside of Google Cloud there is no metadata server
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     devices = topologies.get_topology_desc(f"v5e:{topology}", "tpu").devices
@@ -63,7 +64,7 @@ def tpu_mesh(topology: str, shape: tuple[int, int, int]) -> Mesh:
 
 
 def head_on(mesh: Mesh, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[str]:
-    """Two lines or more for each of the two heads: memory, then collectives."""
+    """Lines for each of the two heads: memory, then collectives."""
     lines = []
     for name, function in (("chunked", functools.partial(chunked_head, mesh=mesh)), ("plain", plain_head)):
         start = time.perf_counter()
@@ -81,7 +82,7 @@ def head_on(mesh: Mesh, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[str]:
 
 
 def compiled_on(mesh: Mesh, function: Callable, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    """Value and gradients of ``function`` with respect to the student's hidden states and head, compiled for a mesh."""
+    """Compiles value and gradients of ``function``, by the student's hidden states and head, for a mesh."""
     kernel = PartitionSpec(parallel.MESH_AXES["embed"], parallel.MESH_AXES["vocab"])
     rows = PartitionSpec(parallel.batch_axes(mesh))
     value, rows, heads = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), rows, kernel))
@@ -92,7 +93,7 @@ def compiled_on(mesh: Mesh, function: Callable, shapes: tuple[jax.ShapeDtypeStru
 
 
 def _too_large(error: Exception) -> str:
-    """What a program that does not fit would need; any other error is raised again."""
+    """Compiler message of a program that does not fit; re-raises any other error."""
     code, _, message = str(error).partition(": ")
     if code != "RESOURCE_EXHAUSTED":
         raise error
@@ -100,7 +101,7 @@ def _too_large(error: Exception) -> str:
 
 
 def summary(found: list[Collective]) -> list[str]:
-    """What is exchanged for each chunk, and what once."""
+    """Lines: collectives inside the loop over chunks, and those outside."""
     lines = []
     for inside, place in ((True, "for each chunk"), (False, "once")):
         kinds: dict[str, list[int]] = {}

@@ -2,7 +2,7 @@
 
 A source is a file, a folder, or one of two corpora that need no manual download: ``pydoc``, the language
 reference that Python's ``help()`` shows (79 pages in Python 3.11; it changes with the version of Python), and
-``chitchat``, 7 168 dialogues of people (``weights.carried.CHITCHAT``, MIT, fetched once with pip and known by hash).
+``chitchat``, 7 168 dialogues of people (``fetch.CHITCHAT``, MIT, fetched once with pip and known by hash).
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""What a run will need on a slice of chips."""
+"""Planning: memory, time and cost of a run on a slice of chips, before it starts."""

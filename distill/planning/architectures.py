@@ -1,6 +1,6 @@
-"""Shapes of published models, so that a run can be planned where neither their weights nor a network are.
+"""Shapes of published models, so that a run can be planned without their weights and without internet access.
 
-What stands here are the numbers of their ``config.json``, and how many tokens their tokenizers have.
+The table holds the numbers of their ``config.json`` and the vocabulary sizes of their tokenizers.
 """
 
 import dataclasses
@@ -65,19 +65,19 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], int]] = {
         262144,
     ),
 }  # fmt: skip
-"""Name on the hub, or of ``carried.MODELS`` → ``config.json`` without what says nothing of shapes, and tokens."""
+"""Name on the hub, or built-in name → the entries of ``config.json`` that decide shapes, and tokens."""
 
 
 def architecture(
     name: str, activations: Literal["float32", "bfloat16"] = "float32"
 ) -> tuple[DecoderConfig | EncoderConfig, int]:
-    """The network of a model, by its path or its name, and how many of its ids are tokens; no weight is read.
+    """The network of a model, by path or name, and the size of its vocabulary; no weight is read.
 
-    Of a folder or a file, every row of the embedding counts as a token.
+    For a folder or a file, every row of the embedding counts as a token.
 
     Raises:
-      FileNotFoundError: neither there nor in ``ARCHITECTURES``.
-      ValueError: not supported.
+      FileNotFoundError: no such path, and the name is not in ``ARCHITECTURES``.
+      ValueError: an unsupported model.
 
     Example:
       >>> config, tokens = architecture("Qwen/Qwen3-8B")

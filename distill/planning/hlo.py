@@ -1,7 +1,7 @@
-"""What devices exchange, read from the text of a compiled program.
+"""Collectives of a compiled program, parsed from its text.
 
-The compiler's own cost analysis counts the body of a loop once. Here every loop is followed to how often it turns:
-layers, micro-batches, chunks.
+The compiler's cost analysis counts the body of a loop once. Here every collective is multiplied by the trip counts of
+the loops around it: layers, micro-batches, chunks.
 """
 
 import math
@@ -23,20 +23,22 @@ class Collective(NamedTuple):
 
     kind: str
     size: int
-    """Bytes of its result on one device; of a reduce-scatter, of what goes in."""
+    """Bytes of its result on one device; for a reduce-scatter, bytes of its operand."""
     loops: tuple[int | None, ...]
-    """How often each loop around it turns, the outermost first; None where that is known only when it runs."""
+    """Trip count of each loop around it, the outermost first; None where it is known only at run time."""
     devices: int | None
-    """How many exchange with each other; None where the text does not say it plainly."""
+    """Devices in one group; None where the text has no known form of it."""
 
     def times(self, unknown: int = 1) -> int:
-        """How often it is done, a loop of unknown length counted as ``unknown`` turns."""
+        """Number of executions; a loop of unknown length counts as ``unknown`` iterations."""
         return math.prod(unknown if turns is None else turns for turns in self.loops)
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends each time, in rings: all-gather and reduce-scatter of S bytes S(n − 1)/n, an
-        all-reduce twice that."""
+        """Bytes that a device sends per execution on a ring of n devices.
+
+        An all-gather or reduce-scatter of S bytes sends S(n − 1)/n, an all-reduce twice that.
+        """
         others = 1.0 if self.devices is None else 1.0 - 1.0 / self.devices
         if self.kind == "collective-permute":
             return float(self.size)
@@ -44,10 +46,10 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Of a compiled program: every operation in which devices exchange something.
+    """All collectives of a compiled program.
 
-    One that the compiler has cut into stages, to compute between them, stands in the text several times under one
-    channel; it is counted once.
+    The compiler splits some into stages in order to compute between them. These occur several times in the text with
+    the same channel and count once.
     """
     bodies = {name: lines for name, lines in _computations(text)}
     around = _loops(bodies)
@@ -58,6 +60,7 @@ def collectives(text: str) -> list[Collective]:
                 one = _collective(name, line, match, around.get(name, ()))
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = (channel[1],) if channel else (name, number)
+                # Stages of one collective may lie in different loops; the one that runs most often counts.
                 if key not in found or found[key].times() < one.times():
                     found[key] = one
     return list(found.values())
@@ -69,13 +72,13 @@ def _collective(computation: str, line: str, match: re.Match, loops: tuple[int |
     size, devices, kind = max(arrays) if both else sum(arrays), _devices(line), match[2]
     if kind == "reduce-scatter":
         size *= devices or 1
-    if computation.startswith("all-reduce-scatter"):  # fused: a sum of which every device keeps its part
+    if computation.startswith("all-reduce-scatter"):  # fused by XLA: every device keeps its part of the sum
         kind = "reduce-scatter"
     return Collective(kind, size, loops, devices)
 
 
 def _loops(bodies: dict[str, list[str]]) -> dict[str, tuple[int | None, ...]]:
-    """Computation → how often each loop around it turns."""
+    """Computation → trip counts of the loops around it, the outermost first."""
     called: dict[str, list[tuple[str, bool, int | None]]] = {}
     inner = set()
     for name, lines in bodies.items():
@@ -85,6 +88,7 @@ def _loops(bodies: dict[str, list[str]]) -> dict[str, tuple[int | None, ...]]:
                 turns = _turns(line, bodies.get(loop[1], [])) if loop else None
                 called.setdefault(name, []).append((callee, bool(loop), turns))
                 inner.add(callee)
+    # From the entry computation down; a computation called from several places keeps its deepest nesting.
     around: dict[str, tuple[int | None, ...]] = {name: () for name in bodies if name not in inner}
     queue = list(around)
     while queue:
@@ -98,7 +102,7 @@ def _loops(bodies: dict[str, list[str]]) -> dict[str, tuple[int | None, ...]]:
 
 
 def _turns(line: str, condition: list[str]) -> int | None:
-    """How often a loop turns: as the compiler notes it, or the constant its counter is compared with, from 0."""
+    """Trip count of a loop: as noted by the compiler, or the constant that its counter is compared with."""
     if noted := re.search(r'known_trip_count[":{]+n[":]+(\d+)', line):
         return int(noted[1])
     bounds = [int(n) for line in condition for n in re.findall(r" = [su]32\[\]\S* constant\((\d+)\)", line)]
@@ -106,7 +110,8 @@ def _turns(line: str, condition: list[str]) -> int | None:
 
 
 def _devices(line: str) -> int | None:
-    """Groups of two: ``replica_groups=[4,2]<=[8]``, ``{{0,1},{2,3}}`` and ``mesh['x'=4,'y'=2] … {'y'}``."""
+    """Size of a group, here 2 in every form: ``replica_groups=[4,2]<=[8]``, ``{{0,1},{2,3}}`` and
+    ``mesh['x'=4,'y'=2] … {'y'}``."""
     if short := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(short[1])
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line):

@@ -1,8 +1,9 @@
-"""What a run will need, before a machine is paid for: the real step, lowered on shapes alone, compiled for the chips.
+"""Plans a run before a machine is paid for: the real train step is lowered on shapes and compiled for the chips.
 
-No weight, no text, no accelerator. For a slice of TPUs the step is compiled by the TPUs' compiler, so that bytes are
-its own; for GPUs it is compiled for as many CPU devices, which is an estimate and says so. Seconds and dollars are
-bounds from a roofline (``roofline.py``), never measured.
+A plan needs no weights, no text and no accelerator. For a slice of TPUs the compiler for TPUs compiles the step, so the
+bytes are those of the real program. For GPUs the step is compiled for as many CPU devices, and the plan marks the bytes
+as an estimate.
+Seconds and dollars are bounds of a roofline model (``roofline.py``), never measured.
 """
 
 import dataclasses
@@ -38,28 +39,28 @@ from distill.train import Task, lower
 
 
 def abstract_task(config: TextConfig) -> Task:
-    """What the distilled student learns (``experiments.text.run.distillation``), as shapes.
+    """The distillation task (``experiments.text.run.distillation``) as shapes.
 
     The examples are those of one dispatch.
 
     Raises:
       FileNotFoundError: the shapes of a model are not known.
-      ValueError: an encoder, a student larger than its teacher, or one of factors.
+      ValueError: an encoder, a student larger than its teacher, or a factorised student.
     """
     if not config.student.start.plain:
         raise ValueError("plan: a student in factors, or with its teacher's embeddings, cannot be planned yet.")
-    teacher, words = _decoder_of(config.teacher, config)
+    teacher, vocab_size = _decoder_of(config.teacher, config)
     if config.student.source is None:
         asked = config.student
         sizes = {name: getattr(asked, name) for name in ("kv_heads", "feed_forward", "width")}
         student = part_of(teacher, layers=asked.start.layers or asked.layers, **sizes)
     else:
         student, of_student = _decoder_of(config.student.source, config)
-        words = min(words, of_student)
-    if config.vocabulary is not None:  # both are cut to as many words
-        words = min(words, config.vocabulary)
-        teacher, student = (dataclasses.replace(one, vocab_size=words) for one in (teacher, student))
-    of_teacher, of_student = (decoder(one).with_vocabulary(words) for one in (teacher, student))
+        vocab_size = min(vocab_size, of_student)
+    if config.vocabulary is not None:  # teacher and student are cut to the same vocabulary
+        vocab_size = min(vocab_size, config.vocabulary)
+        teacher, student = (dataclasses.replace(one, vocab_size=vocab_size) for one in (teacher, student))
+    of_teacher, of_student = (decoder(one).with_vocabulary(vocab_size) for one in (teacher, student))
     of_student, terms = learner(config.objective, of_student, of_teacher)
     of_teacher, params = held(of_teacher, config.teacher_dtype)
     shape = config.training.dispatch * config.training.batch_size, config.data.length
@@ -82,10 +83,10 @@ def _decoder_of(name: str, config: TextConfig) -> tuple[DecoderConfig, int]:
 
 
 def check(config: Any, dollars_per_hour: str | None = None, tries: str = "0") -> tuple[float | None, int]:
-    """The numbers of a command line, once a plan can be made at all.
+    """Checks that a plan can be made and parses the numbers of the command line: dollars and tries.
 
     Raises:
-      ValueError: a configuration of another kind, one that uses no mesh, or no number where there should be one.
+      ValueError: a configuration of another kind or without a mesh, or an argument that is not a number.
     """
     if not isinstance(config, TextConfig):
         raise ValueError(
@@ -107,20 +108,20 @@ def check(config: Any, dollars_per_hour: str | None = None, tries: str = "0") ->
 
 
 class Program(NamedTuple):
-    """A step, compiled."""
+    """A compiled step."""
 
     bytes: dict[str, int]
-    """On one device: what is placed there, and of the program ``temporary`` and ``total``."""
+    """Bytes on one device: of each array placed there, and ``temporary`` and ``total`` of the program."""
     exchanged: list[Collective]
     flops_once: float
-    """Of XLA's cost analysis, which counts the body of a loop once."""
+    """FLOPs by XLA's cost analysis, which counts the body of a loop once."""
     seconds: dict[str, float]
-    """``lower`` and ``compile`` on this machine, and ``cpu``: CPU-seconds of both."""
+    """Seconds of ``lower`` and ``compile`` on this machine, and ``cpu``, the CPU-seconds of both."""
     fits: bool
 
 
 def compile_step(config: TextConfig, topology: Topology, task: Task | None = None) -> Program:
-    """The step of a configuration on a slice.
+    """Compiles the train step of a configuration for a slice.
 
     Raises:
       ValueError: a mesh that does not divide the devices or the models, a batch that cannot be divided.
@@ -140,6 +141,7 @@ def compile_step(config: TextConfig, topology: Topology, task: Task | None = Non
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+        # The TPU compiler refuses a program that exceeds the memory; its message still states the bytes.
         needed = _needed(error, sum(placed.values()))
         needed = needed | {"evaluation": kept, "total": needed["total"] + kept}
         seconds |= {"compile": time.perf_counter() - start, "cpu": time.process_time() - cpu}
@@ -155,9 +157,9 @@ def compile_step(config: TextConfig, topology: Topology, task: Task | None = Non
 
 
 def heldout_bytes(config: TextConfig, task: Task, mesh: Any) -> int:
-    """Bytes on one device of the teacher's states on the held-out rows, which are kept (``evaluation/heldout.py``).
+    """Bytes on one device of the teacher's hidden states on the held-out rows (``evaluation/heldout.py``).
 
-    Where the configuration does not say how many rows there are, those of the learning curve.
+    Evaluation keeps them. Without ``heldout_rows`` in the configuration, the rows of the learning curve count.
     """
     parts = math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
     rows = rows_at_a_time(parts)
@@ -178,7 +180,7 @@ def _check_batch(config: TextConfig, parallel: Any, devices: Any) -> None:
 
 
 def _needed(error: Exception, placed: int) -> dict[str, int]:
-    """``temporary`` and ``total`` of a program that the compiler found too large; any other error is raised again."""
+    """``temporary`` and ``total`` of a program that is too large for the compiler; re-raises any other error."""
     match = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
     if not str(error).startswith("RESOURCE_EXHAUSTED") or match is None:
         raise error
@@ -192,23 +194,21 @@ def _needed(error: Exception, placed: int) -> dict[str, int]:
 def plan(
     config: TextConfig, topology: Topology, *, dollars_per_hour: float | None = None, tries: int = 0
 ) -> dict[str, Any]:
-    """Bytes, FLOPs, traffic, seconds and dollars of a step, as JSON can hold them.
+    """Bytes, FLOPs, traffic, seconds and dollars of a step, as JSON values.
 
     Args:
       config: the run.
       topology: the slice.
       dollars_per_hour: for one chip; None: the list price (``chips.PRICED``).
-      tries: where the step does not fit, so many of the changes that are proposed are compiled, the cheapest first,
-        until one fits.
+      tries: number of proposed changes that are compiled where the step does not fit, the cheapest first, until one
+        fits.
 
     Returns:
       ``config``, ``topology``, ``devices``, ``chip``, ``mesh``, ``batch``, ``layers`` (of the student), ``chunk``
-      (positions of the head at a time),
-      ``compiled_for`` (``TPU``, or ``CPU`` in the
-      place of GPUs: an estimate), ``fits``, ``bytes`` (of one device), ``flops`` (of a step), ``collectives`` (of one
-      device and step, by kind), ``seconds``, ``tokens_per_second``, ``mfu``, ``dollars_per_hour``,
-      ``dollars_per_billion_tokens``, ``compile_seconds`` and ``advice``. Of a step that does not fit, what its program
-      would say is None.
+      (positions of the head at a time), ``compiled_for`` (``TPU``, or ``CPU`` as an estimate for GPUs), ``fits``,
+      ``bytes`` (of one device), ``flops`` (of a step), ``collectives`` (of one device and step, by kind), ``seconds``,
+      ``tokens_per_second``, ``mfu``, ``dollars_per_hour``, ``dollars_per_billion_tokens``, ``compile_seconds`` and
+      ``advice``. Values that need the compiled program are None where the step does not fit.
 
     Raises:
       ValueError, FileNotFoundError: as ``compile_step``, ``abstract_task``.
@@ -250,11 +250,11 @@ def _work(config: TextConfig, task: Task) -> roofline.Work:
 
 
 def _split(config: TextConfig, task: Task, mesh: dict[str, int], topology: Topology) -> roofline.Split:
-    words = task.student.vocab_size // mesh["tensor"]
+    vocab_size = task.student.vocab_size // mesh["tensor"]
     chunk = config.training.chunk_size
     if chunk is None:
         platform = "tpu" if topology.tpu else "gpu"
-        chunk = backend.chunk_size(words, platform) if task.student.vocab_size >= CHUNKED_FROM else 0
+        chunk = backend.chunk_size(vocab_size, platform) if task.student.vocab_size >= CHUNKED_FROM else 0
     rows = topology.devices // mesh["tensor"]
     tokens = config.training.batch_size * config.data.length // config.training.micro_batches // rows
     return roofline.Split(
@@ -272,13 +272,16 @@ def _attention(config: DecoderConfig, length: int) -> tuple[str, int, int, float
 
 
 def _bytes(program: Program, task: Task, split: roofline.Split) -> dict[str, int]:
-    """Those of the program, and what its temporary ones are for, by arithmetic: ``gradients`` (as large as the
-    parameters), ``head`` (logits of a chunk with their gradients, the gathered kernels, the gradient of the student's),
-    ``activations`` (the rest: what the layers keep, gathered kernels)."""
-    words = task.student.vocab_size // split.tensor
+    """Bytes of the program, with its temporary ones divided by arithmetic.
+
+    ``gradients`` are as large as the parameters. ``head`` holds the logits of a chunk with their gradients, the
+    gathered kernels and the gradient of the student's kernel. ``activations`` are the rest: residuals of the layers and
+    their gathered kernels.
+    """
+    vocab_size = task.student.vocab_size // split.tensor
     widths = task.student.config.width, task.teacher.config.width
-    chunk = 16 * words * split.chunk
-    head = chunk + words * (2 * sum(widths) + 4 * widths[0])
+    chunk = 16 * vocab_size * split.chunk  # four float32 arrays
+    head = chunk + vocab_size * (2 * sum(widths) + 4 * widths[0])  # bfloat16 kernels, a float32 gradient
     gradients = program.bytes["parameters"]
     rest = max(program.bytes["temporary"] - gradients - head, 0)
     return program.bytes | {"gradients": gradients, "head": head, "head_chunk": chunk, "activations": rest}
@@ -292,7 +295,7 @@ def _speed(
     task: Task,
     topology: Topology,
 ) -> dict[str, Any]:
-    """``collectives``, ``traffic``, ``seconds`` and what follows from them."""
+    """``collectives``, ``traffic``, ``seconds`` and the values derived from them; None where the step does not fit."""
     names = ("collectives", "traffic", "seconds", "tokens_per_second", "mfu", "dollars_per_billion_tokens")
     if not program.fits:
         return dict.fromkeys(names)
@@ -313,13 +316,12 @@ def _speed(
 
 
 def by_kind(found: list[Collective], chunks: int, steps: int) -> dict[str, dict[str, float]]:
-    """Of one device and one step, for each kind of collective: ``count``, ``bytes`` of results, ``sent``.
+    """``count``, ``bytes`` of results and ``sent`` of one device and one step, for each kind of collective.
 
     Args:
-      found: of a program of several steps.
-      chunks: turns of a loop whose length is known only when it runs, that over the chunks of the head: all tokens
-        count.
-      steps: of the program.
+      found: collectives of a program of several steps.
+      chunks: chunks of the head, the one loop whose length is known only at run time (if every token counts).
+      steps: steps of the program.
     """
     kinds: dict[str, dict[str, float]] = {}
     for one in found:
@@ -333,16 +335,16 @@ def by_kind(found: list[Collective], chunks: int, steps: int) -> dict[str, dict[
 
 
 class Change(NamedTuple):
-    """Something that makes a step smaller."""
+    """A change of the configuration that saves memory."""
 
     what: str
     saves: int
-    """Bytes on each device, by arithmetic from those of the step as it is."""
+    """Bytes saved on each device, by arithmetic from the bytes of the current step."""
     apply: Callable[[TextConfig], TextConfig]
 
 
 def changes(config: TextConfig, values: dict[str, Any]) -> list[Change]:
-    """What a step that does not fit could change, what costs least time first."""
+    """Changes for a step that does not fit, the one that costs the least time first."""
     there, mesh, training = values["bytes"], values["mesh"], config.training
     found = []
 
@@ -355,7 +357,7 @@ def changes(config: TextConfig, values: dict[str, Any]) -> list[Change]:
     if training.batch_size // training.micro_batches % (2 * rows) == 0:
         add("training.micro_batches", 2 * training.micro_batches, there["activations"] / 2)
     if training.remat == "none":
-        layers = values["layers"]  # of which one is then there at a time
+        layers = values["layers"]  # rematerialised, one of them is in memory at a time
         add("training.remat", "full", there["activations"] * (layers - 1) / layers)
     if mesh["data"] % 2 == 0:
         lying = sum(there[name] for name in ("parameters", "optimizer", "teacher", "gradients"))
@@ -374,25 +376,25 @@ def _with(config: TextConfig, part: str, field: str, value: Any) -> TextConfig:
 
 
 def advice(config: TextConfig, topology: Topology, values: dict[str, Any], tries: int) -> list[dict[str, Any]]:
-    """``changes``, and what was found of those compiled: each on top of those before it, until the step fits."""
-    said = []
+    """``changes`` with the result of those that were compiled, each on top of the previous, until the step fits."""
+    tried = []
     for number, change in enumerate(changes(config, values)):
         one: dict[str, Any] = {"change": change.what, "saves": change.saves, "total": None, "fits": None}
         if number < tries:
             config = change.apply(config)
             program = compile_step(config, topology)
             one |= {"total": program.bytes["total"], "fits": program.fits}
-        said.append(one)
+        tried.append(one)
         if one["fits"]:
             break
-    return said
+    return tried
 
 
-# ---- for people
+# ---- printing
 
 
 def print_plan(values: dict[str, Any]) -> None:
-    """The tables."""
+    """Prints the tables of a plan."""
     batch, mesh = values["batch"], ", ".join(f"{axis} {n}" for axis, n in values["mesh"].items() if n > 1)
     title = f"{values['config']} on {values['topology']}: {values['devices']} {values['chip']['name']} ({mesh}), "
     title += f"{batch['examples']} x {batch['length']:,} tokens a step in {batch['micro_batches']} micro-batches"
@@ -422,7 +424,7 @@ BYTES = {
     "head": "head: logits of a chunk, kernels, their gradient (by arithmetic)",
     "activations": "activations and the rest",
 }
-"""Lines of the table."""
+"""Entry of ``bytes`` → its line in the table."""
 
 
 def _rows_of_a_step(values: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,9 +1,9 @@
-"""How fast a step can be at best: what it must compute, move through memory and send, against what a chip can.
+"""Roofline model: a lower bound of the seconds of a step.
 
     seconds ≥ max(FLOPs / peak, bytes of memory / bandwidth, bytes sent / links)
 
-FLOPs are those of matrix products, N parameters costing about 2N a token forward and 6N with the backward pass. Bytes
-of memory are the least: every product reads its operands and writes its result once.
+FLOPs are those of matrix products: N parameters cost about 2N per token forward and 6N with the backward pass. Bytes of
+memory are a minimum: every product reads its operands and writes its result once.
 """
 
 from typing import NamedTuple
@@ -12,41 +12,43 @@ from distill.devices.chips import Chip
 from distill.models.config import DecoderConfig
 
 LOGIT_BYTES = 30
-"""Memory traffic of a chunked head for each token and word: about seven passes over float32 logits."""
+"""Memory traffic of a chunked head per logit: about seven passes over float32."""
 OPTIMIZER_BYTES = 28
-"""Of an update for each parameter: parameter, two moments and gradient are read, all but the gradient written."""
+"""Memory traffic of an update per parameter: reads it, two moments and its gradient; writes all but the gradient."""
 
 
 class Work(NamedTuple):
-    """A distillation step, of the whole batch."""
+    """Sizes of a distillation step over the whole batch."""
 
     student: DecoderConfig
     teacher: DecoderConfig
     tokens: int
     length: int
     remat: bool
-    """The student's forward pass is computed again in the backward pass."""
+    """Whether the backward pass computes the student's forward pass again."""
 
 
 class Split(NamedTuple):
     """How the work is divided."""
 
     rows: int
-    """Devices among which tokens are divided."""
+    """Devices over which tokens are divided."""
     tensor: int
-    """Devices among which heads, units and words are divided."""
+    """Devices over which heads, units and the vocabulary are divided."""
     student: int
-    """Devices among which the student's parameters are."""
+    """Devices over which the student's parameters are divided."""
     micro_batches: int
     chunk: int
     """Positions of the head at a time."""
     fused: bool
-    """Attention that never writes its scores."""
+    """Whether attention is a fused kernel that never writes its scores."""
 
 
 def flops(work: Work) -> dict[str, float]:
-    """FLOPs of a step: ``student`` (three times its forward pass), ``teacher`` (forward alone), ``model`` (their sum),
-    ``teacher_share``, and ``hardware``, which counts what is computed twice (``Work.remat``) twice.
+    """FLOPs of a step.
+
+    ``student`` is three times its forward pass, ``teacher`` its forward pass, ``model`` their sum and ``teacher_share``
+    the teacher's part of it. ``hardware`` also counts the rematerialised forward pass (``Work.remat``).
 
     Example:
       >>> small = DecoderConfig(vocab_size=16, layers=1, width=8, heads=2, feed_forward=16)
@@ -72,27 +74,28 @@ def traffic(work: Work, split: Split, parameters: int) -> dict[str, float]:
     """Bytes through the memory of one device in a step: ``student``, ``teacher``, ``head``, ``optimizer``.
 
     Args:
-      work: what is done.
-      split: among whom.
-      parameters: of the student.
+      work: sizes of the step.
+      split: its division over devices.
+      parameters: number of parameters of the student.
     """
     tokens = work.tokens / split.rows
-    passes = 4 if work.remat else 3
-    words = work.student.vocab_size / split.tensor
+    passes = 4 if work.remat else 3  # forward, two backward and the recomputed forward
+    vocab_size = work.student.vocab_size / split.tensor
     widths = work.student.width, work.teacher.width
     chunks = tokens / split.chunk
-    kernels = chunks * words * (2 * 2 * widths[0] + 2 * widths[1] + 8 * widths[0])  # twice, once; its gradient
+    # per chunk: the student's kernel twice and the teacher's once in bfloat16, the float32 gradient read and written
+    kernels = chunks * vocab_size * (2 * 2 * widths[0] + 2 * widths[1] + 8 * widths[0])
     states = 2 * tokens * (3 * widths[0] + widths[1])
     return {
         "student": passes * _layers(work.student, work.length, tokens, split),
         "teacher": _layers(work.teacher, work.length, tokens, split),
-        "head": tokens * words * LOGIT_BYTES + kernels + states,
+        "head": tokens * vocab_size * LOGIT_BYTES + kernels + states,
         "optimizer": parameters / split.student * (OPTIMIZER_BYTES + 12 * (split.micro_batches - 1)),
     }
 
 
 def _layers(config: DecoderConfig, length: int, tokens: float, split: Split) -> float:
-    """Of one pass through the layers: kernels in bfloat16 for each micro-batch, activations in bfloat16."""
+    """Bytes of one pass through the layers: kernels once per micro-batch, and activations, all in bfloat16."""
     inner = config.key_size * (config.heads + config.groups) * 2 / split.tensor  # queries and outputs, keys and values
     units = (3 if config.gated else 2) * config.feed_forward / split.tensor
     experts = max(config.experts_per_token if config.experts else 1, 1)
@@ -103,14 +106,14 @@ def _layers(config: DecoderConfig, length: int, tokens: float, split: Split) -> 
 
 
 def times(chip: Chip, devices: int, hardware: float, moved: float, sent: float) -> dict[str, float | str]:
-    """Least seconds of a step, and what bounds it.
+    """Least seconds of a step, and the resource that bounds it.
 
     Args:
-      chip: of which there are ``devices``.
-      devices: how many.
-      hardware: FLOPs of all of them.
-      moved: bytes through the memory of one.
-      sent: bytes one sends.
+      chip: kind of the chips.
+      devices: number of chips.
+      hardware: FLOPs of all chips.
+      moved: bytes through the memory of one chip.
+      sent: bytes that one chip sends.
 
     Example:
       >>> from distill.devices.chips import CHIPS
@@ -125,7 +128,7 @@ def times(chip: Chip, devices: int, hardware: float, moved: float, sent: float) 
 
 
 def price(tokens: int, seconds: float, devices: int, dollars_per_hour: float) -> float:
-    """Dollars for 10⁹ tokens.
+    """Dollars per 10⁹ tokens.
 
     Example:
       >>> round(price(tokens=1_000_000, seconds=3.6, devices=10, dollars_per_hour=2.0), 9)
