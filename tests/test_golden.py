@@ -27,7 +27,7 @@ def test_a_number_that_differs_is_an_error(monkeypatch, tmp_path):
             return type("Encoding", (), {"ids": [ord(letter) % VOCAB for letter in text]})
 
     model = handmade(lambda tokens: jnp.zeros((*tokens.shape, VOCAB)))
-    monkeypatch.setattr(golden.carried, "fetch", lambda what, folder: tmp_path)
+    monkeypatch.setattr(golden.fetch, "fetch", lambda what, folder: tmp_path)
     monkeypatch.setattr(golden, "GGUFSource", lambda path: None)
     monkeypatch.setattr(golden, "tokenizer_of", lambda source: Letters())
     monkeypatch.setattr(golden, "load", lambda source: (model, model.init(None)))

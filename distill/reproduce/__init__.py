@@ -1,1 +1,1 @@
-"""The sections of REPRODUCE.md."""
+"""Reproduction: the runs and the sections of REPRODUCE.md."""

@@ -1,4 +1,4 @@
-"""The section of the addition protocol."""
+"""The section of the addition protocol in REPRODUCE.md."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +26,10 @@ COLUMNS = (
 
 
 def addition(config: ProtocolConfig, run: Path, page: Path, set_up: Callable[[], None] | None = None) -> dict[str, Any]:
-    """Runs what is missing of the addition protocol and writes the section; returns the content of arms.json.
+    """Runs the missing parts of the addition protocol and writes its section; returns the content of arms.json.
 
-    On a CPU its models are too small for more than one thread, so every core takes rows of its own; ``set_up`` is
-    called first in each of these processes.
+    On a CPU one model is too small for more than one thread, so each core trains different rows in a worker process.
+    Every worker calls ``set_up`` first.
     """
     results = run_protocol(config, run, workers=backend.worker_processes(), set_up=set_up)
     write_section(page, addition_page(results))
@@ -37,7 +37,7 @@ def addition(config: ProtocolConfig, run: Path, page: Path, set_up: Callable[[],
 
 
 def addition_page(results: dict[str, Any]) -> str:
-    """The section of a finished protocol."""
+    """Formats the section of a finished protocol."""
     teacher, rows = results["teacher"], results["rows"]
     cpu = teacher["cpu_seconds"] + sum(row["cpu_seconds"] for row in rows)
     scores = teacher["seeds"]

@@ -1,8 +1,8 @@
-"""distill/losses/CONFORMANCE.md: our losses beside float64 definitions and beside what other libraries return.
+"""distill/losses/CONFORMANCE.md: our losses beside float64 definitions and the values of other libraries.
 
-A row is a loss on a case, averaged over the positions that count. For every row and every library the page says what
-differs, and ``expected`` computes it: the float64 definition under the library's convention. So a sentence of the page
-is a number, and the tests hold both against the values the libraries returned (``tests/conformance.json``).
+A row is a loss on a case, averaged over the positions that count. For every row and every library the page states the
+difference in a sentence. ``expected`` computes that difference, as the float64 definition under the library's
+convention, and the tests compare it with the values that the libraries returned (``tests/conformance.json``).
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ Value = float | str
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Logits ``[2, 5, rows]``, labels and a mask ``[2, 5]``."""
+    """Logits ``[2, 5, rows]``, labels and a mask ``[2, 5]``; rows above ``vocab`` are padding of the head."""
 
     name: str
     student: np.ndarray
     teacher: np.ndarray
     mask: np.ndarray
     temperature: float = 1.0
-    words: int = 7
+    vocab: int = 7
 
     @property
     def labels(self) -> np.ndarray:
-        """Ids below ``words``, −100 where nothing counts, as PyTorch libraries mark it."""
-        ids = np.arange(self.mask.size).reshape(self.mask.shape) * 3 % self.words
+        """Ids below ``vocab``; −100 marks positions that do not count, as in PyTorch libraries."""
+        ids = np.arange(self.mask.size).reshape(self.mask.shape) * 3 % self.vocab
         return np.where(self.mask, ids, -100)
 
 
@@ -54,7 +54,7 @@ def _cases() -> dict[str, Case]:
     all_of_it, some = np.ones((2, 5), bool), np.arange(5) < np.array([[2], [4]])
     seven, truth = student[..., :7], teacher[..., :7]
 
-    def with_word(logits: np.ndarray, value: float) -> np.ndarray:
+    def with_logit(logits: np.ndarray, value: float) -> np.ndarray:
         return np.where(np.arange(7) == 3, np.float32(value), logits)
 
     padded_truth = np.where(np.arange(10) < 7, teacher, np.float32(-1.0))
@@ -66,10 +66,10 @@ def _cases() -> dict[str, Case]:
         Case("nothing counts", seven, truth, ~all_of_it),
         Case("student = teacher", truth, truth, all_of_it),
         Case("student = teacher, 3 more rows in the teacher", truth, padded_truth, all_of_it),
-        Case("7 words, 7 and 10 rows", seven, teacher, all_of_it),
-        Case("7 words, 10 and 10 rows", student, teacher, all_of_it),
-        Case("a word at −inf on both sides", with_word(seven, -np.inf), with_word(truth, -np.inf), all_of_it),
-        Case("a word at −10 000 on both sides", with_word(seven, -1e4), with_word(truth, -1e4), all_of_it),
+        Case("7 tokens, 7 and 10 rows", seven, teacher, all_of_it),
+        Case("7 tokens, 10 and 10 rows", student, teacher, all_of_it),
+        Case("a token at −inf on both sides", with_logit(seven, -np.inf), with_logit(truth, -np.inf), all_of_it),
+        Case("a token at −10 000 on both sides", with_logit(seven, -1e4), with_logit(truth, -1e4), all_of_it),
     ]
     return {case.name: case for case in cases}
 
@@ -79,7 +79,7 @@ CASES = _cases()
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A loss, its hyperparameters, a case; ``squared``: as a term of the objective, T² included."""
+    """A loss, its hyperparameters and a case; ``squared``: as a term of the objective, T² included."""
 
     loss: str
     case: Case
@@ -88,7 +88,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Unique."""
+        """Unique name of the row."""
         options = "".join(f", {'α' if key == 'alpha' else 'β'} = {value}" for key, value in self.options)
         return f"{self.loss}{options}{', objective' if self.squared else ''} | {self.case.name}"
 
@@ -116,7 +116,7 @@ def _rows() -> list[Row]:
 ROWS = {row.name: row for row in _rows()}
 
 
-# ---- float64, straight from the definitions; no logarithm of a sum, no logits but in the softmax
+# ---- float64, straight from the definitions: probabilities only, without log-sum-exp
 
 
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -127,7 +127,7 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def kl(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Σ a·log(a/b) over the words where a > 0."""
+    """Σ a·log(a/b) over the tokens where a > 0."""
     there = a > 0.0
     return np.sum(np.where(there, a * np.log(np.where(there, a, 1.0) / np.where(there, b, 1.0)), 0.0), axis=-1)
 
@@ -150,11 +150,11 @@ DEFINITIONS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def definition(row: Row, **changed: Any) -> float:
-    """The float64 mean over the counted positions; ``changed`` are other fields of its case."""
+    """Float64 mean over the counted positions; ``changed`` replaces fields of the case."""
     case = dataclasses.replace(row.case, **changed)
     if not case.mask.any():
         return 0.0
-    student, teacher = (logits[case.mask][:, : case.words] for logits in (case.student, case.teacher))
+    student, teacher = (logits[case.mask][:, : case.vocab] for logits in (case.student, case.teacher))
     if row.loss == "cross_entropy":
         return float(np.mean(-np.log(np.take_along_axis(softmax(student, 1.0), case.labels[case.mask][:, None], 1))))
     p, q = softmax(teacher, case.temperature), softmax(student, case.temperature)
@@ -163,9 +163,9 @@ def definition(row: Row, **changed: Any) -> float:
 
 
 def ours(row: Row) -> float:
-    """The library's own value, float32, by the functions a user calls."""
+    """The value of this library in float32, by the public functions."""
     case = row.case
-    alignment = Alignment(case.words, case.student.shape[-1], case.teacher.shape[-1])
+    alignment = Alignment(case.vocab, case.student.shape[-1], case.teacher.shape[-1])
     student, teacher = alignment.match(jnp.asarray(case.student), jnp.asarray(case.teacher))
     weight = 1.0
     if row.loss == "cross_entropy":
@@ -178,7 +178,7 @@ def ours(row: Row) -> float:
     return weight * float(losses.divide(losses.masked_sum(nats, jnp.asarray(case.mask))))
 
 
-# ---- what other libraries make of it, in float64
+# ---- the conventions of other libraries, in float64
 
 GENERALISED = {"forward_kl", "reverse_kl", "generalized_jsd"}
 HAS = {
@@ -191,7 +191,7 @@ HAS = {
 
 
 def expected(peer: str, row: Row) -> tuple[str, Value] | None:
-    """How a library's value differs in words ("": not at all), and that value; None: it has no such loss."""
+    """Description of how a library's value differs ("": not at all), and that value; None: it lacks this loss."""
     case = row.case
     if row.loss not in HAS[peer]:
         return None
@@ -202,15 +202,15 @@ def expected(peer: str, row: Row) -> tuple[str, Value] | None:
     if np.isneginf(case.student).any():
         return "0·(−∞ + ∞)", "nan"
     texts = []
-    if case.student.shape[-1] > case.words:
-        texts, row = ["padded rows count as words"], dataclasses.replace(row, case=_all_rows(case))
+    if case.student.shape[-1] > case.vocab:
+        texts, row = ["padded rows count as tokens"], dataclasses.replace(row, case=_all_rows(case))
     if row.squared:
         texts, row = [*texts, "no T²: a quarter"], dataclasses.replace(row, squared=False)
     return "; ".join(texts), definition(row)
 
 
 def _all_rows(case: Case) -> Case:
-    return dataclasses.replace(case, words=case.student.shape[-1])
+    return dataclasses.replace(case, vocab=case.student.shape[-1])
 
 
 def _narrower_student(peer: str, row: Row) -> tuple[str, Value] | None:
@@ -222,7 +222,7 @@ def _narrower_student(peer: str, row: Row) -> tuple[str, Value] | None:
             dataclasses.replace(row, case=wide)
         )
     if peer == "Liger Triton":
-        p = softmax(case.teacher, case.temperature)[..., : case.words]
+        p = softmax(case.teacher, case.temperature)[..., : case.vocab]
         nats = DEFINITIONS[row.loss](p, softmax(case.student, case.temperature), **dict(row.options))
         return "cuts the teacher's distribution and does not renormalise it", float(np.mean(nats[case.mask]))
     return None if peer == "TRL Distillation" else ("refuses two widths", "refused")
@@ -236,7 +236,7 @@ def _distillm(row: Row) -> tuple[str, Value]:
         return "multiplies by the mask: NaN·0", "nan"
     if np.any(case.student == np.float32(-1e4)) and row.loss in ("generalized_jsd", "skewed_forward_kl"):
         return "the mixture underflows: 0·log 0", "nan"
-    texts = ["padded rows count as words"] if case.student.shape[-1] > case.words else []
+    texts = ["padded rows count as tokens"] if case.student.shape[-1] > case.vocab else []
     if case.temperature != 1.0:
         texts.append("no temperature: the value at T = 1")
     at_one = dataclasses.replace(row, case=dataclasses.replace(_all_rows(case), temperature=1.0), squared=False)
@@ -251,12 +251,12 @@ def _distillm(row: Row) -> tuple[str, Value]:
 
 
 CONVENTION = "its λ is 1 − β"
-"""A difference of names: no other value."""
+"""A difference of names; the value is equal."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call that looks like a row and means something else: the code, what it gives, and that in float64."""
+    """A call that looks like a row but computes something else: its code, a description, and its value in float64."""
 
     code: str
     case: Case
@@ -297,7 +297,7 @@ def _calls() -> dict[str, Call]:
         "TRL mean": Call(
             '`GKDTrainer.generalized_jsd_loss(reduction="mean")`, β = 0',
             some,
-            "divided by tokens · words: a seventh",
+            "divided by positions · vocabulary size: a seventh",
             lambda case: _forward(case) / 7.0,
         ),
         "Liger defaults": Call(
@@ -315,7 +315,7 @@ def _calls() -> dict[str, Call]:
         "Liger KL mean": Call(
             '`LigerKLDIVLoss(reduction="mean")`, positions flat',
             one,
-            "divided by tokens · words: a seventh",
+            "divided by positions · vocabulary size: a seventh",
             lambda case: _forward(case) / 7.0,
         ),
         "PyTorch batchmean": Call(
@@ -327,7 +327,7 @@ def _calls() -> dict[str, Call]:
         "PyTorch mean": Call(
             '`F.kl_div(reduction="mean")`',
             one,
-            "divided by tokens · words: a seventh",
+            "divided by positions · vocabulary size: a seventh",
             lambda case: _forward(case) / 7.0,
         ),
         "DistiLLM symmetric": Call(
@@ -352,7 +352,7 @@ CALLS = _calls()
 
 
 def run(peers: str) -> None:
-    """Measures with the program in the folder ``peers`` and writes what is stored and shown.
+    """Measures the libraries with the module in the folder ``peers``; writes the stored values and the page.
 
     Raises:
       ValueError: a library is missing.
@@ -367,7 +367,7 @@ def run(peers: str) -> None:
 
 
 def collect(peer_values: dict[str, dict[str, Value]], call_values: dict[str, Value], versions: dict[str, str]) -> None:
-    """Stores every value and writes the page. ``peer_values``: row → library → value."""
+    """Stores every value and writes the page; ``peer_values`` maps row → library → value."""
     rows = {name: {"float64": definition(row), "distill": ours(row)} | peer_values[name] for name, row in ROWS.items()}
     stored = {"versions": versions, "rows": rows, "calls": call_values}
     STORED.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
@@ -375,13 +375,13 @@ def collect(peer_values: dict[str, dict[str, Value]], call_values: dict[str, Val
 
 
 def close(one: Value, other: Value) -> bool:
-    """Equal to 1e-5, or the same word."""
-    words = isinstance(one, str) or isinstance(other, str)
-    return one == other if words else math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-5)
+    """Whether numbers are equal to 1e-5, or texts are the same."""
+    texts = isinstance(one, str) or isinstance(other, str)
+    return one == other if texts else math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-5)
 
 
 def page(stored: dict[str, Any]) -> str:
-    """The Markdown page of the stored values."""
+    """Formats the stored values as a Markdown page."""
     lines = [TOP.format(versions=", ".join(f"{name} {number}" for name, number in stored["versions"].items()))]
     for case in CASES.values():
         lines += ["", f"## {case.name[0].upper()}{case.name[1:]}", ""]
@@ -420,31 +420,33 @@ TOP = """# The losses beside those of other libraries
 
 Written by `python scripts/reproduce.py conformance`, which calls the libraries on CPU:
 {versions}.
-Liger's Triton kernels run in Triton's interpreter. DistiLLM is no package: its column is its published functions,
-written anew in numpy (`scripts/peers/distillm_losses.py`). A test holds every number here: *float64* and *distill* are
-equal to 1e-5, and so are a library's value and float64 under what the last column says. Bold is what differs from ours.
+Liger's Triton kernels run in Triton's interpreter. DistiLLM is not a package: its column is a reimplementation of its
+published functions in numpy (`scripts/peers/distillm_losses.py`). A test checks every number: *float64* and *distill*
+are equal to 1e-5, and so are a library's value and float64 under the convention of the last column. Bold values differ
+from ours.
 
-P is the teacher's distribution, Q the student's; V the number of words. Two sequences of five positions, seven words.
-Every value is Σ over the positions that count / their number. 0 is below 1e-6; – no such loss; *refused* an exception.
-*Objective* is the term of the objective, T² included. Padded rows have random logits, or −1 where student = teacher.
+P is the teacher's distribution, Q the student's, V the vocabulary size. A case has two sequences of five positions and
+a vocabulary of seven tokens. Every value is the mean over the positions that count. 0 means below 1e-6, – that the
+library lacks the loss, *refused* an exception. *Objective* is the term of the objective, T² included. Padded rows have
+random logits, or −1 where student = teacher.
 
 *TRL GKD* is `GKDTrainer.generalized_jsd_loss`, *TRL Distillation* the loss of `DistillationTrainer`, *Liger chunked*
 `LigerFusedLinearJSDLoss` (for cross-entropy its hard loss), *Liger Triton* `LigerFusedLinearJSD` and `LigerTVDLoss`.
-Their forward and reverse KL are β = 0 and β = 1: β is the teacher's share of the mixture everywhere but in DistiLLM."""
+Their forward and reverse KL are β = 0 and β = 1. β is the teacher's share of the mixture, except in DistiLLM."""
 
 BOTTOM = """
 ## Where a library differs from the paper it implements
 
-* **TRL, GKD** (arXiv 2306.13649). β is the paper's. The paper averages each sequence over its tokens, then the
-  sequences; TRL divides by the tokens of the batch, as we do unless `reduction="sequence_mean"` is asked for.
-* **Distillation with a temperature** (arXiv 1503.02531). The paper multiplies by T²; neither TRL nor Liger nor DistiLLM
-  does. Here the losses do not either; the objective does, unless `temperature_squared=False`.
+* **TRL, GKD** (arXiv 2306.13649). β is the paper's. The paper averages each sequence over its tokens and then over the
+  sequences. TRL divides by the tokens of the batch, as we do unless `reduction="sequence_mean"` is set.
+* **Distillation with a temperature** (arXiv 1503.02531). The paper multiplies by T². TRL, Liger and DistiLLM do not.
+  Our losses do not either, but the objective does, unless `temperature_squared=False`.
 * **DistiLLM** (arXiv 2402.03898). α is the paper's. Its forward and skewed forward KL are cross-entropies, the paper's
   divergences plus the teacher's entropy: the gradient is the same, but the value is not 0 at Q = P.
 
-Where rows of the heads name no word, the papers say nothing, and the libraries differ most. TRL's
-`DistillationTrainer` cuts the teacher to the rows of the student, which is right if those are words. Liger's chunked
-loss gives a narrower student zero logits, which are probability. Its Triton kernel reads the first V of the teacher's
-log-probabilities, which then sum to less than one, so that its KL can be negative. Here such rows are at −inf on both
-sides (`distill/vocab.py`).
+The libraries differ most where the head has padded rows, which the papers do not cover. TRL's `DistillationTrainer`
+cuts the teacher to the rows of the student, which is correct if those are the vocabulary. Liger's chunked loss gives a
+narrower student zero logits, which have probability. Its Triton kernel reads the first V of the teacher's
+log-probabilities, whose probabilities then sum to less than one, so its KL can be negative. Here padded rows are at
+−inf on both sides (`distill/vocab.py`).
 """

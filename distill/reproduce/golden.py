@@ -1,7 +1,7 @@
-"""Published weights on text that stays the same: nats per token, beside what transformers computes from one file.
+"""Golden numbers: nats per token of published weights on fixed text, compared with transformers on the same file.
 
-The model is SmolLM2-135M-Instruct out of its GGUF file, everything in float32. Of each text the last
-``WINDOWS`` · ``LENGTH`` + 1 tokens are read, in windows of ``LENGTH`` that know nothing of each other.
+The model is SmolLM2-135M-Instruct from its GGUF file, in float32. The last ``WINDOWS`` · ``LENGTH`` + 1 tokens of each
+text are evaluated in independent windows of ``LENGTH``.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from distill.weights.gguf_tokenizer import tokenizer_of
 
 LENGTH, WINDOWS, BATCH = 256, 32, 8
 TOLERANCE = 1e-4
-"""Nats per token by which two ways to compute the same may differ."""
+"""Tolerance of the comparison in nats per token."""
 
 
 class Golden(NamedTuple):
-    """What transformers 5.23 and PyTorch 2.13 found: logits in float32, their softmax and the mean in float64."""
+    """Numbers of transformers 5.23 on PyTorch 2.13: logits in float32, their softmax and the mean in float64."""
 
     text_sha256: str
     nats: float
-    """Mean of −log p over all positions of the windows."""
+    """Mean negative log-likelihood over all positions of the windows."""
     top1: float
     """Share of positions whose next token is the most likely one."""
 
@@ -42,21 +42,21 @@ GOLDEN = {
 
 
 def topics() -> str:
-    """The language reference that Python's ``help()`` shows; it changes with the version of Python (stored: 3.11.7)."""
+    """The language reference that Python's ``help()`` shows. It depends on the version of Python (stored: 3.11.7)."""
     from pydoc_data.topics import topics as pages
 
     return "\n\n".join(pages.values())
 
 
 def chitchat(folder: Path | None = None) -> str:
-    """The last 200 dialogues of ``carried.CHITCHAT``: a line for each turn, an empty line between dialogues."""
+    """The last 200 dialogues of ``fetch.CHITCHAT``, with one line per turn and an empty line between dialogues."""
     dialogues = json.loads(fetch.fetch(fetch.CHITCHAT, folder).read_text())
     turns = [[" ".join(part["text"] for part in turn) for turn in one["messages"]] for one in dialogues.values()]
     return "\n\n".join("\n".join(dialogue) for dialogue in turns[-200:])
 
 
 def windows(ids: list[int], count: int = WINDOWS, length: int = LENGTH) -> np.ndarray:
-    """``[count, length + 1]``: the end of a text; the last token of a window is the first of the next.
+    """The end of a text as windows ``[count, length + 1]``; the last token of a window is the first of the next.
 
     Example:
       >>> windows([9, 1, 2, 3, 4, 5], count=2, length=2).tolist()
@@ -69,7 +69,7 @@ def windows(ids: list[int], count: int = WINDOWS, length: int = LENGTH) -> np.nd
 
 
 def measure(model: Model, params: Params, rows: np.ndarray) -> tuple[float, float]:
-    """Nats per token and the share of right first guesses, on rows whose next token is in the row."""
+    """Nats per token and top-1 accuracy on rows ``[n, length + 1]``."""
 
     @jax.jit
     def positions(params: Params, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +82,7 @@ def measure(model: Model, params: Params, rows: np.ndarray) -> tuple[float, floa
 
 
 def smollm2(folder: Path | None = None) -> list[str]:
-    """Measures every text and compares; returns a line for each.
+    """Measures every text, compares it with the stored numbers, and returns a line for each.
 
     Raises:
       ValueError: a file cannot be fetched.

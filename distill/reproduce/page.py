@@ -10,7 +10,7 @@ import jax
 
 
 def write_section(page: Path, section: str) -> None:
-    """Puts a section, from its ``## heading`` on, into a page, in place of the one with this heading."""
+    """Writes a section, which starts with ``## heading``, into a page; replaces the section with the same heading."""
     old = page.read_text() if page.exists() else "# Reproduced numbers\n"
     first, *parts = re.split(r"^(?=## )", old, flags=re.M)
     heading = section.partition("\n")[0]
@@ -21,7 +21,7 @@ def write_section(page: Path, section: str) -> None:
 
 
 def made_on() -> str:
-    """Where and by which commit a section was made."""
+    """Line with the machine, the version of JAX and the commit that made a section."""
     return f"Made on {_machine()}; jax {jax.__version__}; commit {_commit()}"
 
 

@@ -1,7 +1,7 @@
-"""What a run survives: ``kill -9`` at any moment, and the failures that are announced. The numbers of REPRODUCE.md.
+"""Survival: runs that are killed at any moment, or that fail, resume to the same result. A section of REPRODUCE.md.
 
 A small experiment on addition (``scripts/distill.py``: teacher, student, baseline) runs once undisturbed. Then it is
-killed again and again, taken up again and again, and must end with the same bits and the same metrics.
+killed and resumed repeatedly, and must end with bit-identical weights and equal metrics.
 """
 
 import collections
@@ -47,11 +47,11 @@ SMALL = (
     *("--baseline.labels=20", "--baseline.validation=20", "--baseline.steps=20", "--baseline.evaluate-every=20"),
     "--baseline.batch-size=20",
 )
-"""The experiment; with 1 600 additions to answer at every evaluation: it lasts long enough to be killed in."""
+"""Overrides of the experiment. Every evaluation answers 1 600 additions, long enough to be killed in."""
 
 PHASES = ("start", "data", "compile", "train", "evaluate", "save")
 AIMS = ("anywhere", "save", "evaluate", "compile", "data", "train")
-"""Moments that are waited for, in turn; what was hit is read off the stacks of the process, not believed."""
+"""Moments to aim for, in turn. The phase that was hit is read from the stacks of the process."""
 
 _LAUNCH = """
 import os, runpy, sys, threading
@@ -71,8 +71,11 @@ os.dup2(2, 1)
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""A script that answers a byte on stdin with the stacks of its threads, on stdout. A thread of its own reads them,
-while no other runs: a signal handler may find them half changed, and ends the process so."""
+"""A launcher that answers each byte on stdin with the stacks of all threads on stdout.
+
+A separate thread reads the stacks while it holds the GIL. A signal handler may find them half changed, which would end
+the process.
+"""
 
 
 @dataclasses.dataclass
@@ -84,7 +87,7 @@ class Run:
     environment: dict[str, str]
 
     def start(self, *, asked: bool = False, **options: Any) -> subprocess.Popen:
-        """``scripts/distill.py`` in this folder; ``asked``: it can be asked what it does (``_look``)."""
+        """Starts ``scripts/distill.py`` in this folder; with ``asked`` it answers ``_look``."""
         script = str(Path(__file__).parents[2] / "scripts" / "distill.py")
         launch = ["-c", _LAUNCH, script] if asked else [script]
         command = [sys.executable, *launch, "--run", str(self.folder), *self.overrides]
@@ -93,10 +96,10 @@ class Run:
         return subprocess.Popen(command, env=os.environ | self.environment, **pipes | options)
 
     def finish(self) -> tuple[int, str]:
-        """Runs to the end; exit code and what was said."""
+        """Runs to the end and returns the exit code and the output."""
         process = self.start(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        said, _ = process.communicate()
-        return process.returncode, said
+        output, _ = process.communicate()
+        return process.returncode, output
 
     def lines(self) -> dict[str, list[tuple]]:
         """Kind, step and loss of every line of the metrics."""
@@ -107,7 +110,7 @@ class Run:
         }
 
     def differs(self, other: "Run") -> str:
-        """Where this run ended otherwise than another, in words; empty where every weight and metric is equal."""
+        """Names what differs from another run at its end; empty where every weight and metric is equal."""
         mine, others = (runner.open_run(run.folder)[1] for run in (self, other))
         for name, trained in others.items():
             for a, b in zip(jax.tree.leaves(trained.params), jax.tree.leaves(mine[name].params), strict=True):
@@ -117,19 +120,19 @@ class Run:
 
 
 def kills(count: int, folder: Path, straight: Run, rng: np.random.Generator) -> tuple[dict[str, int], int]:
-    """``kill -9``, ``count`` times in all, each followed by the same command again.
+    """Sends ``kill -9`` ``count`` times in all, each followed by the same command again.
 
     Args:
-      count: kills; a run that comes to its end before they are spent is followed by a new one.
-      folder: where runs are made.
-      straight: the same run, undisturbed.
+      count: number of kills; a new run is started whenever one finishes before they are used up.
+      folder: parent of the run folders.
+      straight: the undisturbed run.
       rng: draws the moments.
 
     Returns:
-      Kills in each of ``PHASES``, and runs that were killed on their way and ended equal to ``straight``.
+      Kills in each of ``PHASES``, and the number of runs that were killed and ended equal to ``straight``.
 
     Raises:
-      RuntimeError: a run ends otherwise, or cannot be taken up.
+      RuntimeError: a run ends differently, or cannot be resumed.
     """
     hit, done, equal = collections.Counter({phase: 0 for phase in PHASES}), 0, 0
     aims, number = itertools.cycle(AIMS), itertools.count()
@@ -145,19 +148,19 @@ def kills(count: int, folder: Path, straight: Run, rng: np.random.Generator) -> 
                 break
             hit[found] += 1
             done += 1
-            if aim == "data":  # what was half prepared is taken up by those that follow
+            if aim == "data":  # the following runs resume from the half-prepared data
                 run = aimed
         if process.wait() not in (0, -signal.SIGKILL):
-            raise RuntimeError(f"{run.folder}: cannot be taken up after a kill: {run.finish()[1]}")
-        code, said = run.finish()
+            raise RuntimeError(f"{run.folder}: cannot be resumed after a kill: {run.finish()[1]}")
+        code, output = run.finish()
         if code or (differs := run.differs(straight)):
-            raise RuntimeError(f"{run.folder}: {said if code else f'{differs} differ from the undisturbed run'}")
-        equal += done > before  # a run may be too fast to be hit
+            raise RuntimeError(f"{run.folder}: {output if code else f'{differs} differ from the undisturbed run'}")
+        equal += done > before  # a run may finish before any kill hits it
     return dict(hit), equal
 
 
 def _surroundings(aim: str, folder: Path, number: int) -> dict[str, str]:
-    """What makes a moment last: data that is not prepared, a cache of programs that holds those of earlier kills."""
+    """Environment that prolongs a phase: a folder without prepared data, or a separate compilation cache."""
     return {
         "data": {"TFDS_DATA_DIR": str(folder / f"data{number}")},
         "compile": {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")},
@@ -165,7 +168,7 @@ def _surroundings(aim: str, folder: Path, number: int) -> dict[str, str]:
 
 
 def _wait_for(aim: str, run: Run, process: subprocess.Popen, rng: np.random.Generator) -> bool:
-    """Waits for a moment, then a little; False when the process ended before."""
+    """Waits for the moment, then for a random short time; False if the process ended before."""
     folders, began = (run.folder, run.folder / "teacher"), time.time()
 
     def shows() -> bool:
@@ -188,7 +191,7 @@ def _wait_for(aim: str, run: Run, process: subprocess.Popen, rng: np.random.Gene
         "compile": (fills("JAX_COMPILATION_CACHE_DIR"), 1.0),
         "data": (fills("TFDS_DATA_DIR"), 0.2),
     }[aim]
-    skip = int(rng.integers(4)) if aim in ("save", "evaluate", "train") else 0  # not always the first one
+    skip = int(rng.integers(4)) if aim in ("save", "evaluate", "train") else 0  # not always the first occurrence
     while not (happens() and (skip := skip - 1) < 0):
         while skip >= 0 and happens() and process.poll() is None:
             time.sleep(0.002)
@@ -207,14 +210,14 @@ def _changed(path: Path) -> float:
 
 
 def _kill(process: subprocess.Popen) -> str | None:
-    """``kill -9``; returns the phase in which the process was, None where it ended by itself just before."""
+    """Kills the process; returns the phase it was in, or None if it had already ended by itself."""
     stacks = _look(process)
     process.kill()
     return phase(stacks) if process.wait() == -signal.SIGKILL else None
 
 
 def _look(process: subprocess.Popen) -> str:
-    """The stacks of all threads of a process now; nothing where it has ended."""
+    """The current stacks of all threads of a process; empty if it has ended."""
     answer = b""
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(b"?")
@@ -227,7 +230,9 @@ def _look(process: subprocess.Popen) -> str:
 
 
 def phase(stacks: str) -> str:
-    """Which of ``PHASES`` a process was in, from the stacks of its threads; one that imports a module starts.
+    """The phase of a process, one of ``PHASES``, from the stacks of its threads.
+
+    A thread that imports a module does not count: its frames lie in modules of other phases.
 
     Example:
       >>> phase('File "distill/checkpoint.py", line 1 in _seal')
@@ -246,24 +251,24 @@ def phase(stacks: str) -> str:
 
 
 def announced(folder: Path, straight: Run) -> Iterator[tuple[str, str, str]]:
-    """Failures that are said: what was done, what came of it, and how the run ended when it was taken up.
+    """Failures that are reported: yields what was done, the message, and how the resumed run ended.
 
-    Raises RuntimeError where it is not as it should be.
+    Raises RuntimeError if a message, an exit code or a resumed run is not as expected.
     """
     run = Run(folder / "sigterm", straight.overrides, straight.environment)
     process = run.start(stderr=subprocess.PIPE, text=True)
     while not (lines := read_metrics(run.folder)) or lines[-1]["step"] < 100:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate()[1].strip().splitlines()[-1]
-    yield "SIGTERM", _expect(said, process.returncode, "stopped at step", 0), _ends_equal(run, straight)
+    message = process.communicate()[1].strip().splitlines()[-1]
+    yield "SIGTERM", _expect(message, process.returncode, "stopped at step", 0), _ends_equal(run, straight)
 
     run = Run(folder / "full", straight.overrides, straight.environment)
     limit = 2**15
     process = run.start(stderr=subprocess.PIPE, text=True)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))  # of every file it writes
-    said = process.communicate()[1].strip().splitlines()[-1]
-    yield "no room for a checkpoint", _expect(said, process.returncode, "disk is full", 2), _ends_equal(run, straight)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))  # the limit applies to every file it writes
+    message = _expect(process.communicate()[1].strip().splitlines()[-1], process.returncode, "disk is full", 2)
+    yield "no room for a checkpoint", message, _ends_equal(run, straight)
 
     run = Run(folder / "sigterm", straight.overrides, straight.environment)
     newest = max((run.folder / "checkpoints").glob("[0-9]*0"), key=lambda path: int(path.name))
@@ -271,31 +276,31 @@ def announced(folder: Path, straight: Run) -> Iterator[tuple[str, str, str]]:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    code, said = run.finish()
-    line = next((line for line in said.splitlines() if "damaged checkpoint" in line), said)
+    code, output = run.finish()
+    line = next((line for line in output.splitlines() if "damaged checkpoint" in line), output)
     yield "one bit of a checkpoint flipped", _expect(line, code, "damaged checkpoint", 0), _ends_equal(run, straight)
 
 
-def _expect(said: str, code: int, words: str, wanted: int) -> str:
-    if code != wanted or words not in said:
-        raise RuntimeError(f"exit code {code}, {said!r}; expected {wanted} and {words!r}.")
-    return f"exit code {code}, “{_short(said)}”"
+def _expect(message: str, code: int, part: str, wanted: int) -> str:
+    if code != wanted or part not in message:
+        raise RuntimeError(f"exit code {code}, {message!r}; expected {wanted} and {part!r}.")
+    return f"exit code {code}, “{_short(message)}”"
 
 
-def _short(said: str) -> str:
-    """Without the folders this machine happened to use."""
-    return re.sub(r"(?<![\w.])/\S+/(?=\w)", "", said).replace("|", "/")
+def _short(message: str) -> str:
+    """Removes the folders of this machine from a message."""
+    return re.sub(r"(?<![\w.])/\S+/(?=\w)", "", message).replace("|", "/")
 
 
 def _ends_equal(run: Run, straight: Run) -> str:
-    code, said = run.finish()
+    code, output = run.finish()
     if code or (differs := run.differs(straight)):
-        raise RuntimeError(f"{run.folder}: {said if code else f'{differs} differ from the undisturbed run'}")
+        raise RuntimeError(f"{run.folder}: {output if code else f'{differs} differ from the undisturbed run'}")
     return "equal to the bit"
 
 
 def data_failures(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """A batch that is not a number, and a source that hangs, in a training of their own: rows as of ``announced``."""
+    """A batch with NaN, and a data source that hangs, each in a separate training; yields rows as ``announced``."""
     data = addition.AdditionConfig(digits=1)
     examples = addition.encode(data, addition.pairs(data)["train"]).batch(data)
     logits = np.random.default_rng(0).normal(size=(*examples.inputs.shape, 14)).astype(np.float32)
@@ -323,50 +328,50 @@ def data_failures(folder: Path) -> Iterator[tuple[str, str, str]]:
 
     def same(left: Any, right: Any) -> str:
         if not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)):
-            raise RuntimeError(f"{folder}: a run that was taken up differs from one that was not disturbed.")
+            raise RuntimeError(f"{folder}: a resumed run differs from the undisturbed one.")
         return "equal to the bit"
 
     whole, skips = train("whole", loader.batch)[0], train("skips", nan, on_nan="skip")
     stopped = train("nan", nan)[1]
     yield "NaN in batch 17, on_nan=stop", stopped, f"{same(train('nan', nan, on_nan='skip')[0], skips[0])}, skipping"
-    yield "NaN in batch 17, on_nan=skip", skips[1], "the step touches no bit (tests/test_feed.py)"
+    yield "NaN in batch 17, on_nan=skip", skips[1], "the skipped step changes no bit (tests/test_feed.py)"
     hung = train("hung", hangs, data_timeout=2.0)[1]
     awake.set()
     yield "a data source that hangs at batch 25", hung, same(train("hung", loader.batch)[0], whole)
 
 
 def survive(folder: Path, count: int = 50, overrides: Sequence[str] = SMALL) -> list[str]:
-    """All of it; lines of the section, from what happened.
+    """Runs all kills and failures and returns the lines of the section.
 
-    Raises RuntimeError where anything is lost or differs.
+    Raises RuntimeError if anything is lost or differs.
     """
     began = time.monotonic()
     straight = Run(folder / "straight", overrides, {"TFDS_DATA_DIR": str(folder / "data")})
-    code, said = straight.finish()
+    code, output = straight.finish()
     if code:
-        raise RuntimeError(said)
+        raise RuntimeError(output)
     hit, runs = kills(count, folder, straight, np.random.default_rng(0))
     cases = [*announced(folder, straight), *data_failures(folder)]
     return [
         f"{count} times `kill -9` of `scripts/distill.py` on two-digit addition, each followed by the same command, in "
         f"{runs} runs;",
-        "all came to their end, every weight of teacher, student and baseline and every metric equal to those of the",
-        "undisturbed run. The phase is read off the stacks of the process in the moment it is killed.",
+        "all finished, with every weight of teacher, student and baseline and every metric as in the undisturbed run.",
+        "The phase is read from the stacks of the process at the moment of the kill.",
         "",
         "| " + " | ".join(hit) + " |",
         "|" + "---:|" * len(hit),
         "| " + " | ".join(map(str, hit.values())) + " |",
         "",
-        "| what happens | what is said | taken up again |",
+        "| failure | reported | resumed |",
         "|---|---|---|",
-        *(f"| {what} | {_short(said)} | {then} |" for what, said, then in cases),
+        *(f"| {what} | {_short(message)} | {then} |" for what, message, then in cases),
         "",
         f"{(time.monotonic() - began) / 60:.0f} minutes in all.",
     ]
 
 
 def section(page: Path, count: int = 50) -> None:
-    """Kills, failures and resumes; prints their lines and writes their section."""
+    """Runs kills and failures; prints the lines of their section and writes it."""
     with tempfile.TemporaryDirectory() as folder:
         lines = survive(Path(folder), count)
     print(*lines, sep="\n")

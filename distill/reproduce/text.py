@@ -1,4 +1,4 @@
-"""The section of a distillation on text, over seeds."""
+"""The section of a distillation on text in REPRODUCE.md, over seeds."""
 
 import dataclasses
 import json
@@ -15,9 +15,9 @@ from distill.reproduce.page import made_on, write_section
 
 
 def text(config: TextConfig, run: Path, page: Path, seeds: int = 3) -> list[dict[str, Any]]:
-    """Runs what is missing of an experiment on text with other held-out documents and batches.
+    """Runs the missing seeds of an experiment on text; a seed chooses the held-out documents and the batches.
 
-    Its section is written after every seed and says how many there are, so that a run that is stopped leaves its own.
+    The section is written after every seed with the number of seeds, so that a run that is stopped leaves a valid one.
     """
     summaries = []
     for seed in range(seeds):
@@ -31,7 +31,7 @@ def text(config: TextConfig, run: Path, page: Path, seeds: int = 3) -> list[dict
 
 
 def text_page(config: TextConfig, summaries: list[dict[str, Any]]) -> str:
-    """The section of a finished experiment on text, means over seeds."""
+    """Formats the section of an experiment on text, with means over seeds."""
     seconds = np.mean([summary["seconds"] for summary in summaries])
     lines = [
         f"## {config.teacher} on text: `python scripts/reproduce.py smollm2`",
