@@ -47,6 +47,8 @@ def abstract_task(config: TextConfig) -> Task:
       FileNotFoundError: the shapes of a model are not known.
       ValueError: an encoder, a student larger than its teacher, or a factorised student.
     """
+    if config.signal.kind != "live":
+        raise ValueError("plan: stored targets cannot be planned yet; leave out --signal.kind, for a live teacher.")
     if not config.student.start.plain:
         raise ValueError("plan: a student in factors, or with its teacher's embeddings, cannot be planned yet.")
     teacher, vocab_size = _decoder_of(config.teacher, config)
