@@ -1,4 +1,6 @@
-"""Windows of a text and what is measured on them; the published model itself is measured by a script."""
+"""Windows of a text and the golden numbers on them. A script measures the published model itself."""
+
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from builders import VOCAB, handmade
 from distill.reproduce import golden
 
 
-def test_nats_and_first_guesses_are_those_of_the_next_token():
+def test_nats_and_top1_are_those_of_the_next_token():
     rows = golden.windows(list(np.arange(40) % VOCAB), count=9, length=4)
     assert rows.shape == (9, 5) and (rows[1:, 0] == rows[:-1, -1]).all() and rows[-1, -1] == 39 % VOCAB
     sure = handmade(lambda tokens: 4.0 * jnp.eye(VOCAB)[(tokens + 1) % VOCAB])
@@ -28,7 +30,7 @@ def test_a_number_that_differs_is_an_error(monkeypatch, tmp_path):
 
     model = handmade(lambda tokens: jnp.zeros((*tokens.shape, VOCAB)))
     monkeypatch.setattr(golden.fetch, "fetch", lambda what, folder: tmp_path)
-    monkeypatch.setattr(golden, "GGUFSource", lambda path: None)
+    monkeypatch.setattr(golden, "GGUFSource", lambda path: SimpleNamespace(path=path))
     monkeypatch.setattr(golden, "tokenizer_of", lambda source: Letters())
     monkeypatch.setattr(golden, "load", lambda source: (model, model.init(None)))
     monkeypatch.setattr(golden, "topics", lambda: "topic " * 2000)

@@ -68,8 +68,9 @@ def test_the_page_needs_nothing_but_itself_and_escapes_what_it_shows(run):
     assert not [word for word in ("http:", "https:", "<script", "@import", "url(") if word in page]
     assert "a &lt;b&gt;?" in page and "one &amp; all" in page and "<b>" not in page
     assert all("scope=" in header for header in re.findall(r"<th\b[^>]*>", page.split("</style>")[1]))
-    said = page[page.index('class="verdict"') : page.index("</header>")]
-    assert all(number in said for number in ("3 of 6 layers", "1,000", "at 0.745", "was 0.394", "reaches 0.138"))
+    verdict = page[page.index('class="verdict"') : page.index("</header>")]
+    parts = ("3 of 6 layers", "1,000", "correlation of 0.745", "student has 0.394", "reaches 0.138")
+    assert all(part in verdict for part in parts)
 
 
 def test_curves_are_those_of_student_and_control(run, monkeypatch):
@@ -88,7 +89,7 @@ def test_curves_are_those_of_student_and_control(run, monkeypatch):
 def test_runs_from_before_there_were_examples_have_a_page_too(tmp_path):
     run = write_run(tmp_path / "run", examples=None, cpu_seconds=None)
     page = report_sentences.write_report([run]).read_text()
-    assert "most alike" not in page and "CPU-seconds" not in page
+    assert "Nearest neighbours" not in page and "CPU-seconds" not in page
 
 
 def test_what_is_missing_is_named(run):

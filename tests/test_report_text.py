@@ -49,9 +49,9 @@ def test_nothing_of_the_figure_is_cut_off(run, monkeypatch):
 
 def test_what_every_model_writes_is_shown_as_it_is(run):
     page = report_text.write_report([run]).read_text()
-    assert page.count('<td class="said"><pre>def f(x):\n    return x &lt; 1</pre></td>') == 5
-    assert '<th scope="col" class="said"><pre>import os\n</pre></th>' in page
-    assert ".said { width: 100%; text-align: left; white-space: normal;" in page
+    assert page.count('<td class="prose"><pre>def f(x):\n    return x &lt; 1</pre></td>') == 5
+    assert '<th scope="col" class="prose"><pre>import os\n</pre></th>' in page
+    assert ".prose { width: 100%; text-align: left; white-space: normal;" in page
 
 
 def test_which_side_of_a_long_document_was_cut_is_said(run):

@@ -1,7 +1,7 @@
 """Packing: documents → rows of L+1 tokens. Documents in one row are segments and do not attend to each other.
 
 Rows are filled by best fit, the longest document first, within windows of documents, so that memory holds one window.
-A document longer than a row is cut as the configuration says.
+A document longer than a row is cut according to the configuration.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""Run folders to pages and tables."""
+"""Reports: run folders as HTML pages, and tables for the terminal."""

@@ -1,7 +1,8 @@
-"""A run folder → tables, plots (PNG) and one self-contained HTML page.
+"""The report of an addition experiment: a run folder as plots (PNG) and one self-contained HTML page.
 
-Reading, numbers and figures are here, text and tables in `addition.html.jinja`. No jax is imported, and matplotlib
-only to draw. Every number of the page comes from the run folder; one that is missing or not finite is shown as –.
+This module reads, computes and draws; text and tables are in `addition.html.jinja`. It does not import jax, and imports
+matplotlib only to draw. Every number of the page comes from the run folder. A missing or non-finite number is shown as
+–.
 """
 
 import json
@@ -30,7 +31,7 @@ from distill.reports.page import (
 )
 
 MODELS = ("teacher", "student", "baseline")
-# Okabe and Ito's palette, and a marker of its own for each series: told apart without colour too.
+# Okabe and Ito's palette is safe for colour-blind readers; a marker per series works without colour too.
 COLOURS = {"teacher": "#3d434b", "student": "#0072B2", "baseline": "#D55E00"}
 MARKERS = {"teacher": "s", "student": "o", "baseline": "^"}
 ARMS = {  # arm of the protocol -> name on the page, colour, marker; in the order of the table
@@ -45,7 +46,7 @@ ARMS = {  # arm of the protocol -> name on the page, colour, marker; in the orde
 
 @dataclass(frozen=True)
 class Run:
-    """What was read from one run folder; a file that need not be there reads as empty."""
+    """The files of one run folder; a missing optional file reads as empty."""
 
     folder: Path
     config: dict[str, Any]
@@ -56,19 +57,19 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The experiment's name, or the folder's where the configuration has none."""
+        """Name of the experiment, or of the folder where the configuration has none."""
         return str(self.config.get("name") or self.folder.resolve().name)
 
     @property
     def models(self) -> list[str]:
-        """The models that were evaluated, in the order teacher, student, baseline."""
+        """Evaluated models, in the order teacher, student, baseline."""
         return [model for model in MODELS if self.evaluation.get(model)]
 
 
 def write_report(runs: Sequence[Path]) -> Path:
-    """Write `report.html` and its PNGs into the first run folder, compared with the others; return the page's path.
+    """Writes `report.html` and its PNGs into the first run folder and compares the others; returns its path.
 
-    Raises FileNotFoundError for a missing folder or file, ValueError for no run or a file that lacks what is needed.
+    Raises FileNotFoundError for a missing folder or file, ValueError for no run or a file that lacks required values.
     """
     if not runs:
         raise ValueError("no run folder was given; expected one or more, as in scripts/report.py --run runs/addition")
@@ -111,7 +112,7 @@ def _check_evaluation(evaluation: dict, path: Path, remedy: str) -> None:
 
 
 def _dark_knowledge(run: Run) -> dict[str, Any]:
-    """The facts the caption of the soft targets tells: about the digits that are wrong, which a label gives zero."""
+    """Facts for the caption of the soft targets, about the wrong digits, to which a label gives probability 0."""
     soft, reverse = run.evaluation["soft_targets"], (run.config.get("data") or {}).get("reverse", True)
     symbols, truth = soft["symbols"], soft["symbols"].index(soft["truth"])
     others = [i for i in range(len(symbols)) if i != truth]
@@ -126,7 +127,7 @@ def _dark_knowledge(run: Run) -> dict[str, Any]:
 
 
 def _carry_slip(soft: dict) -> str | None:
-    """The digit a missed or a needless carry would write there; None where the prompt is no addition."""
+    """The digit that a missed or superfluous carry would write; None where the prompt is no addition."""
     terms = re.fullmatch(r"(\d+)\+(\d+)=", soft.get("prompt", ""))
     if not terms or not soft["truth"].isdigit():
         return None
@@ -136,7 +137,7 @@ def _carry_slip(soft: dict) -> str | None:
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, ties at their mean rank; NaN where one side has no order or holds a NaN."""
+    """Spearman's rank correlation, ties at their mean rank; NaN where one side is constant or holds a NaN."""
     ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (a, b)]
     ordered = np.isfinite([a, b]).all() and min(np.std(rank) for rank in ranks) > 0
     return float(np.corrcoef(*ranks)[0, 1]) if ordered else math.nan
@@ -146,7 +147,7 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _draw_figures(runs: list[Run]) -> dict[str, str]:
-    """Draw every figure whose data is there; name -> data URI of the PNG."""
+    """Draws every figure whose data exist; returns name -> data URI of the PNG."""
     evaluation, student = runs[0].evaluation, runs[0].evaluation["student"]
     figures: dict[str, tuple[object, Callable[[list[Run], Path], None]]] = {
         "curves": (True, _draw_curves),
@@ -231,7 +232,7 @@ def _draw_soft_targets(runs: list[Run], path: Path) -> None:
         softened = f"teacher, T = {plain(soft['temperature'])}"
         above.bar(x + 0.2, soft["teacher_softened"], width=0.38, color="#a9b1bb", label=softened)
         for place, model in enumerate(model for model in MODELS if soft.get(model)):
-            heights = np.maximum(np.array(soft[model], float), 1e-20)  # a logarithm wants more than 0
+            heights = np.maximum(np.array(soft[model], float), 1e-20)  # a logarithmic axis needs values above 0
             below.plot(x + 0.22 * (place - 1), heights, **_look(model, linestyle="", markersize=6))
         above.set(ylabel="probability", ylim=(0, 1.04))
         below.set(ylabel="probability at T = 1", yscale="log", xlabel="next symbol (shaded: the truth)")

@@ -1,4 +1,4 @@
-"""What the pages of all experiments share: readers, numbers, figures, templates. No jax is imported."""
+"""Shared parts of the reports: readers, number formats, figures, templates. This module does not import jax."""
 
 import base64
 import json
@@ -20,7 +20,10 @@ STYLE: Any = {  # matplotlib settings
 
 
 def read_json(path: Path, remedy: str, optional: bool = False) -> dict[str, Any]:
-    """A JSON object; a file that must be there and is not, or holds something else, is an error with its remedy."""
+    """Reads a JSON object. The errors, for a missing file or other content, end with ``remedy``.
+
+    A missing ``optional`` file reads as an empty object.
+    """
     if not path.is_file():
         if optional:
             return {}
@@ -35,7 +38,7 @@ def read_json(path: Path, remedy: str, optional: bool = False) -> dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, none where there is no file."""
+    """Reads the records of a metrics.jsonl; none where the file does not exist."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     records = []
     for number, line in enumerate(lines, start=1):
@@ -62,7 +65,7 @@ def ratio(numerator: object, denominator: object) -> float:
 
 
 def plain(value: object) -> str:
-    """The number as a person writes it; – where it is unknown."""
+    """Formats a number with thousands separators or three significant digits; – where it is unknown."""
     known = number(value)
     if math.isnan(known):
         return "–"
@@ -70,15 +73,15 @@ def plain(value: object) -> str:
 
 
 def percent(value: object, decimals: int = 1) -> str:
-    """A share in per cent."""
+    """Formats a share in per cent; – where it is unknown."""
     known = 100 * number(value)
-    while decimals < 3 and known < 100 and round(known, decimals) == 100:  # what is not all is not shown as all
+    while decimals < 3 and known < 100 and round(known, decimals) == 100:  # 99.96 % must not be shown as 100.0 %
         decimals += 1
     return "–" if math.isnan(known) else f"{known:.{decimals}f} %"
 
 
 def scientific(value: object) -> str:
-    """The number, with a power of ten where it is large or small."""
+    """Formats a number with a power of ten where it is large or small."""
     known = number(value)
     if math.isnan(known) or known == 0 or 1e-3 <= abs(known) < 1e6:
         return plain(known)
@@ -87,33 +90,33 @@ def scientific(value: object) -> str:
 
 
 def times(value: object) -> str:
-    """A factor, such as 2.5×."""
+    """Formats a factor, such as 2.5×."""
     known = number(value)
     return "–" if math.isnan(known) else f"{known:.1f}×" if 1 <= known < 1000 else f"{scientific(known)}×"
 
 
 def total(rows: list[dict], key: str) -> str:
-    """A sum, written; of those that are known."""
+    """Formats the sum of the known values, with ≥ where some are unknown."""
     known = [value for value in (number(row.get(key)) for row in rows) if not math.isnan(value)]
     return ("≥ " if len(known) < len(rows) else "") + scientific(sum(known)) if known else "–"
 
 
 def series(records: list[dict], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one measure."""
-    # A resumed run writes some steps again: the later record of a step is the one that led to the weights.
+    """Steps and values of one metric."""
+    # A resumed run logs some steps again. The later record of a step belongs to the final weights.
     by_step = {r["step"]: number(r[key]) for r in records if r.get("kind") == kind and key in r}
     steps = sorted(step for step in by_step if not math.isnan(number(step)))
     return np.array(steps, float), np.array([by_step[step] for step in steps], float)
 
 
 def data_uri(path: Path) -> str:
-    """A PNG as it stands in a page."""
+    """A PNG as data URI, so that the page needs no other file."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 @contextmanager
 def canvas(path: Path, height: float, rows: int = 1) -> Generator[Any, None, None]:
-    """Axes to draw on, written to `path`: same bytes for same numbers, whatever the user's matplotlibrc."""
+    """Yields axes and writes them to `path`; equal numbers give equal bytes, independent of the user's matplotlibrc."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -126,14 +129,14 @@ def canvas(path: Path, height: float, rows: int = 1) -> Generator[Any, None, Non
 
 
 def legend(axes: Any, columns: int = 3) -> None:
-    """Above the axes, each label once."""
+    """Draws a legend above the axes, with each label once."""
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
     axes.legend(entries.values(), entries, ncols=columns, **place)
 
 
 def curves(path: Path, x: Sequence[float], lines: dict[str, Sequence[float]], x_label: str, y_label: str) -> None:
-    """One PNG of named curves over the same x, for measurements that belong to no run."""
+    """Draws named curves over the same x to a PNG, for measurements without a run folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with canvas(path, 3.2) as axes:
         for name, y in lines.items():
@@ -146,7 +149,7 @@ def curves(path: Path, x: Sequence[float], lines: dict[str, Sequence[float]], x_
 
 
 def template(name: str) -> jinja2.Template:
-    """A page of this folder, with the filters of numbers."""
+    """Loads a template of this folder with the number formats as filters."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     filters = (number, plain, percent, scientific, times)

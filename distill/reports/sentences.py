@@ -1,6 +1,6 @@
-"""The report of a distilled sentence encoder: a run folder → scores, curves and neighbours on one self-contained page.
+"""The report of a distilled sentence encoder: scores, curves and neighbours on one self-contained HTML page.
 
-Its text is in ``sentences.html.jinja``; page, canvas and numbers are those of ``page.py``. No jax is imported.
+Its text is in ``sentences.html.jinja``. This module does not import jax.
 """
 
 import json
@@ -18,13 +18,13 @@ NAMES = {  # model -> name on the page, colour, marker; in the order of the tabl
 }
 FIGURES = {"spearman": "Spearman of similarities", "cosine": "cosine to the teacher"}
 FOLDERS = {"student": "", "control": "random"}
-"""Where in a run folder what was trained has its metrics."""
+"""Trained model → sub-folder of its metrics."""
 
 
 def write_report(runs: Sequence[Path]) -> Path:
-    """Writes ``report.html`` and its PNG into the first run folder; further ones are rows of the table.
+    """Writes ``report.html`` and its PNG into the first run folder; further runs are rows of the table.
 
-    Raises FileNotFoundError for a missing folder or file, ValueError for one that lacks what is needed.
+    Raises FileNotFoundError for a missing folder or file, ValueError for a file that lacks required values.
     """
     read = [_read(Path(run)) for run in runs]
     first = read[0]
@@ -49,7 +49,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _figure(run: dict[str, Any]) -> str:
-    """How student and control come closer to the teacher, by step."""
+    """Draws the similarity of student and control to the teacher by step."""
     path = run["folder"] / "curves.png"
     with page.canvas(path, 5.0, rows=2) as (above, below):
         for axes, (key, label) in zip((above, below), FIGURES.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Tables in the terminal."""
+"""Tables for the terminal."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 Columns = Mapping[str, tuple[str, str | Callable[[Any], str]]]
-"""Title of a column → key of its values, and how they are written: a format specification, or a function."""
+"""Title of a column → key of its values, and their format: a format specification or a function."""
 
 
 def cells(values: Mapping[str, Any], columns: Columns) -> list[str]:
-    """The values of one row, written; – where there is none.
+    """Formats the values of one row; – for a missing one.
 
     Example:
       >>> cells({"kl": 0.5}, {"KL": ("kl", ".2f"), "seconds": ("seconds", ".0f")})
@@ -21,12 +21,12 @@ def cells(values: Mapping[str, Any], columns: Columns) -> list[str]:
 
 
 def written(value: Any, how: str | Callable[[Any], str]) -> str:
-    """One value, as ``Columns`` says."""
+    """Formats one value by an entry of ``Columns``."""
     return how(value) if callable(how) else format(value, how)
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table whose first column is a name; the others are numbers."""
+    """Prints a table with names in the first column and numbers in the others."""
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left")
@@ -36,7 +36,7 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_answers(rows: list[dict[str, str]]) -> None:
-    """Prints prompts and what each model answers."""
+    """Prints prompts with the answer of each model."""
     table = Table()
     for name in rows[0]:
         table.add_column(name, justify="right")

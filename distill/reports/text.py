@@ -1,6 +1,6 @@
-"""The report of a distillation on text: a run folder → curves, tables and texts on one self-contained page.
+"""The report of a distillation on text: curves, tables and generated texts on one self-contained HTML page.
 
-Its text is in ``text.html.jinja``; page, canvas and numbers are those of ``page.py``. No jax is imported.
+Its text is in ``text.html.jinja``. This module does not import jax.
 """
 
 import json
@@ -34,17 +34,17 @@ COLUMNS = {
 FIGURES = {"kl": "KL to the teacher (nats)", "nll": "nats per token"}
 
 OVERFLOW = {
-    "split": "they go on in further rows",
+    "split": "they continue in further rows",
     "keep_start": "their start is kept, their end is cut off",
     "keep_end": "their end is kept, their start is cut off",
 }
-"""What became of documents longer than a row, by ``data.overflow``."""
+"""Value of ``data.overflow`` → what the page says about documents longer than a row."""
 
 
 def write_report(runs: Sequence[Path]) -> Path:
-    """Writes ``report.html`` and its PNGs into the first run folder; further ones are columns of the table.
+    """Writes ``report.html`` and its PNGs into the first run folder; further runs are rows of the table.
 
-    Raises FileNotFoundError for a missing folder or file, ValueError for one that lacks what is needed.
+    Raises FileNotFoundError for a missing folder or file, ValueError for a file that lacks required values.
     """
     read = [_read(Path(run)) for run in runs]
     first = read[0]
@@ -70,7 +70,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _figure(run: dict[str, Any]) -> str:
-    """Held-out KL and nats per token by seconds of training, evaluation and compilation left out."""
+    """Draws held-out KL and nats per token by seconds of training, without evaluation and compilation."""
     path = run["folder"] / "curves.png"
     with page.canvas(path, 5.6, rows=2) as (above, below):
         for axes, (key, label) in zip((above, below), FIGURES.items(), strict=True):
@@ -85,6 +85,6 @@ def _figure(run: dict[str, Any]) -> str:
         nll = run["evaluation"]["teacher"].get("nll")
         below.axhline(np.nan if nll is None else nll, color=NAMES["teacher"][1], linewidth=1, label="teacher")
         below.set(xlabel="seconds of training")
-        above.plot([], [], color=NAMES["teacher"][1], linewidth=1, label="teacher")  # named above as well
-        page.legend(above, columns=1)  # two columns of such names are wider than the page
+        above.plot([], [], color=NAMES["teacher"][1], linewidth=1, label="teacher")  # an entry for the one legend
+        page.legend(above, columns=1)  # two columns of these names are wider than the figure
     return page.data_uri(path)
