@@ -1,16 +1,16 @@
-"""Measurements, contestants in turn in one run: medians with [least, most].
+"""Benchmarks: contestants are measured in turn within one run; prints medians with [least, most].
 
-pip install -e ".[bench]"              # PyTorch, the peer
-python scripts/benchmark.py tiny       # steps per second against eager PyTorch; start-up; about 4 minutes
-python scripts/benchmark.py head       # memory and time of the loss head, chunked against plain; about 4 minutes
-python scripts/benchmark.py attention  # the form of this platform against all scores at once, by length
-python scripts/benchmark.py step       # a whole step against PyTorch, TRL, Tunix and EasyDeL; about 2 minutes
-                                       # --vocab 8192 --python TRL=PATH Tunix=PATH: interpreters that have them
-python scripts/benchmark.py scaling    # 1 to 8 devices of the CPU, and two processes: losses, bytes; what sizes cost
-python scripts/benchmark.py tpu        # the head compiled for v5e slices, by .[tpu] without one; about 2 minutes
+pip install -e ".[bench]"              # PyTorch, for comparison
+python scripts/benchmark.py tiny       # steps per second beside eager PyTorch; start-up; about 4 minutes
+python scripts/benchmark.py head       # memory and time of the loss head, chunked and plain; about 4 minutes
+python scripts/benchmark.py attention  # the form of this platform beside the plain form, by length
+python scripts/benchmark.py step       # a whole step beside PyTorch, TRL, Tunix and EasyDeL; about 2 minutes
+                                       # --vocab 8192 --python TRL=PATH Tunix=PATH: Python interpreters
+python scripts/benchmark.py scaling    # 1 to 8 CPU devices and two processes: losses, bytes sent; cost of sizes
+python scripts/benchmark.py tpu        # the head compiled for v5e slices (.[tpu], no TPU needed); about 2 minutes
 pip install -e ".[cuda,conformance]"   # on a machine with a GPU
-python scripts/benchmark.py pair       # a published pair at its size, weights drawn: seconds, memory; and PyTorch's
-python scripts/benchmark.py liger      # the head against Liger's: milliseconds, peak memory
+python scripts/benchmark.py pair       # a published pair, random weights, beside PyTorch: seconds, memory
+python scripts/benchmark.py liger      # the head beside Liger's: milliseconds, peak memory
 """
 
 import importlib
@@ -20,22 +20,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PEERS = Path(__file__).parent / "peers"
-sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+sys.path[0] = str(Path(__file__).parents[1])  # scripts/distill.py would hide the package
 
 from distill import cli
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses, measures, prints."""
+    """Runs the benchmark and prints its lines."""
     options = cli.parser(__doc__)
     options.add_argument("what", choices=("tiny", "head", "attention", "step", "scaling", "tpu", "liger", "pair"))
-    options.add_argument("--vocab", type=int, default=512, help="step: tokens of the vocabulary")
-    options.add_argument("--rounds", type=int, default=7, help="step, scaling: measured, after the warm-up")
-    options.add_argument("--python", nargs="*", default=[], metavar="NAME=PATH", help="step: interpreters of others")
-    options.add_argument("--pair", default="qwen3_8b_to_0p6b", help="pair: the configuration that names both models")
+    options.add_argument("--vocab", type=int, default=512, help="step: vocabulary size")
+    options.add_argument("--rounds", type=int, default=7, help="step, scaling: measured rounds, after the warm-up")
+    options.add_argument("--python", nargs="*", default=[], metavar="NAME=PATH", help="step: interpreters of peers")
+    options.add_argument("--pair", default="qwen3_8b_to_0p6b", help="pair: configuration that names both models")
     options.add_argument("--shape", type=int, nargs=2, default=(4, 2048), help="pair: rows, tokens of a row")
     chosen = options.parse_args(argv)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same GPU
 
     def of(name):
         return importlib.import_module(f"distill.benchmarks.{name}")

@@ -1,21 +1,21 @@
-"""Teacher → student: trains what isn't trained yet, evaluates, prints the table. Resumes by itself from its run folder.
+"""Trains teacher and student, evaluates them and prints a table. The same command resumes an unfinished run.
 
 python scripts/distill.py --config addition
 python scripts/distill.py --config addition --run runs/hot --objective.temperature 4
-python scripts/distill.py --config addition --run runs/hot --objective.temperature 4 --profile   # where the time goes
+python scripts/distill.py --config addition --run runs/hot --objective.temperature 4 --profile   # records a profile
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+sys.path[0] = str(Path(__file__).parents[1])  # scripts/distill.py would hide the package
 
 from distill import cli
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses, runs, prints."""
+    """Runs the experiment and prints its summary."""
     options, config = cli.parse_config(__doc__, argv)
     from distill.experiments import kinds
 

@@ -1,4 +1,4 @@
-"""Evaluates the models of a run folder again; prints the table and writes RUN/evaluation.json.
+"""Evaluates the models of a run folder again, prints a table and writes RUN/evaluation.json.
 
 python scripts/evaluate.py --run runs/addition
 """
@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+sys.path[0] = str(Path(__file__).parents[1])  # scripts/distill.py would hide the package
 
 from distill import cli
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses, evaluates, prints."""
+    """Evaluates a run folder and prints its summary."""
     options = cli.parser(__doc__)
     options.add_argument("--run", type=Path, required=True, help="a run folder made by scripts/distill.py")
     run = options.parse_args(argv).run

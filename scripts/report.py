@@ -1,4 +1,4 @@
-"""Run folders → RUN/report.html, one self-contained page, with its PNGs beside it.
+"""Writes RUN/report.html, one self-contained page, and its PNGs from run folders.
 
 python scripts/report.py --run runs/addition
 """
@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+sys.path[0] = str(Path(__file__).parents[1])  # scripts/distill.py would hide the package
 
 from distill import cli
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses and writes."""
+    """Writes the report and prints its path."""
     options = cli.parser(__doc__)
     options.add_argument("--run", type=Path, nargs="+", required=True, help="run folders; the page goes into the first")
     runs = options.parse_args(argv).run

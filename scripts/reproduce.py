@@ -1,7 +1,7 @@
-"""Makes the numbers of REPRODUCE.md again; what is done already is kept in the run folder and not done twice.
+"""Reproduces the numbers of REPRODUCE.md. Finished parts are kept in the run folder and not repeated.
 
-python scripts/reproduce.py addition            # every arm, five seeds: an hour of CPU time, half that on two cores
-python scripts/reproduce.py survival            # 50 times kill -9 and other failures, then the same bits
+python scripts/reproduce.py addition            # every arm, five seeds: an hour of CPU time, half an hour on two cores
+python scripts/reproduce.py survival            # 50 times kill -9 and other failures, then bit-identical results
 python scripts/reproduce.py conformance         # our losses beside TRL's, Liger's, DistiLLM's: seconds
 python scripts/reproduce.py golden              # a published model on two texts beside transformers: a minute
 python scripts/reproduce.py smollm2             # distilled on text, three seeds: an hour and a half
@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 peers = str(Path(__file__).parent / "peers")
-sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+sys.path[0] = str(Path(__file__).parents[1])  # scripts/distill.py would hide the package
 
 from distill import cli
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses, runs, writes the page."""
+    """Runs an experiment and writes its section."""
     options = cli.parser(__doc__)
     options.add_argument("what", choices=("addition", "survival", "conformance", "golden", "smollm2"))
     options.add_argument("--run", type=Path, help="run folder (default: runs/addition_arms, runs/smollm2_seeds)")

@@ -1,4 +1,4 @@
-"""A model alone, on the labels of the train side: a teacher, or a student without one.
+"""Trains one model on the labels of the train side: a teacher, or a student without a teacher.
 
 python scripts/train.py --config addition --role teacher --run runs/teacher
 python scripts/train.py --config addition --role student --run runs/skyline --student.training.steps 3000
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
+sys.path[0] = str(Path(__file__).parents[1])  # scripts/distill.py would hide the package
 
 from distill import cli
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses and trains."""
-    role = ("teacher", ("teacher", "student"), "whose recipe")
+    """Trains the model."""
+    role = ("teacher", ("teacher", "student"), "use the recipe of this role")
     options, config = cli.parse_config(__doc__, argv, role=role)
     cli.set_up_jax()
     from distill.experiments import runner

@@ -1,1 +1,1 @@
-"""One experiment per file: ``get_config()``, its docstring telling command, hardware, minutes and score."""
+"""One experiment per file: ``get_config()``, and a docstring with command, hardware, minutes and score."""

@@ -13,7 +13,7 @@ from distill.training import TrainingConfig
 
 
 def get_config() -> Config:
-    """Teacher on 5 000 labelled pairs; student on the same prompts, answers and soft targets by the teacher."""
+    """The teacher learns 5 000 labelled pairs, the student its answers and soft targets for the same prompts."""
     return Config(
         name="addition",
         teacher=Recipe(

@@ -1,10 +1,10 @@
-"""Gemma 3 27B → 1B, text alone; the rows of the larger embedding that are no token get no probability.
+"""Gemma 3 27B → 1B on text; the padded rows of the larger embedding are masked.
 
     python scripts/distill.py --config gemma3_27b_to_1b --data.source FOLDER_OF_TEXT
     python scripts/plan.py --config gemma3_27b_to_1b --topology v5p:2x4x4
 
-Hardware: 32 TPU v5p, or 32 devices of 80 GB. Never trained on the machines this library is tested on: its step
-is compiled there for the slice, without weights. Minutes and score: unknown.
+Hardware: 32 TPU v5p, or 32 devices of 80 GB. Never trained: the tests compile its step for the slice, without
+weights. Minutes and score: unknown.
 """
 
 from distill.experiments.text.config import TextConfig, on_slice
@@ -12,7 +12,7 @@ from distill.parallel import ParallelConfig
 
 
 def get_config() -> TextConfig:
-    """Parameters over 16 devices."""
+    """Parameters are divided over 16 devices."""
     return on_slice(
         "gemma3_27b_to_1b",
         "google/gemma-3-27b-it",

@@ -2,7 +2,7 @@
 
     python scripts/distill.py --config minilm
 
-Hardware: 2 CPU cores, a few CPU minutes, the control among them. Score: see the table in README.md.
+Hardware: 2 CPU cores, a few CPU minutes including the control. Score: see the table in README.md.
 """
 
 from distill.experiments.sentences.config import SentenceConfig
@@ -11,7 +11,7 @@ from distill.training import TrainingConfig
 
 
 def get_config() -> SentenceConfig:
-    """Every second layer of the teacher, then cosine, similarity and relation losses."""
+    """The student starts from every second layer of the teacher; cosine, similarity and relation losses."""
     return SentenceConfig(
         training=TrainingConfig(
             steps=100,

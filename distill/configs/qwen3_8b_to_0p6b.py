@@ -1,10 +1,10 @@
-"""Qwen3-8B → Qwen3-0.6B, which have one tokenizer and heads of 151 936 rows.
+"""Qwen3-8B → Qwen3-0.6B: one tokenizer, heads of 151 936 rows.
 
     python scripts/distill.py --config qwen3_8b_to_0p6b --data.source FOLDER_OF_TEXT
     python scripts/plan.py --config qwen3_8b_to_0p6b --topology v5e:4x4
 
-Hardware: 16 TPU v5e, or 8 devices of 80 GB. Never trained on the machines this library is tested on: its step
-is compiled there for the slice, without weights. Minutes and score: unknown.
+Hardware: 16 TPU v5e, or 8 devices of 80 GB. Never trained: the tests compile its step for the slice, without
+weights. Minutes and score: unknown.
 """
 
 from distill.experiments.text.config import TextConfig, on_slice
@@ -12,7 +12,7 @@ from distill.parallel import ParallelConfig
 
 
 def get_config() -> TextConfig:
-    """Parameters over 8 devices."""
+    """Parameters are divided over 8 devices."""
     return on_slice(
         "qwen3_8b_to_0p6b",
         "Qwen/Qwen3-8B",

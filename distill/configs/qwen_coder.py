@@ -1,10 +1,10 @@
-"""Qwen2.5-Coder 1.5B → 0.5B: siblings of one tokenizer, on text of your own.
+"""Qwen2.5-Coder 1.5B → 0.5B: one tokenizer, on your own text.
 
     python scripts/distill.py --config qwen_coder --data.source FOLDER_OF_TEXT
 
 Hardware: one device of 24 GB or more. GGUF files of both models work as well: ``--teacher A.gguf --student.source
-B.gguf``. Never trained on the machines this library is tested on: a test lowers initialisation and step
-with the real shapes, without weights. Minutes and score: unknown.
+B.gguf``. Never trained: a test lowers initialisation and step with the real shapes, without
+weights. Minutes and score: unknown.
 """
 
 from distill.data.text import TextDataConfig
@@ -15,7 +15,7 @@ from distill.training import TrainingConfig
 
 
 def get_config() -> TextConfig:
-    """Forward KL with a little cross-entropy, on the pages of the language reference unless told otherwise."""
+    """Forward KL with a little cross-entropy, on the pages of the language reference by default."""
     return TextConfig(
         name="qwen_coder",
         teacher="Qwen/Qwen2.5-Coder-1.5B-Instruct",

@@ -2,11 +2,11 @@
 
     make smollm2
 
-which is ``python scripts/distill.py --config smollm2_text`` and ``scripts/report.py`` with what they need installed.
-Hardware: 2 CPU cores, 30 minutes for all arms of one seed. Score: on held-out text the student is nearer to its teacher
-by KL and has fewer nats per token than the same student by cross-entropy on as many tokens; for as many seconds, which
-are almost twice as many tokens, cross-entropy has fewer nats per token. Numbers: RUN/report.html; over three seeds
-``python scripts/reproduce.py smollm2`` writes them to REPRODUCE.md.
+installs the dependencies and runs ``python scripts/distill.py --config smollm2_text`` and ``scripts/report.py``.
+Hardware: 2 CPU cores, 30 minutes for all arms of one seed. Score: on held-out text the student has a lower KL to its
+teacher and fewer nats per token than the same student trained by cross-entropy on as many tokens. Cross-entropy for as
+many seconds, which is almost twice as many tokens, gives fewer nats per token. Numbers: RUN/report.html; ``python
+scripts/reproduce.py smollm2`` writes those of three seeds to REPRODUCE.md.
 """
 
 from distill.data.text import TextDataConfig
@@ -18,10 +18,10 @@ from distill.training import TrainingConfig
 
 
 def get_config() -> TextConfig:
-    """Forward KL to the live teacher, half of the loss, beside cross-entropy; hidden states are matched by their angle.
+    """Half forward KL to the live teacher, half cross-entropy, and a cosine loss of hidden states.
 
-    The text is narrower than the teacher's own: by KL alone the student is the better copy of its teacher, but cross-
-    entropy has fewer nats per token.
+    The text is narrower than the data of the teacher. With KL alone the student is closer to its teacher, but
+    cross-entropy gives fewer nats per token.
     """
     return TextConfig(
         name="smollm2_text",

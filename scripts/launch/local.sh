@@ -1,11 +1,11 @@
 #!/bin/bash
-# Several processes on this machine: to try out what a cluster does, or where every process is to have its own devices.
-# One node of eight GPUs needs none of this: `python scripts/distill.py …` is one process that uses all of them.
+# Starts several processes on this machine, to try out a cluster or to give every process its own devices.
+# One node of eight GPUs does not need it: `python scripts/distill.py …` is one process that uses all of them.
 #
 #   scripts/launch/local.sh 2 --config addition --run runs/pair       # two processes
 #
-# CPUs: each process counts as many devices as XLA_FLAGS=--xla_force_host_platform_device_count=N says. GPUs: the
-# devices are dealt out one by one, process i gets number i.
+# CPUs: each process has the N devices of XLA_FLAGS=--xla_force_host_platform_device_count=N. GPUs: process i gets
+# device i.
 set -euo pipefail
 processes=$1
 shift

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Slurm, two nodes of eight GPUs; the options below and any of sbatch's change that:
+# Slurm job for two nodes of eight GPUs; change the options below, or override them on the command line of sbatch:
 #
 #   sbatch scripts/launch/slurm.sh --config qwen3_8b_to_0p6b --run /shared/runs/qwen3
 #   sbatch --nodes 4 scripts/launch/slurm.sh --config qwen3_8b_to_0p6b --run /shared/runs/qwen3 --parallel.fsdp 8
 #
-# One task drives all GPUs of its node. Two minutes before the time limit every task is told to stop: the run is saved,
-# and the same command goes on with it, on another number of nodes too. The run folder has to be one all nodes see.
+# One task drives all GPUs of its node. Two minutes before the time limit every task gets SIGTERM and the run is saved.
+# The same command resumes it, also on another number of nodes. The run folder must be visible to all nodes.
 #SBATCH --job-name=distill
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -1,12 +1,12 @@
 #!/bin/bash
-# A Cloud TPU slice that is there already (gcloud compute tpus tpu-vm create …), from your own machine:
+# Runs on an existing Cloud TPU slice (gcloud compute tpus tpu-vm create …), from your own machine:
 #
 #   export TPU=my-slice ZONE=us-east5-a
 #   scripts/launch/tpu.sh setup                                                   # copies the repository, installs it
 #   scripts/launch/tpu.sh --config qwen3_8b_to_0p6b --run /shared/runs/qwen3     # the same command on all workers
 #
-# JAX asks every worker which one it is. The run folder has to lie on a file system that all workers mount, such as
-# Filestore. A worker that is lost ends the others; the same command goes on from the last checkpoint.
+# JAX finds out the index of each worker. The run folder must lie on a file system that all workers mount, such as
+# Filestore. If a worker is lost, the others end; the same command resumes from the last checkpoint.
 set -euo pipefail
 : "${TPU:?name of the slice}" "${ZONE:?its zone}"
 

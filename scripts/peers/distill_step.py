@@ -20,12 +20,12 @@ from distill.step import make_train_step
 
 
 def model(layers, width):
-    """A decoder of this shape."""
+    """A decoder with this many layers and this width."""
     return decoder(DecoderConfig(TASK["vocab"], layers, width, heads=width // 64, feed_forward=3 * width))
 
 
 def main():
-    """Two steps in every turn."""
+    """Takes two steps in every turn."""
     backend.keep_memory()  # as scripts/distill.py does for texts
     student, teacher = model(*TASK["student"]), model(*TASK["teacher"])
     update = optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 1)

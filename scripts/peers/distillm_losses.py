@@ -1,8 +1,9 @@
-"""DistiLLM's losses, written anew in numpy from arXiv 2402.03898 and the functions of its public ``losses.py``.
+"""DistiLLM's losses, reimplemented in numpy from arXiv 2402.03898 and the functions of its public ``losses.py``.
 
-They are no package to install. What they are said to do, in float32 as there: softmax of both logits (no temperature),
-a product of probabilities and log-probabilities, zeros at the words where a *logit* is infinite, a sum over words, and
-Σ x·mask / Σ mask over the positions whose label is not −100. λ is the weight that each function calls ``lam``.
+DistiLLM cannot be installed as a package. As there, the losses compute in float32: softmax of both logits (no
+temperature), a product of probabilities and log-probabilities, zeros at the tokens where a *logit* is infinite, a sum
+over the vocabulary, and Σ x·mask / Σ mask over the positions whose label is not −100. λ is the weight that each
+function calls ``lam``.
 """
 
 import numpy as np
@@ -15,13 +16,13 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _mean(terms: np.ndarray, infinite: np.ndarray, labels: np.ndarray) -> float:
-    """Over counted positions of the sum over words; multiplied by the mask, not selected."""
+    """Mean over counted positions of the sum over the vocabulary; multiplies by the mask instead of selecting."""
     mask = (labels != -100).astype(np.float32)
     return float(np.sum(np.where(infinite, np.float32(0.0), terms).sum(axis=-1) * mask) / np.sum(mask))
 
 
 def forward_kl(student, teacher, labels):
-    """−Σ P log Q: the cross-entropy of the teacher, its entropy not taken off."""
+    """−Σ P log Q: cross-entropy with the teacher; its entropy is not subtracted."""
     return -_mean(np.exp(_log_softmax(teacher)) * _log_softmax(student), np.isinf(student), labels)
 
 
@@ -53,7 +54,7 @@ def tv_distance(student, teacher, labels):
 
 
 def skewed_forward_kl(student, teacher, labels, lam=0.1):
-    """−Σ P log(λP + (1−λ)Q): the teacher's entropy not taken off."""
+    """−Σ P log(λP + (1−λ)Q): the teacher's entropy is not subtracted."""
     p, q = np.exp(_log_softmax(teacher)), np.exp(_log_softmax(student))
     log_m = np.log(np.float32(lam) * p + np.float32(1.0 - lam) * q)
     return -_mean(p * log_m, np.isinf(student) | np.isinf(teacher), labels)
@@ -68,7 +69,7 @@ def skewed_reverse_kl(student, teacher, labels, lam=0.1):
 
 
 def value(row):
-    """What these functions return on a row of ``distill/reproduce/conformance.py``; None: there is no such loss."""
+    """Value of these functions on a row of ``distill/reproduce/conformance.py``; None: DistiLLM lacks the loss."""
     case, options = row.case, dict(row.options)
     functions = {
         "forward_kl": (forward_kl, {}),

@@ -30,7 +30,7 @@ def llama(layers, width, seed):
 
 
 def main():
-    """Two steps in every turn."""
+    """Takes two steps in every turn."""
     update = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.99, weight_decay=0.0))
     student, teacher = llama(*TASK["student"], 0).init_tx(update), llama(*TASK["teacher"], 1)
     ids = jnp.asarray(np.load(TASK["ids"]))

@@ -1,4 +1,4 @@
-"""In place of a step, 100 products [2048, 512] · [512, 1536] in float32 by XLA: the peak of the machine."""
+"""100 products [2048, 512] · [512, 1536] in float32 by XLA in place of a step: the peak of the machine."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from step_worker import turns
 
 
 def main():
-    """The products, twice in every turn."""
+    """Computes the products, twice in every turn."""
     a, b = jnp.ones((2048, 512)), jnp.ones((512, 1536))
     product = jax.jit(jnp.matmul)
     for _ in turns():

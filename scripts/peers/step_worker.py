@@ -1,4 +1,4 @@
-"""What the contestants of distill/benchmarks/step.py share: the task, and turns taken over stdin and stdout."""
+"""Shared by the contestants of distill/benchmarks/step.py: the task, and turns over stdin and stdout."""
 
 import json
 import os
@@ -10,15 +10,14 @@ TASK = json.loads(sys.argv[1])
 """``vocab``, ``ids`` (a file of int32 token ids [batch, length + 1]), ``student`` and ``teacher``: layers and width."""
 
 _answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what a library prints must not mix with the answers
+os.dup2(2, 1)  # output of libraries must not mix with the answers
 
 
 def turns(wait=lambda: None):
-    """Yields twice for every line of stdin; answers the second's seconds and the peak of resident memory in MB.
+    """Yields twice for every line of stdin; prints the seconds of the second and the peak of resident memory in MB.
 
-    The first is a warm-up: while others had their turns, a machine may have taken back the memory that was free, and a
-    training does not pause for seconds between two steps. ``wait`` returns once everything that was dispatched is
-    computed.
+    The first is a warm-up: during the turns of others the system may have reclaimed free memory, while a training does
+    not pause for seconds between two steps. ``wait`` blocks until all dispatched work is computed.
     """
     for _ in sys.stdin:
         yield

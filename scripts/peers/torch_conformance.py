@@ -1,7 +1,7 @@
-"""What TRL, Liger and PyTorch return on the rows of ``distill/reproduce/conformance.py``, on CPU.
+"""Values of TRL, Liger and PyTorch on the rows of ``distill/reproduce/conformance.py``, on CPU.
 
-Liger's Triton kernels run in Triton's interpreter, which is taught here to hand floats over as compiled kernels get
-them. Heads are identities: the hidden states are the logits.
+Liger's Triton kernels run in Triton's interpreter, patched here to pass floats as compiled kernels get them. Heads are
+identities, so that the hidden states are the logits.
 """
 
 import os
@@ -43,7 +43,7 @@ BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
 def _beta(row):
-    """β of a loss that is one of the generalised JSD, None for others."""
+    """β of a loss that is a case of the generalised JSD, otherwise None."""
     return dict(row.options).get("beta", BETAS.get(row.loss))
 
 
@@ -52,7 +52,7 @@ def _tensors(case):
 
 
 def _heads(case):
-    """Hidden states and heads, flat: the logits and identities."""
+    """Flat hidden states (the logits) and heads (identities)."""
     student, teacher, labels = _tensors(case)
     flat = [logits.flatten(0, 1) for logits in (student, teacher)]
     return flat[0], torch.eye(flat[0].shape[-1]), flat[1], torch.eye(flat[1].shape[-1]), labels.flatten()
@@ -114,11 +114,11 @@ PEERS = {
 }
 
 
-# ---- calls that look alike and mean something else
+# ---- calls that look like a row but compute something else
 
 
 def _trl_trainer(case):
-    """``GKDTrainer.compute_loss`` of a trainer with this temperature, around models that know their logits."""
+    """``GKDTrainer.compute_loss`` of a trainer with this temperature, around models with fixed logits."""
     shifted = [torch.cat([logits, torch.zeros_like(logits[:, :1])], 1) for logits in _tensors(case)[:2]]
     labels = torch.cat([torch.full((len(case.labels), 1), -100), _tensors(case)[2]], 1)
     models = [torch.nn.Module(), torch.nn.Module()]

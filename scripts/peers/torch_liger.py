@@ -48,7 +48,7 @@ def _rival(loss, arrays):
 
 
 def chunked(mixture, arrays):
-    """``LigerFusedLinearJSDLoss`` as it is used: chunks of 1 024 tokens, ``torch.compile`` where there is a GPU."""
+    """``LigerFusedLinearJSDLoss`` as in training: chunks of 1 024 tokens, ``torch.compile`` where there is a GPU."""
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=mixture.hard,
         weight_soft_loss=mixture.soft,

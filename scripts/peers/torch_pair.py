@@ -17,7 +17,7 @@ def network(values, dtype):
 
 
 def main():
-    """Prints JSON: seconds of every step, GB at the worst moment (0 on a CPU), the device."""
+    """Prints JSON: seconds of every step, peak GB (0 on a CPU), the device."""
     task = json.loads(sys.argv[1])
     teacher = network(task["teacher_config"], torch.bfloat16).eval()
     student = network(task["student_config"], torch.float32)

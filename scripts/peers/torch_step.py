@@ -24,7 +24,7 @@ def llama(layers, width):
 
 
 def main():
-    """Two steps in every turn."""
+    """Takes two steps in every turn."""
     student, teacher = llama(*TASK["student"]), llama(*TASK["teacher"]).eval()
     update = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     ids = torch.from_numpy(np.load(TASK["ids"])).long()

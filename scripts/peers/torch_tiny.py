@@ -1,7 +1,7 @@
-"""The same tiny training in eager PyTorch, for scripts/benchmark.py: the peers our speed is held against.
+"""The same tiny training in eager PyTorch: the peers of scripts/benchmark.py tiny.
 
-Two models of the same shape: ``lean``, written here with as few operations as eager PyTorch can do with, and the Llama
-of ``transformers``, which is what the PyTorch trainers train.
+Two models have the same shape: ``lean``, written here with as few eager operations as possible, and the Llama of
+``transformers``, which the PyTorch trainers train.
 """
 
 import functools

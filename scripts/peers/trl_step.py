@@ -25,7 +25,7 @@ class Turns(TrainerCallback):
 
 
 def main():
-    """Two steps in every turn."""
+    """Takes two steps in every turn."""
     ids = torch.from_numpy(np.load(TASK["ids"])).long()[:, :-1]
     config = GKDConfig(
         output_dir=tempfile.mkdtemp(),
@@ -44,14 +44,14 @@ def main():
         report_to="none",
         disable_tqdm=True,
     )
-    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
     GKDTrainer(
         llama(*TASK["student"]),
         llama(*TASK["teacher"]),
         config,
         data_collator=lambda rows: {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)},
         train_dataset=Dataset.from_dict({"row": list(range(len(ids)))}),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>"),
         callbacks=[Turns()],
     ).train()
 

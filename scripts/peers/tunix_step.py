@@ -29,18 +29,18 @@ def llama(layers, width, seed):
 
 
 def logits(model, input_tokens, input_mask):
-    """Of a model."""
+    """Logits of a model."""
     positions = utils.build_positions_from_mask(input_mask)
     return model(input_tokens, positions, None, utils.make_causal_attn_mask(input_mask))[0]
 
 
 def labels(input_tokens, input_mask):
-    """The next tokens, one-hot as the strategy wants them."""
+    """The next tokens, one-hot as the strategy expects."""
     return jax.nn.one_hot(jnp.roll(input_tokens, -1, axis=1), TASK["vocab"])
 
 
 def main():
-    """Two steps in every turn."""
+    """Takes two steps in every turn."""
     student, teacher = llama(*TASK["student"], 0), llama(*TASK["teacher"], 1)
     update = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.99, weight_decay=0.0))
     strategy = LogitStrategy(logits, logits, labels, temperature=2.0, alpha=0.5)
