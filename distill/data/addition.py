@@ -21,7 +21,7 @@ TOKENIZER = CharacterTokenizer("0123456789+=")
 
 @dataclasses.dataclass(frozen=True)
 class AdditionConfig:
-    """Which additions the task contains, how they are written, and how they are split."""
+    """The additions of the task, their notation, and their split."""
 
     digits: int = 2
     """Digits of each operand, leading zeros kept (5+7 is 05+07)."""

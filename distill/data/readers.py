@@ -44,7 +44,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Which fields of a record hold what."""
+    """Names of the fields of a record."""
 
     text: str = "text"
     prompt: str = "prompt"

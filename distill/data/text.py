@@ -27,7 +27,7 @@ BUILT_IN = ("pydoc", "chitchat")
 
 @dataclasses.dataclass(frozen=True)
 class TextDataConfig:
-    """Which text is read, which part is held out, and how it becomes rows."""
+    """The text, its held-out part, and its conversion to rows."""
 
     source: str = "pydoc"
     """pydoc, chitchat, or a path: .txt, .md, .jsonl, .parquet, .arrow, or a folder of them (a data set of the hub)."""
@@ -50,7 +50,7 @@ class TextDataConfig:
     separator: str = ""
     """Separates the documents of a plain text file; empty: a file is one document."""
     loss: Literal["completion", "all"] = "completion"
-    """Which tokens count: completions and the assistant's turns, or all. In plain text all tokens count."""
+    """Tokens that count: completions and the assistant's turns, or all. In plain text all tokens count."""
     length: int = 256
     """Tokens of a row, L; a stored row has one more, the last label."""
     overflow: Literal["split", "keep_start", "keep_end"] = "split"
