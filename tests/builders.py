@@ -1,4 +1,4 @@
-"""Small models and batches that several tests share."""
+"""Small models and batches shared by several tests."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ VOCAB = 11
 
 
 def tiny(**options) -> DecoderConfig:
-    """Grouped queries, two layers, width 8."""
+    """A configuration of two layers, width 8 and grouped queries."""
     sizes = {"vocab_size": VOCAB, "layers": 2, "width": 8, "heads": 4, "kv_heads": 2, "feed_forward": 12}
     return DecoderConfig(**(sizes | options))
 
@@ -24,14 +24,14 @@ def tiny_decoder(**options) -> Model:
 
 
 def random_params(model: Model, seed: int = 0):
-    """Parameters without a zero or a one: biases and norm scales are drawn too."""
+    """Random parameters, including biases and norm scales, so that none is exactly 0 or 1."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), shapes)
 
 
 def uneven_batch(rows: int = 8, length: int = 6, seed: int = 0) -> Batch:
-    """Random tokens; row i counts another number of labels than its neighbours."""
+    """Random tokens with a different number of counted labels in neighbouring rows."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCAB, (rows, length + 1))
     counts = np.arange(length + 1) >= length - (np.arange(rows) * 5 % length)[:, None]
@@ -39,7 +39,7 @@ def uneven_batch(rows: int = 8, length: int = 6, seed: int = 0) -> Batch:
 
 
 def rows_of(batch: Batch, rows) -> Batch:
-    """Some rows of a batch."""
+    """Selects rows of a batch."""
     return jax.tree.map(lambda field: field[rows], batch)
 
 
@@ -48,7 +48,7 @@ def on_device(batch: Batch) -> Batch:
 
 
 def handmade(logits_of, vocab: int = VOCAB) -> Model:
-    """A model without parameters that matter: ``logits_of(tokens) -> [B, L, V]``."""
+    """A model of a function ``logits_of(tokens) -> [B, L, V]``, with unused parameters."""
     return Model(
         init=lambda key: {"unused": jnp.zeros(())},
         apply=lambda params, tokens, **_: Output(logits_of(tokens) + params["unused"]),
@@ -68,9 +68,9 @@ def _values_and_slopes(function, fixed, student, teacher, traced):
 
 
 def values_and_slopes(function, student, teacher, *, traced=(), **fixed):
-    """The values of a loss, and the gradient of their sum with respect to the student's logits.
+    """Values of a loss, and the gradient of their sum with respect to the student's logits.
 
-    One program for each loss, shape and set of ``fixed`` options; ``traced`` options change without compiling.
+    Each loss, shape and set of ``fixed`` options compiles one program; ``traced`` options do not recompile.
     """
     return _values_and_slopes(function, tuple(fixed.items()), student, teacher, dict(traced))
 

@@ -1,6 +1,6 @@
-"""One process of the pair in ``test_processes.py``: ``python one_process.py FOLDER``; the environment says which.
+"""One process of the pair in ``test_processes.py``: ``python one_process.py FOLDER``, its index in the environment.
 
-With ``ENDLESS`` in it, it only trains, until it is stopped.
+With ``ENDLESS`` in the environment it only trains, until it is stopped.
 """
 
 import json
@@ -38,7 +38,7 @@ def task():
 
 
 def train(folder: Path, config, **changes):
-    """Final parameters after 20 steps of two micro-batches, whole."""
+    """Unsharded parameters after 20 steps of two micro-batches."""
     from distill.optim import OptimizerConfig
     from distill.train import fit
     from distill.training import LogConfig, TrainingConfig
@@ -50,7 +50,7 @@ def train(folder: Path, config, **changes):
 
 
 def learn_text(folder: Path, config, **changes) -> None:
-    """A distillation on text into FOLDER/text, from the teacher there."""
+    """Distils on text into FOLDER/text, from the teacher in FOLDER."""
     from text_builders import text_config
 
     from distill.experiments.runner import run_experiment
@@ -97,7 +97,7 @@ def main(folder: Path) -> None:
         "pmap": refused(lambda: train(folder / "pmap", ParallelConfig(backend="pmap"))),
     }
     (folder / f"process{index}.json").write_text(json.dumps(seen))
-    print("said by process", index)
+    print("printed by process", index)
     read, batch = [], stream.StreamLoader.batch
     stream.StreamLoader.batch = lambda self, k: read.append(batch(self, k)) or read[-1]
     learn_text(folder, ParallelConfig(fsdp=2), streaming=True)

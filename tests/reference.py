@@ -1,4 +1,4 @@
-"""Float64 numpy twins, written from the formulas: sums over words, loops over positions and heads. No jax here.
+"""Float64 numpy twins, written from the formulas: sums over tokens, loops over positions and heads. No jax here.
 
 Notation: P is the teacher's distribution, Q the student's, both of logits / T. Gradients are with respect to the
 student's logits, in closed form.
@@ -18,14 +18,14 @@ def softmax(logits, temperature=1.0):
 
 
 def _by_row(function, *arrays):
-    """``function`` of the rows of arrays ``[..., V]``, stacked again."""
+    """Applies ``function`` to the rows of arrays ``[..., V]`` and stacks the results."""
     *leading, vocab = arrays[0].shape
     rows = [function(*row) for row in zip(*(array.reshape(-1, vocab) for array in arrays), strict=True)]
     return np.array(rows).reshape(leading)
 
 
 def kl_of_log_probs(log_a, log_b):
-    """Σ a (log a − log b), a word without mass adding nothing."""
+    """Σ a (log a − log b) over the tokens with mass in a."""
     total = 0.0
     for one, other in zip(log_a, log_b, strict=True):
         if np.exp(one) > 0.0:
@@ -55,10 +55,10 @@ def cross_entropy(student, labels, label_smoothing=0.0, z_loss=0.0):
     student = np.asarray(student, np.float64)
 
     def one(logits, label):
-        words = len(logits)
+        vocab = len(logits)
         high = max(logits)
         log_z = high + np.log(sum(np.exp(logit - high) for logit in logits))
-        targets = [label_smoothing / words + (1.0 - label_smoothing) * (v == label) for v in range(words)]
+        targets = [label_smoothing / vocab + (1.0 - label_smoothing) * (v == label) for v in range(vocab)]
         nats = sum(target * (log_z - logit) for target, logit in zip(targets, logits, strict=True) if target > 0.0)
         return nats + z_loss * log_z**2
 
@@ -74,7 +74,7 @@ def forward_kl_gradient(student, teacher, temperature=1.0):
 
 
 def _through_softmax(log_q, log_a, log_b, temperature):
-    """d/dlogits of a function with d/dQ = log a − log b =: slope, that is Q (slope − Σ Q slope) / T."""
+    """d/dlogits = Q (slope − Σ Q slope) / T of a function with d/dQ = log a − log b =: slope."""
     q, slope = np.exp(log_q), np.zeros_like(log_q)
     possible = q > 0.0
     slope[possible] = log_a[possible] - log_b[possible]
@@ -93,9 +93,9 @@ def generalized_jsd_gradient(student, teacher, beta, temperature=1.0):
 
 def cross_entropy_gradient(student, labels, label_smoothing=0.0, z_loss=0.0):
     student = np.asarray(student, np.float64)
-    words = student.shape[-1]
+    vocab = student.shape[-1]
     q = softmax(student)
-    target = (1.0 - label_smoothing) * np.eye(words)[labels] + label_smoothing / words
+    target = (1.0 - label_smoothing) * np.eye(vocab)[labels] + label_smoothing / vocab
     log_z = np.max(student, -1) + np.log(np.sum(np.exp(student - np.max(student, -1, keepdims=True)), -1))
     return q - target + 2.0 * z_loss * log_z[..., None] * q
 
@@ -108,7 +108,7 @@ def _rms_norm(x, scale, epsilon):
 
 
 def _turn(i, size, theta, scaling, length):
-    """Radians per position of pair i of size / 2, stretched; ``length``: of the text."""
+    """Radians per position of pair i of size / 2, scaled; ``length`` is that of the text."""
     if scaling is None or scaling.kind == "none":
         return theta ** (-2.0 * i / size)
     factor, original = scaling.factor, scaling.original_length
@@ -138,7 +138,7 @@ def _turn(i, size, theta, scaling, length):
 
 
 def _rotate(x, position, theta, scaling=None, length=None):
-    """The pair (x_i, x_{i + K/2}) turned by the angle position · theta^(−2i/K), or by what ``scaling`` makes of it."""
+    """Rotates the pair (x_i, x_{i + K/2}) by the angle position · theta^(−2i/K), or its scaled version."""
     half = len(x) // 2
     turned = np.empty_like(x)
     for i in range(half):
@@ -199,7 +199,7 @@ def _take(tree, n):
 
 
 def decoder_logits(config, params, tokens, positions=None, segments=None):
-    """Logits ``[B, L, V]`` of a decoder, token by token and head by head."""
+    """Logits ``[B, L, V]`` of a decoder, by loops over tokens and heads."""
     params = _float64(params)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
     segments = np.ones_like(tokens) if segments is None else segments

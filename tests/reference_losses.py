@@ -1,7 +1,7 @@
-"""More float64 numpy twins, written from the papers' formulas: sums over tokens. No jax here.
+"""More float64 numpy twins, from the formulas of the papers, as sums over tokens. No jax here.
 
 Every function takes ``student, teacher, temperature, frozen`` with finite logits ``[..., V]``; ``frozen`` is the
-student again, wherever the loss treats it as a constant. The student may be complex: its imaginary part carries the
+student where the loss treats it as a constant. The student may be complex: its imaginary part carries the
 derivative (complex step), exact to the last digits without a closed form.
 """
 
@@ -9,13 +9,13 @@ import numpy as np
 
 
 def without_impossible_tokens(function):
-    """``value`` and ``gradient`` of a function, with the tokens that are −inf on both sides taken out."""
+    """``value`` and ``gradient`` of a function, without the tokens that are −inf on both sides."""
 
     def prepare(student, teacher):
         student, teacher = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
         impossible = np.isneginf(student) & np.isneginf(teacher)
         tokens = ~np.any(impossible.reshape(-1, student.shape[-1]), axis=0)
-        assert np.all(impossible[..., ~tokens])  # the same tokens in every row
+        assert np.all(impossible[..., ~tokens])  # the same tokens must be −inf in every row
         return student, teacher, tokens
 
     def value(student, teacher, temperature=1.0, frozen=None):
@@ -49,7 +49,7 @@ def both(student, teacher, temperature):
 
 
 def size(x):
-    """|x|, with the derivative of the side x is on."""
+    """|x| with the derivative +1 at 0."""
     return np.where(np.real(x) >= 0.0, x, -x)
 
 
@@ -192,7 +192,7 @@ def pearson(student, teacher, temperature, frozen):
 
 
 def top_k_forward_kl(k):
-    """Mass by mass: the teacher's k most probable tokens, and one more class for all others."""
+    """Forward KL over the teacher's k most probable tokens and one class for all others."""
 
     def function(student, teacher, temperature, frozen):
         log_p, log_q = both(student, teacher, temperature)

@@ -1,4 +1,4 @@
-"""The addition data: every pair once, never on both sides, loss on the answer and nothing else."""
+"""The addition data: every pair once, never on both sides, loss on the answer alone."""
 
 import concurrent.futures
 import dataclasses
@@ -26,10 +26,10 @@ def unordered(operands):
     return {frozenset(pair) for pair in operands.tolist()}
 
 
-# ---- which pairs there are
+# ---- pairs and their split
 
 
-def test_two_digits_are_all_pairs_once_split_in_halves():
+def test_two_digits_have_all_pairs_once_in_equal_halves():
     sides = pairs(AdditionConfig())
     assert len(sides["train"]) == len(sides["test"]) == 5000
     assert as_set(np.concatenate([sides["train"], sides["test"]])) == {(a, b) for a in range(100) for b in range(100)}
@@ -46,27 +46,27 @@ def test_no_unordered_pair_is_on_both_sides(digits, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("digits", "asked"), [(1, 99), (2, 5000), (2, 9999), (3, 10_000), (4, 10_000), (9, 500)])
-def test_draws_as_many_distinct_pairs_as_asked(digits, asked, seed):
+def test_the_configured_number_of_distinct_pairs_is_drawn(digits, asked, seed):
     sides = pairs(AdditionConfig(digits=digits, max_examples=asked, split_seed=seed))
     drawn = np.concatenate(list(sides.values()))
     assert len(as_set(drawn)) == len(drawn)
-    assert asked - 1 <= len(drawn) <= asked  # both orders or none: an odd one cannot always be filled
+    assert asked - 1 <= len(drawn) <= asked  # both orders or none, so an odd number cannot always be reached
     assert drawn.min() >= 0 and drawn.max() < 10**digits
     assert drawn.max() >= 0.9 * 10**digits
 
 
-def test_seed_decides_the_split():
+def test_the_seed_decides_the_split():
     first, again, other = (as_set(pairs(AdditionConfig(split_seed=seed))["test"]) for seed in (0, 0, 1))
     assert first == again
     assert 0.3 < len(first & other) / len(first) < 0.7
 
 
-def test_test_fraction_is_the_share_nobody_trains_on():
+def test_test_fraction_is_the_share_of_the_test_side():
     sides = pairs(AdditionConfig(test_fraction=0.2))
     assert len(sides["test"]) == 2000 and len(sides["train"]) == 8000
 
 
-def test_a_pair_on_both_sides_is_found():
+def test_a_pair_on_both_sides_is_detected():
     config = AdditionConfig()
     left, right = encode(config, np.array([[12, 34], [5, 6]])), encode(config, np.array([[34, 12], [7, 8]]))
     with pytest.raises(ValueError, match=r"34\+12"):
@@ -74,11 +74,11 @@ def test_a_pair_on_both_sides_is_found():
     assert_disjoint(config, left, right.take(np.array([1])))
 
 
-# ---- how they are written
+# ---- encoding
 
 
 @pytest.mark.parametrize(("reverse", "answer"), [(True, "231"), (False, "132")])
-def test_both_orders_of_digits(reverse, answer):
+def test_answers_in_both_orders_of_digits(reverse, answer):
     config = AdditionConfig(reverse=reverse)
     examples = encode(config, np.array([[47, 85], [5, 7]]))
     assert decode_all(TOKENIZER, examples.prompts(config)) == ["47+85=", "05+07="]
@@ -105,10 +105,10 @@ def test_answers_are_right(digits):
 
 
 @pytest.mark.parametrize("digits", DIGITS)
-def test_carries_are_those_of_adding_by_hand(digits):
+def test_carries_match_addition_by_hand(digits):
     rng = np.random.default_rng(digits)
     operands = rng.integers(0, 10**digits, (300, 2))
-    operands[:2] = [[10**digits - 1, 1], [10**digits - 1, 10**digits - 1]]  # a chain of carries, all carries
+    operands[:2] = [[10**digits - 1, 1], [10**digits - 1, 10**digits - 1]]  # a chain of carries
     by_hand = []
     for a, b in operands.tolist():
         carry = carries = 0
@@ -121,7 +121,7 @@ def test_carries_are_those_of_adding_by_hand(digits):
     assert by_hand[:2] == [digits, digits] and len(set(by_hand)) == digits + 1
 
 
-# The loss is on the answer, its end included, each label one after its input.
+# The loss is on the answer including its end; each label follows its input.
 @pytest.mark.parametrize("reverse", [True, False])
 def test_loss_is_on_the_answer_and_its_end(reverse):
     config = AdditionConfig(reverse=reverse)
@@ -134,8 +134,7 @@ def test_loss_is_on_the_answer_and_its_end(reverse):
     assert batch.mask.dtype == bool
 
 
-# The first end counts, what follows it does not; an answer without an end counts whole.
-def test_first_end_of_a_written_answer_counts():
+def test_a_generated_answer_counts_up_to_its_first_end():
     config, eos = AdditionConfig(), TOKENIZER.eos_id
     examples = encode(config, np.array([[47, 85]] * 4))
     written = np.array([[5, eos, 0, 0], [eos, eos, eos, eos], [5, 4, 3, eos], [5, 4, 3, 2]], np.int32)
@@ -158,14 +157,14 @@ def test_unknown_characters_are_named():
         TOKENIZER.encode("1-2")
 
 
-def test_fingerprint_tells_tokenizers_apart():
+def test_fingerprints_of_tokenizers_differ():
     """Fault: a cache of another teacher, tokenizer, order or data is used."""
     same, other = CharacterTokenizer("0123456789+="), CharacterTokenizer("0123456789=+")
     assert TOKENIZER.fingerprint() == same.fingerprint() != other.fingerprint()
 
 
 @pytest.mark.parametrize("text", ["47", "47+", "4x+1", "1+2+3", "100+1", "-1+2", "²+1", ""])
-def test_prompts_that_are_no_additions_are_refused(text):
+def test_other_prompts_are_refused(text):
     with pytest.raises(ValueError, match="prompt"):
         AdditionConfig().parse(text)
     assert AdditionConfig().parse("5 + 7") == AdditionConfig().parse("05+07=") == (5, 7)
@@ -180,10 +179,10 @@ def test_impossible_data_is_refused(options):
         AdditionConfig(**options)
 
 
-# ---- what is stored
+# ---- storage
 
 
-def test_stored_examples_are_the_encoded_ones(addition):
+def test_stored_examples_equal_encoded_ones(addition):
     config, sides = addition
     for side, operands in pairs(config).items():
         want = encode(config, operands)
@@ -204,12 +203,12 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
     first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
     assert any("array_record" in name for name in first)
     assert first == second
-    module.load(config, tmp_path / "first")  # a third time only reads
+    module.load(config, tmp_path / "first")  # the third time only reads
     assert contents(tmp_path / "first") == second
 
 
-def test_several_may_prepare_at_once(tmp_path):
-    """Two runs started together on a new machine: one writes the examples, the others wait for them."""
+def test_two_processes_may_prepare_at_once(tmp_path):
+    """Of runs that start together on a new machine one writes the examples and the others wait."""
     config = AdditionConfig(digits=1)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: module.load(config, tmp_path)["train"].tokens, range(4)))
@@ -217,7 +216,7 @@ def test_several_may_prepare_at_once(tmp_path):
         np.testing.assert_array_equal(tokens, encode(config, pairs(config)["train"]).tokens)
 
 
-def test_other_settings_are_stored_elsewhere(tmp_path):
+def test_other_settings_are_stored_in_another_folder(tmp_path):
     config = AdditionConfig(digits=1)
     first = module.load(config, tmp_path)
     for change in ({"reverse": False}, {"split_seed": 1}, {"test_fraction": 0.2}):

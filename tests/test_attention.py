@@ -1,4 +1,4 @@
-"""Softmax attention beside loops in float64: groups, masks, scale, softcap."""
+"""Softmax attention against loops in float64: groups, masks, scale, softcap."""
 
 import re
 
@@ -16,7 +16,7 @@ from distill.parallel import ParallelConfig, make_mesh
 
 
 def plain(q, k, v, mask, scale=None, softcap=None):
-    """Query by query, key by key, in float64."""
+    """Attention by loops over queries and keys in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out, shared = np.zeros(q.shape), q.shape[1] // k.shape[1]
     for b, h, i in np.ndindex(q.shape[:3]):
@@ -38,7 +38,7 @@ def drawn(batch=2, heads=4, groups=2, length=6, size=4, seed=0):
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.7}, {"softcap": 1.5}, {"scale": 0.3, "softcap": 0.8}])
-def test_attention_is_that_of_float64(options):
+def test_attention_equals_float64(options):
     q, k, v, mask = drawn()
     assert np.abs(attend(q, k, v, mask, **options) - plain(q, k, v, mask, **options)).max() < 2e-6
 
@@ -52,8 +52,8 @@ def test_a_row_without_keys_is_uniform():
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.7, "softcap": 1.5}])
-def test_blocks_are_the_whole(options):
-    """Values beside float64, gradients beside the plain form; 11 queries in blocks of 4: the last one is short."""
+def test_attention_in_blocks_equals_plain_attention(options):
+    """Values against float64, gradients against the plain form; 11 queries in blocks of 4 leave a short last block."""
     q, k, v, mask = drawn(length=11)
     g = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
     mask = jnp.asarray(mask)
@@ -68,8 +68,8 @@ def test_blocks_are_the_whole(options):
         assert np.abs(ours - whole).max() < 5e-6 * np.abs(whole).max()
 
 
-def test_blocks_have_every_derivative():
-    """Forwards, forwards of backwards, of several at once: as the plain form's."""
+def test_attention_in_blocks_has_all_derivatives():
+    """Forward mode, forward over reverse, and vmap, as of the plain form."""
     q, k, v, mask = drawn(length=11)
     mask = jnp.asarray(mask)
     along = [np.random.default_rng(i).normal(size=x.shape).astype(np.float32) for i, x in enumerate((q, k, v))]
@@ -91,7 +91,7 @@ def test_blocks_have_every_derivative():
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_products_of_gradients_sum_over_the_last_axis_of_their_first_factor(groups):
-    """What XLA's CPU backend multiplies quickest; left to autodiff, those of keys and values sum over rows."""
+    """The fastest product on XLA:CPU; autodiff would sum over rows for keys and values."""
     q, k, v, mask = drawn(groups=groups, length=16)
 
     def loss(q, k, v, mask):
@@ -99,17 +99,17 @@ def test_products_of_gradients_sum_over_the_last_axis_of_their_first_factor(grou
 
     program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, mask).compile().as_text()
     summed = re.findall(r" dot\(.*lhs_contracting_dims=\{(\d+)\}", program)
-    assert len(summed) == 2 * 6 and set(summed) == {"2"}  # for each block two forwards, four backwards
+    assert len(summed) == 2 * 6 and set(summed) == {"2"}  # per block two products forward and four backward
 
 
-def test_a_hidden_key_has_no_part_however_large_its_score():
+def test_a_masked_key_has_no_effect_however_large_its_score():
     q, k, v, mask = drawn(length=8)
     k[1, :, 3], mask = k[1, :, 3] * 1e6, np.array(mask)
     mask[1, 4:, 3], mask[0, 5] = False, False
     out = in_blocks(q, k, v, jnp.asarray(mask), block=4)
     want = plain(q[1:, :, 4:], k[1:], v[1:], mask[1:, 4:])
     assert np.abs(out[1:, :, 4:] - want).max() < 2e-6
-    mean = np.repeat(v[0].mean(axis=1), 2, axis=0)  # a query that sees nothing: all keys alike, and no NaN
+    mean = np.repeat(v[0].mean(axis=1), 2, axis=0)  # a query that sees no key: uniform weights, no NaN
     assert np.abs(out[0, :, 5] - mean).max() < 1e-6
 
 
@@ -120,19 +120,19 @@ def test_blocks_see_no_later_key():
     assert np.isfinite(seen[:, :, :4]).all() and np.isnan(seen[:, :, 4:]).all()
 
 
-def test_long_causal_texts_go_in_blocks(monkeypatch):
+def test_long_causal_texts_are_computed_in_blocks(monkeypatch):
     q, k, v, _ = drawn(length=8)
     v[:, :, 7:] = np.nan
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((8, 8), bool)), (2, 8, 8))
     finite = lambda **options: bool(np.isfinite(attend(q, k, v, mask, **options)[0, 0, 0]).all())  # noqa: E731
-    assert not finite(causal=True)  # 0 · NaN: all keys are multiplied
+    assert not finite(causal=True)  # 0 · NaN: the plain form multiplies all keys
     monkeypatch.setattr(backend, "BLOCKED_FROM", 8)
     monkeypatch.setattr(attention, "in_blocks", lambda *x, **options: in_blocks(*x, **options, block=4))
     assert finite(causal=True) and not finite()
 
 
-def test_a_decoder_of_long_texts_is_that_of_short_ones(monkeypatch):
-    """Packed documents, grouped heads, a window: every gradient, with long texts' products and without."""
+def test_a_decoder_in_blocks_equals_one_without(monkeypatch):
+    """Gradients with packed documents, grouped heads and a window, with and without blocks."""
     config = DecoderConfig(
         vocab_size=14, layers=2, width=16, heads=4, kv_heads=2, feed_forward=24, sliding_window=5, qkv_bias=True
     )
@@ -151,10 +151,10 @@ def test_a_decoder_of_long_texts_is_that_of_short_ones(monkeypatch):
         assert np.abs(ours - other).max() < 1e-5 * max(np.abs(other).max(), 1.0)
 
 
-# ---- the kernel JAX ships
+# ---- the fused kernel
 
 
-def test_what_goes_through_the_kernel():
+def test_the_cases_for_the_fused_kernel():
     yes = {"platform": "cuda", "dtype": "bfloat16", "length": 512, "size": 64, "softcap": None}
     assert backend.fuse_attention(**yes) and backend.fuse_attention(**yes | {"dtype": jnp.float16, "size": 128})
     for no in (
@@ -169,14 +169,14 @@ def test_what_goes_through_the_kernel():
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.7}])
-def test_the_same_call_without_the_kernel_is_that_of_float64(options):
-    """JAX's own implementation in its place: groups, masks, scale, and the order of axes are as it wants them."""
+def test_the_arguments_of_the_fused_kernel_give_float64_attention(options):
+    """With the XLA implementation of JAX in place of cuDNN: groups, masks, scale and the order of axes are right."""
     q, k, v, mask = drawn()
     got = fused(*map(jnp.asarray, (q, k, v, mask)), implementation="xla", **options)
     assert np.abs(got - plain(q, k, v, mask, **options)).max() < 2e-6
 
 
-def test_the_kernel_is_called_where_the_rule_says(monkeypatch):
+def test_the_fused_kernel_is_called_where_the_rule_says(monkeypatch):
     q, k, v, mask = (jnp.asarray(x) for x in drawn(length=256))
     called = []
     monkeypatch.setattr(attention, "fused", lambda *arrays, scale: called.append(scale) or arrays[0])
@@ -202,8 +202,8 @@ def test_keys_are_gathered_where_positions_lie_over_a_mesh():
     assert of_whole_text(placed) is placed
 
 
-def test_a_lone_layer_computes_its_cosines_once():
-    """Not once for every head, forwards and backwards."""
+def test_a_single_layer_computes_its_cosines_once():
+    """Not once per head, forward and backward."""
     model = decoder(DecoderConfig(vocab_size=7, layers=1, width=8, heads=2, feed_forward=8))
     params = model.init(jax.random.key(0))
     tokens = jnp.ones((2, 5), jnp.int32)

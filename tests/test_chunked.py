@@ -1,4 +1,4 @@
-"""The chunked head: the value and the gradients of the plain computation, with nothing of size [tokens, V] alive."""
+"""The chunked head has the value and gradients of the plain head and never holds an array [tokens, V]."""
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ TOKENS, D, E, V = (4, 6), 8, 12, 19
 
 @pytest.fixture(autouse=True)
 def few_logits_at_a_time(monkeypatch):
-    """As with many words: on a CPU the loss goes through a chunk by eight rows, where eight divide it."""
+    """As with a large vocabulary: on a CPU the loss reads eight rows of a chunk at a time, where eight divide it."""
     monkeypatch.setattr(backend, "CPU_LOGITS", 1)
 
 
@@ -74,12 +74,12 @@ def problem(kind="plain", dtype=jnp.float32, tokens=TOKENS, keep=0.6):
 
 
 def plain(per_position, hidden, head, teacher_hidden, teacher_head, labels, mask):
-    """The definition: both logits whole."""
+    """The definition, with all logits of both models."""
     return losses.masked_sum(per_position(head.logits(hidden), teacher_head.logits(teacher_hidden), labels), mask)
 
 
 def mean_and_gradients(function, per_position, arguments, **options):
-    """Of ``3 · sum / weight`` with respect to hidden states and head: a factor must reach the gradients."""
+    """Value and gradients of ``3 · sum / weight`` by hidden states and head; the factor must reach the gradients."""
 
     def mean(hidden, head):
         total, weight = function(per_position, hidden, head, *arguments[2:], **options)
@@ -112,7 +112,7 @@ def test_value_and_gradients_are_those_of_the_plain_computation(name, kind):
         assert_close(mean_and_gradients(chunked, PER_POSITION[name], arguments, chunk_size=chunk_size), want)
 
 
-# A backward written by hand against differences of the value.
+# The handwritten backward pass against finite differences of the value.
 def test_gradients_are_finite_differences():
     hidden, head, *rest = problem("softcap")
 
@@ -131,7 +131,7 @@ def test_gradients_are_finite_differences():
 
 # bfloat16: hidden states and heads; everything between the products in float32.
 @pytest.mark.parametrize("name", PER_POSITION)
-def test_bfloat16_inputs(name):
+def test_bfloat16_inputs_are_close_to_float32(name):
     arguments = problem("bias", jnp.bfloat16)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments)
     value, gradients = mean_and_gradients(chunked, PER_POSITION[name], arguments, chunk_size=5)
@@ -143,12 +143,12 @@ def test_bfloat16_inputs(name):
         assert float(jnp.linalg.norm(got.astype(jnp.float32) - exact)) < 2.0**-7 * norm
 
 
-def test_a_tied_head_gives_its_gradient_to_the_embedding():
+def test_a_tied_head_passes_its_gradient_to_the_embedding():
     hidden, head, *rest = problem()
     embedding = head.kernel.T
 
     def total(function, embedding, **options):
-        states = hidden + embedding[rest[2]]  # hidden states depend on the embedding too
+        states = hidden + embedding[rest[2]]  # hidden states also depend on the embedding
         return function(task_and_kl, states, Head(embedding.T), *rest, **options)[0]
 
     got = jax.grad(lambda e: total(chunked, e, chunk_size=7))(embedding)
@@ -169,7 +169,7 @@ def test_a_temperature_may_be_traced_and_a_batch_mapped():
         assert_close(got(scale, arguments[0]), want(scale, arguments[0]))
 
 
-def test_metrics_travel_along_and_are_not_differentiated():
+def test_metrics_are_returned_and_not_differentiated():
     arguments = problem()
 
     def with_aux(s, t, labels):
@@ -178,7 +178,7 @@ def test_metrics_travel_along_and_are_not_differentiated():
 
     def total(hidden):
         pair, aux = chunked(with_aux, hidden, *arguments[1:], chunk_size=5, has_aux=True)
-        return pair[0] + aux["squares"], aux  # used, yet without a gradient of its own
+        return pair[0] + aux["squares"], aux  # used in a metric, which contributes no gradient
 
     (_, aux), gradient = jax.value_and_grad(total, has_aux=True)(arguments[0])
     s, t = arguments[1].logits(arguments[0]), arguments[3].logits(arguments[2])
@@ -187,7 +187,7 @@ def test_metrics_travel_along_and_are_not_differentiated():
     assert_close(gradient, jax.grad(lambda h: plain(task_and_kl, h, *arguments[1:])[0])(arguments[0]))
 
 
-def test_stored_targets_travel_in_the_place_of_labels_and_of_a_teacher():
+def test_stored_targets_replace_labels_and_teacher():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     stored = {"labels": labels, "logits": teacher_head.logits(teacher_hidden)}
     loss = lambda s, t, kept: task_and_kl(s, kept["logits"], kept["labels"])  # noqa: E731
@@ -195,11 +195,11 @@ def test_stored_targets_travel_in_the_place_of_labels_and_of_a_teacher():
     assert_close(got, plain(task_and_kl, hidden, head, teacher_hidden, teacher_head, labels, mask))
 
 
-# ---- what does not count
+# ---- positions that do not count
 
 
-# Garbage where nothing counts changes nothing, to the bit.
-def test_garbage_in_padding_changes_nothing():
+# Results are bit-identical whatever stands at positions that do not count.
+def test_garbage_in_padding_changes_no_bit():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     clean = mean_and_gradients(chunked, task_and_kl, (hidden, head, teacher_hidden, teacher_head, labels, mask))
     outside = ~mask[..., None]
@@ -210,8 +210,8 @@ def test_garbage_in_padding_changes_nothing():
     assert np.all(np.where(mask[..., None], 0.0, clean[1][0]) == 0.0)
 
 
-# Nothing counts: zero loss, zero gradient, no NaN.
-def test_nothing_counts():
+# No counted position: zero loss, zero gradient, no NaN.
+def test_no_counted_position_gives_zero_loss_and_gradient():
     arguments = problem(keep=0.0)
     total = lambda h, head: chunked(task_and_kl, h, head, *arguments[2:])[0]  # noqa: E731
     value, gradients = jax.value_and_grad(total, argnums=(0, 1))(*arguments[:2])
@@ -219,14 +219,14 @@ def test_nothing_counts():
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), gradients)
 
 
-# Padded rows carry no probability on either side, and get no gradient.
-def test_padded_words_are_as_if_absent():
+# Padded rows have no probability on either side and get no gradient.
+def test_padded_rows_of_the_head_are_as_if_absent():
     hidden, student, *_, labels, mask = problem()
     padded = Head(jnp.pad(student.kernel, ((0, 0), (0, 64))), vocab_size=V)
     same = lambda s, t, labels: losses.forward_kl(s, t)  # noqa: E731
     arguments = (hidden, student, hidden, padded, labels, mask)
     assert float(chunked(same, *arguments)[0]) < 1e-6
-    at_zero = padded.replace(vocab_size=None).logits(hidden)  # the fault: words that do not exist, at logit 0
+    at_zero = padded.replace(vocab_size=None).logits(hidden)  # the fault: padded rows with logit 0
     there = jnp.pad(student.logits(hidden), ((0, 0), (0, 0), (0, 64)), constant_values=-jnp.inf)
     assert float(jnp.mean(losses.reverse_kl(there, at_zero))) > 0.1
     gradient = jax.grad(lambda h: chunked(task_and_kl, hidden, h, hidden, student, labels, mask)[0])(padded)
@@ -234,18 +234,18 @@ def test_padded_words_are_as_if_absent():
 
 
 # The teacher is never differentiated.
-def test_teacher_gets_no_gradient():
+def test_the_teacher_gets_no_gradient():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     total = lambda t, h: chunked(task_and_kl, hidden, head, t, h, labels, mask)[0]  # noqa: E731
     gradients = jax.grad(total, argnums=(0, 1))(teacher_hidden, teacher_head)
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), gradients)
 
 
-# ---- what it costs
+# ---- cost
 
 
 def equations(jaxpr):
-    """Every equation, those of inner jaxprs too."""
+    """All equations of a jaxpr, including inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -258,14 +258,14 @@ def traced(tokens, chunk_size):
     return jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(*arguments[:2]).jaxpr
 
 
-def test_no_value_of_size_tokens_times_words():
+def test_no_array_has_size_tokens_times_vocabulary():
     tokens, chunk_size = (40, 25), 10
     sizes = [math.prod(v.aval.shape) for e in equations(traced(tokens, chunk_size)) for v in e.outvars]
     assert max(sizes) <= max(1000 * E, E * V) < 1000 * V
 
 
 def test_products_are_computed_once():
-    """6·D + 2·D' operations per token and word, not one more."""
+    """6·D + 2·D' operations per logit and no more."""
     chunk_size = 10
     flops = 0
     for equation in equations(traced((40, 25), chunk_size)):
@@ -278,8 +278,8 @@ def test_products_are_computed_once():
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("name", PER_POSITION)
-def test_gradients_take_the_place_of_logits_and_no_chunk_is_copied(name, kind):
-    """On a CPU: of the student's logits of a chunk there is one array, whatever the loss reads of them."""
+def test_gradients_overwrite_logits_and_no_chunk_is_copied(name, kind):
+    """On a CPU a chunk has one array of student logits, whatever the loss reads of them."""
     arguments, chunk_size = problem(kind, tokens=(4, 24), keep=1.0), 32
     total = lambda h, head: chunked(PER_POSITION[name], h, head, *arguments[2:], chunk_size=chunk_size)[0]  # noqa: E731
     program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*arguments[:2]).compile().as_text()
@@ -312,27 +312,27 @@ MESHES = [{"fsdp": 1, "tensor": 1}, {"fsdp": 2, "tensor": 2}, {"fsdp": 1, "tenso
 
 
 def on_a_mesh(shape, dtype):
-    """Value and gradients on the mesh and of the plain computation in float32."""
+    """Value and gradients on the mesh, and those of the plain computation in float32."""
     mesh = make_mesh(ParallelConfig(**shape))
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem(tokens=(8, 6), dtype=dtype)
-    cut = lambda head: head.replace(kernel=jnp.pad(head.kernel, ((0, 0), (0, 1))))  # noqa: E731  20 words: 4 · 5
+    cut = lambda head: head.replace(kernel=jnp.pad(head.kernel, ((0, 0), (0, 1))))  # noqa: E731  vocabulary 20 = 4 · 5
     arguments = (hidden, cut(head), teacher_hidden, cut(teacher_head), labels, mask)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments)
-    tokens, words = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((("data", "fsdp"),), (None, "tensor")))
-    places = (tokens, words, tokens, words, tokens, tokens)
+    tokens, vocab = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((("data", "fsdp"),), (None, "tensor")))
+    places = (tokens, vocab, tokens, vocab, tokens, tokens)
     placed = tuple(jax.tree.map(lambda x, p=p: jax.device_put(x, p), a) for a, p in zip(arguments, places, strict=True))
     got = mean_and_gradients(functools.partial(chunked, mesh=mesh), task_and_kl, placed, chunk_size=2)
     return jax.device_get(got), mean_and_gradients(plain, task_and_kl, exact)
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_on_a_mesh(shape):
-    """Tokens over data and fsdp, the student's words over tensor: same sums, same gradients."""
+def test_values_and_gradients_on_a_mesh_are_those_of_one_device(shape):
+    """Tokens over data and fsdp, the student's vocabulary over tensor: same sums, same gradients."""
     assert_close(*on_a_mesh(shape, jnp.float32))
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_bfloat16_on_a_mesh(shape):
+def test_bfloat16_on_a_mesh_is_close_to_float32(shape):
     (value, got), (want, exact) = on_a_mesh(shape, jnp.bfloat16)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
@@ -341,10 +341,10 @@ def test_bfloat16_on_a_mesh(shape):
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_what_is_exchanged_for_each_chunk(shape):
-    """Sums over words of a chunk's positions and of its gradients, where words are sharded. No logits, no head.
+def test_each_chunk_exchanges_only_sums_over_the_vocabulary(shape):
+    """Where the vocabulary is sharded, a chunk exchanges sums per position and gradients, but no logits and no head.
 
-    Heads whose width lies over fsdp are gathered once, before the loop; the student's gradient is added once, after.
+    Heads whose width lies over fsdp are gathered once before the loop. The student's gradient is reduced once after it.
     """
     mesh = make_mesh(ParallelConfig(**shape))
     tokens, width, teacher_width, vocab, chunk_size = 1024, 8, 16, 640, 64
@@ -355,17 +355,17 @@ def test_what_is_exchanged_for_each_chunk(shape):
         inside, outside = ([one for one in found if bool(one.loops) == where] for where in (True, False))
         assert bool(inside) == (shape["tensor"] > 1)
         assert {one.kind for one in inside} <= {"all-reduce"}
-        assert all(one.devices == shape["tensor"] for one in inside)  # else devices would wait for each other's loops
+        assert all(one.devices == shape["tensor"] for one in inside)  # or loops would wait for each other
         assert max((one.size for one in inside), default=0) <= chunk_size * width * 4
         assert sum(one.size for one in inside) <= chunk_size * (width + 16) * 4
         assert len([one for one in outside if one.kind == "all-gather"]) <= 2
         assert max(one.size for one in outside) <= teacher_width * vocab * 4
 
 
-# ---- mistakes
+# ---- invalid arguments
 
 
-def test_mistakes_are_named():
+def test_invalid_arguments_are_named():
     hidden, head, teacher_hidden, teacher_head, labels, mask = problem()
     other = Head(jnp.ones((E, V + 1)))
     wrong = {
@@ -387,7 +387,7 @@ def test_mistakes_are_named():
             chunked(task_and_kl, *arguments)
 
 
-def test_every_head_is_its_definition():
+def test_every_option_of_a_head_follows_its_definition():
     """Fault: a head's bias, scale or softcap forgotten."""
     rng = np.random.default_rng(3)
     hidden = rng.normal(size=(3, D))
@@ -399,15 +399,15 @@ def test_every_head_is_its_definition():
         np.testing.assert_allclose(one.logits(jnp.asarray(hidden, jnp.float32)), want, rtol=1e-5, atol=1e-5)
 
 
-def test_how_many_rows_the_loss_takes_on_a_cpu(monkeypatch):
+def test_rows_per_pass_of_the_loss_on_a_cpu(monkeypatch):
     assert [backend.loss_rows(size, V, "cpu") for size in (512, 24, 20, 5)] == [8, 8, 20, 5]
     monkeypatch.setattr(backend, "CPU_LOGITS", 2**18)
-    assert [backend.loss_rows(512, words, "cpu") for words in (49_152, 10**7, 32_000, 8_192, 512)] == [8, 8, 8, 32, 512]
+    assert [backend.loss_rows(512, vocab, "cpu") for vocab in (49_152, 10**7, 32_000, 8_192, 512)] == [8, 8, 8, 32, 512]
     assert backend.loss_rows(48, 8_192, "cpu") == 16
 
 
-def test_how_many_positions_a_chunk_has():
-    """All that half a GiB of logits holds on a GPU, half of it on a TPU; 128 to 1024. On a CPU 256 or 512."""
+def test_positions_per_chunk():
+    """As many as 512 MiB of logits hold on a GPU, 256 MiB on a TPU, from 128 to 1024; on a CPU 256 or 512."""
     size = backend.chunk_size
     assert size(128_256, "cpu") == size(10**7, "cpu") == 256 and size(512, "cpu") == size(49_152, "cpu") == 512
     assert size(128_256, "gpu") == 1024 and size(128_256, "tpu") == 512

@@ -1,4 +1,4 @@
-"""What a model hands out beside its last hidden states: those of layers, attention maps, relations."""
+"""Collected values: hidden states of layers, attention maps and relations."""
 
 import functools
 
@@ -35,11 +35,11 @@ def deep():
     return model, random_params(model), tokens, apply
 
 
-# ---- what a model hands out
+# ---- collected values
 
 
 def by_layer(config, params, row, positions, segments):
-    """Float64: hidden states 0 … N, attention maps and (queries, keys, values) of layers 1 … N, of one text."""
+    """Float64 hidden states 0 … N, attention maps and (queries, keys, values) of layers 1 … N for one text."""
     params = reference._float64(params)
     hidden, maps, relations = [params["embedding"][row]], [], []
     for n in range(config.layers):
@@ -67,7 +67,7 @@ def by_layer(config, params, row, positions, segments):
 
 
 # Index 0 is the embedding, n the output of layer n.
-def test_collected_states_are_those_of_a_layer_by_layer_reference(deep):
+def test_collected_states_equal_a_layer_by_layer_reference(deep):
     model, params, tokens, apply = deep
     got = apply(params, tokens, EVERYTHING).collected
     assert {name: list(layers) for name, layers in got.items()} == {
@@ -96,7 +96,7 @@ def test_index_0_is_the_embedding(deep):
 
 
 # The last hidden state is taken before the final norm, Output.hidden after it.
-def test_last_index_is_before_the_final_norm(deep):
+def test_the_last_index_is_before_the_final_norm(deep):
     model, params, tokens, apply = deep
     output = apply(params, tokens, Collect(hidden=(4,)))
     last = output.collected["hidden"][4]
@@ -119,7 +119,7 @@ def test_last_index_is_before_the_final_norm(deep):
     ],
     ids=str,
 )
-def test_some_layers_are_those_among_all(deep, collect):
+def test_some_collected_layers_equal_those_of_all(deep, collect):
     _, params, tokens, apply = deep
     output, everything = apply(params, tokens, collect), apply(params, tokens, EVERYTHING)
     np.testing.assert_allclose(output.hidden, apply(params, tokens).hidden, rtol=1e-5, atol=1e-6)
@@ -130,7 +130,7 @@ def test_some_layers_are_those_among_all(deep, collect):
             jax.tree.map(close, value, everything.collected[name][n])
 
 
-def test_gradient_of_a_layer_is_that_of_the_model_cut_there(deep):
+def test_the_gradient_of_a_layer_equals_that_of_the_truncated_model(deep):
     model, params, tokens, _ = deep
     cut = tiny_decoder(**DEEP | {"layers": 2})
 
@@ -147,7 +147,7 @@ def test_gradient_of_a_layer_is_that_of_the_model_cut_there(deep):
     assert all(np.max(np.abs(leaf)) > 1e-3 for leaf in jax.tree.leaves(want["layers"]["attention"]["query"]))
 
 
-def test_collecting_with_a_cache_sees_its_keys(deep):
+def test_collected_maps_with_a_cache_include_its_keys(deep):
     model, params, tokens, _ = deep
     collect = Collect(hidden=(2,), attention=(3,), relations=(3,))
 
@@ -165,7 +165,7 @@ def test_collecting_with_a_cache_sees_its_keys(deep):
     close(rest["relations"][3].keys[:, :, :6], whole["relations"][3].keys)
 
 
-def test_bfloat16_states_and_float32_maps():
+def test_states_are_bfloat16_and_maps_float32():
     model = tiny_decoder(**DEEP, dtype="bfloat16")
     output = jax.eval_shape(
         lambda params, tokens: model.apply(params, tokens, collect=EVERYTHING),
@@ -176,7 +176,7 @@ def test_bfloat16_states_and_float32_maps():
     assert types == {"hidden": {"bfloat16"}, "attention": {"float32"}, "relations": {"bfloat16"}}
 
 
-def test_sharded_is_not_sharded(deep):
+def test_collecting_on_a_mesh_equals_one_device(deep):
     *_, tokens, _ = deep
     mesh = make_mesh(ParallelConfig(fsdp=2, tensor=2))
     model = tiny_decoder(**DEEP, vocab_size=12)
@@ -187,11 +187,11 @@ def test_sharded_is_not_sharded(deep):
     jax.tree.map(close, jax.device_get(apply(sharded)), jax.device_get(apply(params)))
 
 
-# ---- only what was chosen is kept
+# ---- only chosen layers are kept
 
 
 def shapes_in(jaxpr) -> set[tuple[int, ...]]:
-    """Shapes of everything a program computes, its inner programs included."""
+    """Shapes of all values of a program, including inner programs."""
     found = set()
     for equation in jaxpr.eqns:
         found |= {variable.aval.shape for variable in equation.outvars}
@@ -219,10 +219,10 @@ def test_only_the_chosen_layers_are_kept():
     assert stacks(Collect(hidden=(3,), attention=(7,), relations=(1,))) == set()
     assert stacks(Collect(hidden=(0, 7))) == set()
     assert stacks(Collect(hidden=(2, 5), attention=(1, 2, 6))) == {(2, 5, 9, 24), (3, 5, 3, 9, 9)}
-    assert stacks(Collect(relations=tuple(range(1, 8)))) == {(7, 5, 3, 9, 8)}  # and would be seen
+    assert stacks(Collect(relations=tuple(range(1, 8)))) == {(7, 5, 3, 9, 8)}  # and the check can fail
 
 
-def test_memory_grows_with_what_is_chosen(monkeypatch):
+def test_memory_grows_with_the_chosen_layers(monkeypatch):
     monkeypatch.setattr("distill.devices.backend.BLOCKED_FROM", 97)  # with maps or without, the same form of attention
     config = tiny(layers=16, width=32, heads=2, kv_heads=1, head_dim=4, feed_forward=16)
     model = decoder(config)
@@ -241,10 +241,10 @@ def test_memory_grows_with_what_is_chosen(monkeypatch):
     assert one - ends < 4 * state
     assert every - ends > 14 * state
     backward = functools.partial(bytes_for, jax.grad)
-    assert backward(attention=(8,)) - backward() < 4 * attention  # and not one more residual for each layer
+    assert backward(attention=(8,)) - backward() < 4 * attention  # without a further residual per layer
 
 
-def test_nothing_is_carried_unless_asked_for(deep):
+def test_nothing_is_collected_by_default(deep):
     model, params, tokens, _ = deep
     assert model.apply(params, tokens).collected is None
 
@@ -253,7 +253,7 @@ def test_nothing_is_carried_unless_asked_for(deep):
         (scan,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
         (body,) = jax.extend.core.jaxprs_in_params(scan.params)
         inside, outside = ([v.aval.shape for v in equation.outvars] for equation in (body, scan))
-        return sum(a == b for a, b in zip(inside, outside, strict=True))  # what is stacked has one axis more outside
+        return sum(a == b for a, b in zip(inside, outside, strict=True))  # stacked values have one more leading axis
 
     assert [carried(None), carried(Collect(hidden=(0, 4))), carried(Collect(hidden=(2,)))] == [1, 1, 2]
 
@@ -270,14 +270,14 @@ def test_nothing_is_carried_unless_asked_for(deep):
         (Collect(relations=(0,)), r"relations of layers \[0\]"),
     ],
 )
-def test_layers_that_do_not_exist_are_refused(deep, collect, message):
+def test_unknown_layers_are_refused(deep, collect, message):
     model, params, tokens, _ = deep
     with pytest.raises(ValueError, match=message):
         model.apply(params, tokens, collect=collect)
 
 
 class Bigram(nn.Module):
-    """A Linen module that knows of no layers."""
+    """A Linen module without layers."""
 
     @nn.compact
     def __call__(self, tokens, positions=None, segments=None):
@@ -288,7 +288,7 @@ class Bigram(nn.Module):
 
 
 @pytest.mark.parametrize("model", [nnx_model(), from_linen(Bigram(), VOCAB)], ids=["nnx", "linen"])
-def test_models_that_cannot_collect_say_so(model):
+def test_models_that_cannot_collect_raise(model):
     params, tokens = model.init(jax.random.key(0)), jnp.zeros((1, 3), jnp.int32)
     assert model.apply(params, tokens, collect=None).collected is None
     with pytest.raises(ValueError, match="collect: (Recurrent|Bigram) gives only its last hidden states"):

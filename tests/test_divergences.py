@@ -1,4 +1,4 @@
-"""Divergences: the right direction, the right value, the right gradient, at every temperature and size of logit."""
+"""Divergences have the right direction, value and gradient at every temperature and size of logits."""
 
 from functools import partial
 
@@ -55,7 +55,7 @@ DIVERGENCES = {
 TEMPERATURES = (0.1, 1.0, 4.0, 16.0)
 GRID = (((2, 3, 7), jnp.float32), ((3, 130), jnp.float32), ((2, 3, 7), jnp.bfloat16))
 KINDS = ("small", "large", "extreme", "masked")
-STACKED = (len(KINDS), *GRID[0][0])  # one shape for several tests: what is compiled for one serves the others
+STACKED = (len(KINDS), *GRID[0][0])  # one shape for several tests, so that they share compiled programs
 EPSILON = 2.0**-24  # relative rounding error of float32
 
 
@@ -65,7 +65,7 @@ def divergence(request):
 
 
 def measured(function, student, teacher, temperature):
-    """Values and slopes at a temperature. It is traced; top_k_forward_kl keeps it with its targets, as a number."""
+    """Values and gradients at a traced temperature; top_k_forward_kl stores it as a number with its targets."""
     if function is DIVERGENCES["top_k_forward_kl"][0]:
         return values_and_slopes(function, student, teacher, temperature=temperature)
     return values_and_slopes(function, student, teacher, traced={"temperature": temperature})
@@ -76,7 +76,7 @@ def gradient(function, student, teacher):
 
 
 def logits_of(kind, shape, dtype, seed=0):
-    """Student and teacher logits. ``masked``: the last two tokens cannot occur, on either side."""
+    """Student and teacher logits; with ``masked`` the last two tokens are impossible on both sides."""
     rng = np.random.default_rng(seed)
     scale = {"small": 0.3, "large": 10.0, "extreme": 1e4, "masked": 3.0}[kind]
     pair = [rng.uniform(-scale, scale, shape) for _ in range(2)]
@@ -93,7 +93,7 @@ def every_kind(shape, dtype):
 
 
 def largest(logits):
-    """Of the sizes of finite logits."""
+    """Largest absolute finite logit."""
     return np.max(np.abs(np.where(np.isfinite(logits), logits, 0.0)))
 
 
@@ -103,27 +103,27 @@ def float64(array):
 
 # Fault: bf16 arithmetic, underflow of mixtures.
 @pytest.mark.parametrize(("shape", "dtype"), GRID)
-def test_value_is_that_of_float64(divergence, shape, dtype):
+def test_values_equal_float64(divergence, shape, dtype):
     function, expected, _ = divergence
     students, teachers = every_kind(shape, dtype)
     for temperature in TEMPERATURES:
         nats, _ = measured(function, students, teachers, temperature)
         assert nats.shape == (len(KINDS), *shape[:-1]) and nats.dtype == jnp.float32
         for kind, got, student, teacher in zip(KINDS, nats, float64(students), float64(teachers), strict=True):
-            rounding = 1e-6 + 8 * EPSILON * largest(student) / temperature  # float32 cannot hold logits better
+            rounding = 1e-6 + 8 * EPSILON * largest(student) / temperature  # the precision of float32 logits
             want, case = expected(student, teacher, temperature), f"{kind} logits, temperature {temperature}"
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=rounding, err_msg=case)
 
 
 # Fault: right value, wrong gradient; NaN from −inf or from extreme logits.
 @pytest.mark.parametrize(("shape", "dtype"), GRID)
-def test_gradient_is_that_of_float64(divergence, shape, dtype):
+def test_gradients_equal_float64(divergence, shape, dtype):
     function, _, expected = divergence
     students, teachers = every_kind(shape, dtype)
     for temperature in TEMPERATURES:
         _, slopes = measured(function, students, teachers, temperature)
         assert slopes.dtype == dtype
-        rtol = 1e-4 if dtype == jnp.float32 else 2.0**-8  # the gradient itself is handed back in bf16
+        rtol = 1e-4 if dtype == jnp.float32 else 2.0**-8  # the gradient itself is returned in bf16
         for kind, got, student, teacher in zip(
             KINDS, float64(slopes), float64(students), float64(teachers), strict=True
         ):
@@ -132,7 +132,7 @@ def test_gradient_is_that_of_float64(divergence, shape, dtype):
             np.testing.assert_allclose(got, want, rtol=rtol, atol=rounding, err_msg=case)
 
 
-# The closed forms above are gradients of the values above.
+# The closed-form gradients are those of the reference values.
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_reference_gradients_are_finite_differences(name):
     _, value, gradient = CLOSED_FORMS[name]
@@ -173,7 +173,7 @@ def test_beta_is_the_weight_of_the_teacher():
 
 
 # The ends of the JSD are the KLs, as limits and as values.
-def test_ends_of_the_jsd_are_the_kls():
+def test_limits_of_the_jsd_are_the_kls():
     student, teacher = logits_of("large", (6, 5), jnp.float32, seed=3)
     student, teacher = student / 5, teacher / 5
     for temperature in (1.0, 4.0):
@@ -190,7 +190,7 @@ def test_ends_of_the_jsd_are_the_kls():
         np.testing.assert_allclose(jsd(1.0 - 1e-3) / 1e-3, reverse, rtol=0.02)
 
 
-def test_half_way_jsd_is_symmetric_and_bounded():
+def test_jsd_at_one_half_is_symmetric_and_bounded():
     """Fault: the two KLs exchanged, β reversed."""
     student, teacher = logits_of("large", (40, 9), jnp.float32, seed=4)
     there, back = losses.generalized_jsd(student, teacher), losses.generalized_jsd(teacher, student)
@@ -199,7 +199,7 @@ def test_half_way_jsd_is_symmetric_and_bounded():
 
 
 # Fault: a mixture averaged in log space. For disjoint tokens that mixture has no mass at all.
-def test_mixture_is_of_probabilities():
+def test_the_mixture_is_of_probabilities():
     student, teacher = jnp.array([0.0, -jnp.inf, -jnp.inf]), jnp.array([-jnp.inf, 0.0, 0.0])
     for beta in (0.1, 0.5, 0.9):
         entropy = -beta * np.log(beta) - (1 - beta) * np.log(1 - beta)
@@ -208,15 +208,15 @@ def test_mixture_is_of_probabilities():
 
 # Fault: the teacher's entropy dropped.
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_self_divergence_is_zero(name):
+def test_the_divergence_of_equal_distributions_is_zero(name):
     function, *_ = DIVERGENCES[name]
     logits, _ = every_kind((3, 130), jnp.float32)
     for temperature in TEMPERATURES:
         nats, slopes = measured(function, logits, logits, temperature)
         np.testing.assert_allclose(nats, 0.0, atol=2e-6, err_msg=f"temperature {temperature}")
-        if name == "total_variation":  # |P − Q| has a kink there, and no slope
+        if name == "total_variation":  # |P − Q| has a kink there and no derivative
             continue
-        squares = name in ("alpha_beta_0.0_0.0", "logit_mse")  # of differences of logits, not weighed by probability
+        squares = name in ("alpha_beta_0.0_0.0", "logit_mse")  # differences of logits, not weighted by probability
         for kind, slope, of in zip(KINDS, slopes, logits, strict=True):
             rounding = 130 * 8 * EPSILON * largest(of) / temperature if squares else 0.0
             case = f"{kind} logits, temperature {temperature}"
@@ -236,8 +236,8 @@ def test_close_distributions_in_bf16_keep_their_distance(divergence):
     np.testing.assert_allclose(nats, want, rtol=0.01)
 
 
-# A masked vocabulary is a smaller vocabulary, value and gradient.
-def test_tokens_that_cannot_occur_are_as_if_absent(divergence):
+# A masked vocabulary gives the value and gradient of a smaller one.
+def test_impossible_tokens_are_as_if_absent(divergence):
     function, *_ = divergence
     student, teacher = logits_of("masked", STACKED, jnp.float32)
     short_student, short_teacher = student[..., :-2], teacher[..., :-2]
@@ -248,12 +248,12 @@ def test_tokens_that_cannot_occur_are_as_if_absent(divergence):
     np.testing.assert_array_equal(long[..., -2:], 0.0)
 
 
-# One side alone may rule a token out; infinite where the definition is infinite, NaN nowhere.
-def test_one_sided_zero():
+# A token may be impossible on one side. The value is infinite where the definition is, and never NaN.
+def test_one_sided_zeros_are_infinite_where_the_definition_is():
     whole, part = jnp.array([0.3, -0.2, 1.0]), jnp.array([0.5, 0.1, -jnp.inf])
     assert losses.forward_kl(part, whole) == jnp.inf
     assert losses.reverse_kl(whole, part) == jnp.inf
-    assert losses.forward_kl(part, whole.at[2].set(-200.0)) == jnp.inf  # a probability below any float, and not none
+    assert losses.forward_kl(part, whole.at[2].set(-200.0)) == jnp.inf  # below the smallest float, but not 0
     assert np.all(np.isfinite(gradient(losses.forward_kl, part, whole)))
     pairs = (
         (losses.forward_kl, reference.forward_kl, whole, part),
@@ -268,7 +268,7 @@ def test_one_sided_zero():
         assert np.all(np.isfinite(gradient(losses.generalized_jsd, student, teacher)))
 
 
-# Certain and wrong, at logits of ±1e4: large or bounded, never infinite.
+# A certain and wrong student at logits of ±1e4: large or bounded, never infinite.
 def test_extreme_disagreement_stays_finite(divergence):
     function, *_ = divergence
     student = jnp.array([1e4, -1e4, 0.0, 0.0, 0.0, 0.0, 0.0])
@@ -278,7 +278,7 @@ def test_extreme_disagreement_stays_finite(divergence):
         assert np.isfinite(nats) and np.all(np.isfinite(slopes)), temperature
 
 
-# No T² inside. Halving all logits and the temperature changes nothing.
+# No factor T²: halving all logits and the temperature changes nothing.
 def test_temperature_only_divides_the_logits(divergence):
     function, *_ = divergence
     student, teacher = logits_of("small", STACKED, jnp.float32)
@@ -287,7 +287,7 @@ def test_temperature_only_divides_the_logits(divergence):
     np.testing.assert_allclose(hot, quarter, rtol=1e-5, atol=1e-8)
 
 
-def test_gradient_reaches_the_teacher_too(divergence):
+def test_gradients_reach_the_teacher(divergence):
     function, *_ = divergence
     student, teacher = logits_of("small", (4, 6), jnp.float32)
     got = jax.jit(jax.grad(lambda t: jnp.sum(function(student, t))))(teacher)
@@ -318,7 +318,7 @@ def test_beta_outside_its_interval_is_refused(beta):
         losses.generalized_jsd(jnp.zeros(3), jnp.zeros(3), beta=beta)
 
 
-def test_shapes_are_checked_by_a_machine(divergence):
+def test_shapes_are_checked(divergence):
     function, *_ = divergence
     with pytest.raises(Exception, match="(?i)type-check"):
         function(jnp.zeros((2, 3)), jnp.zeros((2, 4)))
@@ -327,8 +327,8 @@ def test_shapes_are_checked_by_a_machine(divergence):
 
 
 @pytest.mark.parametrize("divergence", [losses.forward_kl, losses.reverse_kl])
-def test_the_derivative_that_is_written_down_is_the_chain_through_both_softmaxes(divergence):
-    """By both arguments and the temperature, of the first and the second order, with tokens of −inf."""
+def test_handwritten_derivatives_equal_autodiff_through_both_softmaxes(divergence):
+    """By both arguments and the temperature, first and second order, with tokens at −inf."""
 
     def chain(student, teacher, temperature):
         logs = [jax.nn.log_softmax(x / temperature, axis=-1) for x in (student, teacher)]

@@ -1,4 +1,4 @@
-"""The examples in the docstrings are true."""
+"""Doctests of the package."""
 
 import doctest
 import importlib
@@ -14,9 +14,9 @@ SHOWN = ("distill.losses.divergences", "distill.losses.labels", "distill.losses.
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_are_true(name):
+def test_docstring_examples_are_correct(name):
     outcome = doctest.testmod(importlib.import_module(name))
-    assert outcome.failed == 0  # what was expected and what came is printed above
+    assert outcome.failed == 0  # doctest prints expected and actual output
     assert outcome.attempted or name not in SHOWN
 
 

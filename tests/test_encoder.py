@@ -1,4 +1,4 @@
-"""The encoder: who sees whom, padding, packing, what is collected, pooling, fewer layers."""
+"""The encoder: attention, padding, packing, collected values, pooling, fewer layers."""
 
 import dataclasses
 
@@ -34,11 +34,11 @@ def states(config, tokens, **inputs):
 
 
 @BOTH
-def test_a_token_sees_both_sides_and_nothing_of_padding(config):
+def test_a_token_sees_both_sides_and_no_padding(config):
     model = encoder(config)
     params, segments = random_params(model), jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
 
-    ids = jnp.arange(12).reshape(2, 6)  # a row of the embedding for each token, so that gradients tell who was seen
+    ids = jnp.arange(12).reshape(2, 6)  # one row per token, so gradients show who was seen
     table = params["embedding"][TOKENS.reshape(-1)]
     gradient = jax.grad(
         lambda table: model.apply(params | {"embedding": table}, ids, segments=segments).hidden[0, 1].sum()
@@ -47,7 +47,7 @@ def test_a_token_sees_both_sides_and_nothing_of_padding(config):
     assert seen.tolist() == [True, True, True, True, *[False] * 8]
 
 
-def test_a_window_is_as_wide_as_it_says():
+def test_a_window_has_its_configured_width():
     config = dataclasses.replace(MODERN, layers=1, sliding_window=2, window_layers=(True,))
     model = encoder(config)
     params = random_params(model)
@@ -57,7 +57,7 @@ def test_a_window_is_as_wide_as_it_says():
 
 
 @BOTH
-def test_packed_is_apart(config):
+def test_packed_documents_do_not_see_each_other(config):
     packed = jnp.concatenate([TOKENS[:1, :4], TOKENS[1:, :3]], axis=1)
     segments, positions = jnp.asarray([[1] * 4 + [2] * 3]), jnp.asarray([[0, 1, 2, 3, 0, 1, 2]])
     together = states(config, packed, segments=segments, positions=positions)
@@ -75,8 +75,8 @@ def test_padding_changes_nothing(config):
 
 
 @BOTH
-def test_what_is_collected_explains_the_states(config):
-    """One more layer, by NumPy, from what was collected: softmax of queries and keys is the map that was kept."""
+def test_collected_relations_reproduce_the_next_states(config):
+    """NumPy computes the next layer from collected values; softmax of queries and keys is the collected map."""
     model = encoder(config)
     params = random_params(model)
     collect = Collect(hidden=(0, 1, 2, 3), attention=(2, 3), relations=(2,))
@@ -96,7 +96,7 @@ def test_what_is_collected_explains_the_states(config):
 
 
 @BOTH
-def test_remat_keeps_less_and_changes_nothing(config):
+def test_remat_saves_memory_and_changes_nothing(config):
     model = encoder(config)
     params, collect = random_params(model), Collect(relations=(2,))
 
@@ -126,7 +126,7 @@ def test_token_types_and_positions_are_added():
     np.testing.assert_allclose(turned, states(MODERN, TOKENS), atol=1e-4)  # rotary positions are relative
 
 
-def test_layer_norm_is_that_of_numpy():
+def test_layer_norm_equals_numpy():
     rng = np.random.default_rng(0)
     x, scale, bias = rng.normal(size=(4, 6)) * 3 + 5, rng.normal(size=6), rng.normal(size=6)
     want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.1) * scale + bias
@@ -147,7 +147,7 @@ def test_axes_and_types():
     assert model.logits(params, TOKENS).dtype == jnp.float32
 
 
-def test_flops_are_those_of_the_matrices():
+def test_flops_are_those_of_the_products():
     kernels = 3 * (4 * 8 * 8 + 2 * 8 * 12)
     assert BERT.flops_per_token(6) == 2 * (kernels + 3 * 2 * 8 * 6)
     assert MODERN.flops_per_token(6) == 2 * (kernels + 3 * 8 * 12 + 2 * 8 * (6 + 3 + 3))
@@ -156,7 +156,7 @@ def test_flops_are_those_of_the_matrices():
 # ---- sentences
 
 
-def test_a_mean_over_tokens_and_the_first_token():
+def test_pooling_by_mean_and_by_first_token():
     hidden = jnp.arange(24.0).reshape(2, 4, 3).at[0, 3].set(jnp.nan)
     segments = jnp.asarray([[1, 1, 1, 0], [0, 1, 1, 1]])
     np.testing.assert_allclose(pool(hidden, segments), [hidden[0, :3].mean(0), hidden[1, 1:].mean(0)])
@@ -166,7 +166,7 @@ def test_a_mean_over_tokens_and_the_first_token():
     np.testing.assert_allclose(gradient[0, :, 0], [1 / 3, 1 / 3, 1 / 3, 0])
 
 
-def test_sentence_embeddings_have_length_one_and_do_not_see_padding():
+def test_sentence_embeddings_have_norm_one_and_ignore_padding():
     model = encoder(BERT)
     params, segments = random_params(model), jnp.asarray([[1, 1, 1, 1, 0, 0]] * 2)
     vectors = embed(model, params, TOKENS, segments)
@@ -174,7 +174,7 @@ def test_sentence_embeddings_have_length_one_and_do_not_see_padding():
     np.testing.assert_allclose(vectors, embed(model, params, TOKENS[:, :4], segments[:, :4]), atol=1e-5)
 
 
-def test_fewer_layers_are_those_of_the_teacher():
+def test_kept_layers_are_those_of_the_teacher():
     params = random_params(encoder(MODERN))
     small, kept = keep_layers(MODERN, params, (0, 2))
     assert (small.layers, small.window_layers) == (2, (False, True))
@@ -188,7 +188,7 @@ def test_fewer_layers_are_those_of_the_teacher():
     assert keep_layers(MODERN, params, (0,))[0].sliding_window is None
 
 
-# ---- mistakes
+# ---- invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_fewer_layers_are_those_of_the_teacher():
         ({"sliding_window": 3, "window_layers": (True,)}, "has 1 entries; expected one for each of 3 layers"),
     ],
 )
-def test_an_encoder_that_cannot_be_is_refused(options, message):
+def test_invalid_encoders_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         EncoderConfig(**(SIZES | options))
 
@@ -220,6 +220,6 @@ def test_an_encoder_that_cannot_be_is_refused(options, message):
         (lambda: states(BERT, TOKENS, collect=Collect(hidden=(4,))), "hidden of layers .4.; this model has"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(mistake, message):
+def test_invalid_calls_are_refused(mistake, message):
     with pytest.raises(ValueError, match=message):
         mistake()

@@ -1,4 +1,4 @@
-"""Families of encoders: against what transformers computed, keys of ``config.json``, folders there and back."""
+"""Families of encoders: values of transformers, keys of ``config.json``, round trips of folders."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ DATA = Path(__file__).resolve().parent / "data" / "encoders"
 CASES = sorted(path.name for path in DATA.iterdir()) if DATA.is_dir() else []
 
 
-# ---- what transformers computed
+# ---- values of transformers
 
 
 def inputs_of(length: int, vocab: int, types: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -37,13 +37,13 @@ def inputs_of(length: int, vocab: int, types: int) -> tuple[np.ndarray, dict[str
 
 
 def weights_of(shape, segments) -> np.ndarray:
-    """What states or logits are multiplied by before they are summed to a loss; 0 at padding."""
+    """Weights of states or logits in the loss; 0 at padding."""
     draw = np.random.default_rng(2).normal(size=shape).astype(np.float32) / 10
     return draw * (segments > 0)[..., None].astype(np.float32)
 
 
 def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
-    """Largest differences to what transformers gave; beyond 1e-4 of a state or logit, 1e-3 of a gradient they fail."""
+    """Asserts differences to transformers below 1e-4 of a state or logit and 1e-3 of a gradient; returns them."""
     model, params = distill.load(folder)
     config = model.config
     tokens, inputs = inputs_of(theirs["hidden/0"].shape[1], config.vocab_size, config.token_types)
@@ -54,7 +54,7 @@ def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
         output = model.apply(params, jnp.asarray(tokens), collect=Collect(hidden=tuple(range(config.layers))), **given)
         values = model.unembed(params, output.hidden) if config.mlm_head else output.hidden
         pooled = bert_pooler(config, params, output.hidden) if config.pooler else None
-        first = inputs["segments"][:, :1, None] > 0  # a padded first token sees other padding than theirs
+        first = inputs["segments"][:, :1, None] > 0  # a padded first token attends otherwise there
         summed = values if pooled is None else values + first * jnp.broadcast_to(pooled[:, None], values.shape)
         return jnp.sum(weights_of(target.shape, inputs["segments"]) * summed), (output, values, pooled)
 
@@ -70,7 +70,7 @@ def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
     ours = dict(tensors(config, kind, gradient))
     want = {name.removeprefix("gradient/"): value for name, value in theirs.items() if name.startswith("gradient/")}
     assert ours.keys() == want.keys()
-    largest = max(np.max(np.abs(value)) for value in want.values())  # a key's bias moves nothing: its gradient is 0
+    largest = max(np.max(np.abs(value)) for value in want.values())  # the bias of keys has no effect: its gradient is 0
     errors = [np.max(np.abs(ours[n] - want[n])) / max(np.max(np.abs(want[n])), 1e-3 * largest) for n in want]
     worst["gradient"] = float(max(errors))
     assert worst["gradient"] < 1e-3, (folder.name, worst)
@@ -78,7 +78,7 @@ def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_states_logits_and_gradients_are_those_of_transformers(name):
+def test_states_logits_and_gradients_equal_transformers(name):
     with np.load(DATA / name / "theirs.npz", allow_pickle=False) as file:
         compare(DATA / name, dict(file))
 
@@ -92,11 +92,11 @@ def test_every_family_is_compared_with_a_head_and_without():
     assert max(sum(file.stat().st_size for file in (DATA / name).iterdir()) for name in CASES) < 100_000
 
 
-# ---- there and back
+# ---- round trips
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_loaded_is_saved_to_the_bit(name, tmp_path):
+def test_a_loaded_model_is_saved_bit_identically(name, tmp_path):
     model, params = distill.load(DATA / name)
     distill.save(tmp_path, model, params)
     there, here = SafetensorsSource(DATA / name), SafetensorsSource(tmp_path)
@@ -108,14 +108,14 @@ def test_what_is_loaded_is_saved_to_the_bit(name, tmp_path):
 
 
 def rewritten(tmp_path: Path, name: str, change) -> Path:
-    """A copy of a case, its tensors as ``change`` returns them."""
+    """A copy of a case with the tensors that ``change`` returns."""
     source = SafetensorsSource(DATA / name)
     shutil.copyfile(DATA / name / "config.json", tmp_path / "config.json")
     write(tmp_path, change({tensor: source.get(tensor) for tensor in sorted(source.names())}).items())
     return tmp_path
 
 
-def test_older_names_and_tensors_that_are_not_needed(tmp_path):
+def test_older_names_are_read_and_unused_tensors_ignored(tmp_path):
     def older(tensors):
         renamed = {
             name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): array
@@ -200,7 +200,7 @@ def read(kind, names=frozenset(), **keys):
         ("modernbert", {"global_attn_every_n_layers": 1}, {"sliding_window": None, "window_layers": ()}),
     ],
 )
-def test_keys_and_what_they_mean(kind, keys, fields):
+def test_keys_of_the_configuration_become_fields(kind, keys, fields):
     config = read(kind, **keys)
     assert {name: getattr(config, name) for name in fields} == fields
     assert from_json(to_json(config, kind)) == config
@@ -222,12 +222,12 @@ def test_keys_and_what_they_mean(kind, keys, fields):
         ("modernbert", {"rope_scaling": {"type": "linear"}}, "rope_scaling="),
     ],
 )
-def test_what_is_not_supported_is_named(kind, keys, message):
+def test_unsupported_keys_are_named(kind, keys, message):
     with pytest.raises(ValueError, match=message):
         read(kind, **keys)
 
 
-def test_a_size_that_is_missing_is_named():
+def test_a_missing_size_is_named():
     with pytest.raises(ValueError, match="num_hidden_layers is missing"):
         from_json({"model_type": "bert", "vocab_size": 14, "hidden_size": 8})
 
@@ -240,7 +240,7 @@ def test_a_size_that_is_missing_is_named():
         ({}, "roberta", "family 'roberta' is not known"),
     ],
 )
-def test_an_encoder_no_family_has_is_refused(options, family, message, tmp_path):
+def test_an_encoder_without_a_family_is_refused(options, family, message, tmp_path):
     model = encoder(EncoderConfig(vocab_size=14, width=8, feed_forward=16, **options))
     with pytest.raises(ValueError, match=message):
         distill.save(tmp_path / "model", model, random_params(model), family=family)

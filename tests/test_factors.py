@@ -1,4 +1,4 @@
-"""Kernels in two factors: the best ones, LoRA by hand, and what of a student is learnt at all."""
+"""Factorised kernels: optimal factors, LoRA, and which parameters are trained."""
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ def nats(model, params, batch):
 # ---- low rank
 
 
-def test_the_error_is_what_singular_values_are_left_out(params):
-    """Eckart and Young, for every kernel, by numpy's float64."""
+def test_the_error_is_that_of_the_dropped_singular_values(params):
+    """The theorem of Eckart and Young for every kernel, in float64."""
     small, factors = low_rank(MODEL, params, 3)
     whole = small.merge(factors)
     for name in ALL:
@@ -61,7 +61,7 @@ def test_the_error_is_what_singular_values_are_left_out(params):
     assert small.parameter_count() == sum(leaf.size for leaf in jax.tree.leaves(factors))
 
 
-def test_factors_compute_what_their_product_does(params):
+def test_factors_compute_the_same_as_their_product(params):
     small, factors = low_rank(MODEL, params, 2, kernels=("query", "output", "up"))
     assert "kernel" in factors["layers"]["mlp"]["down"] and "kernel" not in factors["layers"]["mlp"]["up"]
     want = reference.decoder_logits(CONFIG, small.merge(factors), np.asarray(BATCH.inputs))
@@ -76,8 +76,8 @@ def test_full_rank_changes_nothing(params):
     )
 
 
-def test_weighted_rows_are_kept_better(params):
-    """The weighted error is the least of all of this rank; rows that cost nothing are not divided by nothing."""
+def test_weighted_rows_have_smaller_errors(params):
+    """The weighted error is minimal for the rank; rows of weight zero cause no division by zero."""
     rows = fisher_rows(MODEL, params, lambda p, b: nats(MODEL, p, b), [BATCH])
     weights = np.array(rows["layers"]["mlp"]["up"]["rows"])
     gradient = jax.grad(lambda p: nats(MODEL, p, BATCH))(params)["layers"]["mlp"]["up"]["kernel"]
@@ -99,7 +99,7 @@ def test_weighted_rows_are_kept_better(params):
         fisher_rows(MODEL, params, lambda p, b: nats(MODEL, p, b), [])
 
 
-def test_random_factors_are_as_large_as_random_kernels():
+def test_random_factors_have_the_spread_of_random_kernels():
     model = tiny_decoder(width=64, heads=4, feed_forward=96)
     drawn = factored(model, 32)
     whole, plain = drawn.merge(drawn.init(jax.random.key(0))), model.init(jax.random.key(0))
@@ -118,7 +118,7 @@ def learnt(seed=3):
     return random_params(ADAPTED, seed)
 
 
-def test_lora_starts_as_its_base_to_the_bit(params):
+def test_lora_starts_bit_identical_to_its_base(params):
     start = ADAPTED.init(jax.random.key(0))
     got = ADAPTED.logits(joined(params, start), BATCH.inputs)
     np.testing.assert_array_equal(got, MODEL.logits(params, BATCH.inputs))
@@ -128,8 +128,8 @@ def test_lora_starts_as_its_base_to_the_bit(params):
         assert float(branch["lora_left"].std()) == pytest.approx(deviation, rel=0.5)
 
 
-def test_lora_by_hand(params):
-    """W + 6/2 · A · B in float64; and merged."""
+def test_lora_matches_its_equation(params):
+    """W + 6/2 · A · B in float64, separate and merged."""
     whole = joined(params, learnt())
     by_hand = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     for branch, name in (("attention", "query"), ("attention", "output"), ("mlp", "down")):
@@ -156,8 +156,8 @@ def step_of(student, optimizer=SGD, **options):
     return make_train_step(student, TERMS, optimizer, teacher=MODEL, **options)
 
 
-def test_only_the_correction_is_learnt(params):
-    """State and optimizer hold A and B alone; the update is theirs in a gradient of the merged model."""
+def test_only_the_correction_is_trained(params):
+    """State and optimizer hold only A and B; the update follows from the gradient of the merged model."""
     update = optax.adam(0.1)
     state = init_state(learnt(), update)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 3 * ADAPTED.parameter_count() + 2
@@ -184,8 +184,8 @@ def test_only_the_correction_is_learnt(params):
         np.testing.assert_allclose(got, gradient, rtol=1e-2, atol=1e-4)
 
 
-def test_lora_steps_alike_on_every_wrapping(params):
-    """One device, a mesh with sharded parameters, pmap: the base travels beside the teacher, here the same arrays."""
+def test_lora_steps_are_equal_on_every_wrapping(params):
+    """On one device, a sharded mesh and pmap; the base is passed like the teacher, here the same arrays."""
     model = lora(MODEL, 2, kernels=("query", "down"))
     rows, first, update = np.arange(8)[None], init_state(random_params(model, 4), SGD), SGD
     mesh = make_mesh(ParallelConfig(fsdp=2))
@@ -233,7 +233,7 @@ def test_a_student_is_saved_merged(params, tmp_path):
         (lambda: joined({"a": 1}, {"a": 2}), "a is both frozen and learnt"),
     ],
 )
-def test_factors_that_cannot_be_are_refused(make, message):
+def test_invalid_factors_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
     assert len(kernels_of(MODEL)) == 7

@@ -1,4 +1,4 @@
-"""Families of language models: against what transformers computed, and every key of ``config.json``."""
+"""Families of language models: values of transformers, and every key of ``config.json``."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ DATA = Path(__file__).resolve().parent / "data" / "families"
 CASES = sorted(path.name for path in DATA.iterdir())
 
 
-# ---- what transformers computed
+# ---- values of transformers
 
 
 def inputs_of(length: int, vocab: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Two rows, one padded on the left, one of two documents: tokens, and their segments and positions."""
+    """Tokens, segments and positions of two rows: one padded on the left, one of two documents."""
     rng = np.random.default_rng(1)
     tokens = np.concatenate([rng.integers(0, vocab, (n, length)) for n in (2, 1, 1)])
     count = np.arange(length)
@@ -40,7 +40,7 @@ def inputs_of(length: int, vocab: int) -> tuple[jax.Array, dict[str, jax.Array]]
 
 
 def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
-    """Largest differences to what transformers gave; beyond 1e-4 of a logit or 1e-3 of a gradient they fail."""
+    """Asserts differences to transformers below 1e-4 of a logit and 1e-3 of a gradient; returns them."""
     model, params = distill.load(folder)
     tokens, inputs = inputs_of(*theirs["logits/rows"].shape[1:])
 
@@ -70,7 +70,7 @@ def compare(folder: Path, theirs: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_and_gradients_are_those_of_transformers(name):
+def test_logits_and_gradients_equal_transformers(name):
     with np.load(DATA / name / "theirs.npz", allow_pickle=False) as file:
         compare(DATA / name, dict(file))
 
@@ -94,7 +94,7 @@ def test_every_family_and_scaling_is_compared():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_written_is_read_as_the_same_decoder(name):
+def test_a_written_configuration_is_read_as_the_same_decoder(name):
     values = json.loads((DATA / name / "config.json").read_text())
     config = from_json(values)
     again = from_json(to_json(config, values["model_type"]))
@@ -104,8 +104,8 @@ def test_what_is_written_is_read_as_the_same_decoder(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_folder_loaded_and_saved_is_the_same_folder(name, tmp_path):
-    """To the bit, tensor by tensor, whatever a family joins or turns; and so is the model that is loaded again."""
+def test_a_loaded_and_saved_folder_is_bit_identical(name, tmp_path):
+    """Tensor by tensor, whatever a family fuses or reorders; the model loaded again is identical too."""
     model, params = distill.load(DATA / name, dtype=None)
     distill.save(tmp_path, model, params, family=json.loads((DATA / name / "config.json").read_text())["model_type"])
     there, here = (load_file(folder / "model.safetensors") for folder in (DATA / name, tmp_path))
@@ -113,19 +113,19 @@ def test_a_folder_loaded_and_saved_is_the_same_folder(name, tmp_path):
         tensor: (x.dtype, x.shape, x.tobytes()) for tensor, x in here.items()
     }
     again, once_more = distill.load(tmp_path, dtype=None)
-    kept = {"rope_scaling": again.config.rope_scaling}  # its magnitude is written down
+    kept = {"rope_scaling": again.config.rope_scaling}  # its magnitude is stored explicitly
     assert again.config == dataclasses.replace(model.config, **kept)
     assert again.config.rope_scaling.magnitude == model.config.rope_scaling.magnitude
     assert jax.tree.structure(once_more) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), params, once_more))
 
 
-# ---- what the options change elsewhere
+# ---- effects of the options elsewhere
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2"])
-def test_a_text_in_two_pieces_is_the_text(name):
-    """Through the cache, with attention kept: both paths know every option."""
+def test_a_text_in_two_pieces_through_the_cache_equals_the_whole(name):
+    """With collected attention; both paths support every option."""
     model, params = distill.load(DATA / name)
     tokens, _ = inputs_of(16, model.vocab_size)
     whole = model.apply(params, tokens[:2], collect=Collect(attention=(1,)))
@@ -140,7 +140,7 @@ def test_a_text_in_two_pieces_is_the_text(name):
     )
 
 
-def test_no_position_beyond_the_table_is_made_up():
+def test_positions_beyond_the_table_are_refused():
     model, params = distill.load(DATA / "gpt2")
     tokens = jnp.zeros((1, 17), jnp.int32)
     for call in (lambda: model.apply(params, tokens), lambda: model.init_cache(1, 17)):
@@ -150,7 +150,7 @@ def test_no_position_beyond_the_table_is_made_up():
     assert jnp.all(jnp.isnan(hidden[0, 16]))
 
 
-def test_a_published_gpt2_leaves_out_a_prefix_and_holds_masks(tmp_path):
+def test_a_published_gpt2_without_prefix_and_with_masks_is_read(tmp_path):
     tensors = {name.removeprefix("transformer."): x for name, x in load_file(DATA / "gpt2/model.safetensors").items()}
     tensors |= {f"h.{n}.attn.bias": np.ones((1, 1, 4, 4), np.float32) for n in range(2)}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -160,7 +160,7 @@ def test_a_published_gpt2_leaves_out_a_prefix_and_holds_masks(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
-def test_the_text_model_of_a_gemma3_with_images_is_read(prefix, tmp_path):
+def test_the_text_model_of_a_multimodal_gemma3_is_read(prefix, tmp_path):
     tensors = load_file(DATA / "gemma3/model.safetensors")
     inner = {name: name.removeprefix("model.") if prefix.startswith("model.") else name for name in tensors}
     tensors = {prefix + inner[name] if name.startswith("model.") else name: x for name, x in tensors.items()}
@@ -179,7 +179,7 @@ def test_the_text_model_of_a_gemma3_with_images_is_read(prefix, tmp_path):
         distill.load(tmp_path)
 
 
-def test_the_published_gemma3_27b_leaves_much_to_defaults():
+def test_the_published_gemma3_27b_is_read_with_defaults():
     text = {"head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32}
     text |= {"num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168, "sliding_window": 1024}
     text |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
@@ -325,7 +325,7 @@ def test_a_published_llama_is_read():
         ),
     ],
 )
-def test_keys_are_fields(values, fields):
+def test_keys_of_the_configuration_become_fields(values, fields):
     config = from_json(values)
     assert {name: getattr(config, name) for name in fields} == fields
 
@@ -372,16 +372,17 @@ def test_keys_are_fields(values, fields):
         (NEOX, "rope_fraction=0.25 rotates 0"),
     ],
 )
-def test_what_is_not_supported_is_named(values, message):
+def test_unsupported_keys_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         from_json(values)
 
 
-def test_every_family_names_a_key_it_does_not_know(tmp_path):
+def test_every_family_names_an_unknown_key(tmp_path):
     for folder in [*DATA.iterdir(), *(DATA.parent / "encoders").iterdir()]:
         values = json.loads((folder / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(values | {"logit_twist": 0.5}))
-        shutil.copyfile(folder / "model.safetensors", tmp_path / "model.safetensors")  # an encoder's tell its head
+        # The head of an encoder is known from its tensors, so the file is needed.
+        shutil.copyfile(folder / "model.safetensors", tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=rf"logit_twist=0\.5 of model_type '{values['model_type']}': not known"):
             read_config(tmp_path)
 
@@ -416,7 +417,7 @@ GPT = {"norm": "layer", "gated": False, "mlp_bias": True, "kv_heads": 4}
         (GPT | {"parallel": True}, "gpt_neox"),
     ],
 )
-def test_a_decoder_is_saved_as_the_first_family_that_has_it_all(options, family):
+def test_a_decoder_is_saved_as_the_first_family_that_can_express_it(options, family):
     config = tiny(**options)
     assert family_of(config) == family
     again = from_json(to_json(config))
@@ -436,7 +437,7 @@ def test_a_decoder_is_saved_as_the_first_family_that_has_it_all(options, family)
         ({}, "gptj", "family 'gptj' is not known"),
     ],
 )
-def test_a_decoder_no_family_has_is_refused(options, family, message, tmp_path):
+def test_a_decoder_without_a_family_is_refused(options, family, message, tmp_path):
     model = decoder(tiny(**options))
     with pytest.raises(ValueError, match=message):
         distill.save(tmp_path / "model", model, random_params(model), family=family)

@@ -1,4 +1,4 @@
-"""Features, sequence means and padded vocabularies in the train step: the same rules as for logits."""
+"""Features, sequence means and padded vocabularies in the train step follow the same rules as logits."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ from distill.training import LogConfig, TrainingConfig
 STUDENT = tiny_decoder(vocab_size=12)
 TEACHER = tiny_decoder(vocab_size=12, layers=4, width=12, head_dim=4, feed_forward=20)
 TWIN = tiny_decoder(vocab_size=12, layers=3)  # of the student's width
-SGD = optax.sgd(1.0)  # the parameters move by the gradient
+SGD = optax.sgd(1.0)  # so that parameters change by the gradient
 EVERYTHING = FeatureConfig(
     hidden_weight=0.5, embeddings=True, attention_weight=0.25, relation_weight=0.125, relation_heads=2, relation_layer=3
 )
@@ -46,7 +46,7 @@ EVERYTHING = FeatureConfig(
 
 @functools.cache
 def everything():
-    """A student with a projector, the terms of logits and features, and the state to begin from."""
+    """A student with a projector, terms on logits and features, and the initial state."""
     student = with_projectors(STUDENT, projector_shapes(EVERYTHING, STUDENT, TEACHER))
     inside = feature_terms(EVERYTHING, student, TEACHER)
     terms = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3), inside)
@@ -81,7 +81,7 @@ def test_terms_are_those_of_the_losses_on_collected_features():
     projector = params["projectors"]["hidden"]
     hidden = [
         losses.projected_mse(s["hidden"][m], t["hidden"][n], projector) for m, n in ((0, 0), (1, 2), (2, 4))
-    ]  # the end of each half of the teacher, and the embeddings
+    ]  # the last layer of each half of the teacher, and the embeddings
     attention = [losses.attention_kl(s["attention"][m], t["attention"][n]) for m, n in ((1, 2), (2, 4))]
     relation = [
         losses.relation_kl(a, b, relation_heads=2) for a, b in zip(s["relations"][2], t["relations"][3], strict=True)
@@ -119,14 +119,14 @@ def test_the_projector_learns_and_the_update_is_the_slope_of_the_loss(reduction)
 
 @pytest.mark.parametrize("options", [{"micro_batches": 4}, {"chunk_size": 8}], ids=["micro_batches", "chunked"])
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
-def test_in_parts_is_the_whole(options, reduction):
+def test_micro_batches_equal_the_whole_batch(options, reduction):
     student, terms, params, teacher_params = everything()
     batch = on_device(uneven_batch())
     want = stepped(student, terms, params, teacher_params, batch, chunk_size=0, reduction=reduction)
     assert_close(stepped(student, terms, params, teacher_params, batch, reduction=reduction, **options), want)
 
 
-def test_on_eight_devices_is_on_one():
+def test_eight_devices_equal_one():
     student, terms, params, teacher_params = everything()
     examples = on_device(uneven_batch(rows=16))
     rows = np.arange(16)[None]
@@ -151,7 +151,7 @@ def test_on_eight_devices_is_on_one():
 
 
 def test_garbage_in_padding_changes_no_feature():
-    """Tokens of padding (segment 0, not counted) take part in nothing, to the bit."""
+    """Padding tokens (segment 0, not counted) do not change any bit."""
     student, terms, params, teacher_params = everything()
     rng = np.random.default_rng(0)
     tokens, segments = rng.integers(0, VOCAB, (4, 9)), np.ones((4, 9), int)
@@ -185,7 +185,7 @@ def test_equal_networks_have_equal_features():
         assert abs(means(metrics)[name]) < 1e-6
 
 
-def test_a_feature_term_of_ones_own():
+def test_a_custom_feature_term_is_trained_on():
     def last(view):
         return losses.hidden_mse(view.student_features["hidden"][2], view.teacher_features["hidden"][3])
 
@@ -209,12 +209,12 @@ def test_a_feature_term_of_ones_own():
         (FeatureConfig(hidden_weight=1.0, hidden_loss="mse"), nnx_model(), "number of layers"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_any_step(config, teacher, message):
+def test_incompatible_features_are_refused_before_any_step(config, teacher, message):
     with pytest.raises(ValueError, match=message):
         feature_terms(config, STUDENT, teacher)
 
 
-def test_features_of_a_teacher_that_is_not_there_are_refused():
+def test_features_without_a_teacher_are_refused():
     _, terms, *_ = everything()
     with pytest.raises(ValueError, match="hidden_projected_mse, attention_kl, relation_kl look inside the teacher"):
         make_train_step(STUDENT, terms, SGD)
@@ -237,8 +237,8 @@ def test_feature_configuration_is_checked(options):
 # ---- sequence means
 
 
-def test_every_sequence_weighs_the_same():
-    """Packed rows: three documents of 1, 2 and 4 counted tokens; the mean of their own means, not of 7 tokens."""
+def test_every_sequence_has_the_same_weight():
+    """Packed rows of documents with 1, 2 and 4 counted tokens: the mean of their means, not of 7 tokens."""
     tokens = np.arange(16).reshape(2, 8) % VOCAB
     segments = np.array([[1, 1, 2, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]])
     batch = on_device(shift(tokens, segments > 0, segments))
@@ -259,7 +259,7 @@ def test_every_sequence_weighs_the_same():
             assert float(metrics["loss"][1]) == (3.0 if reduction == "sequence_mean" else 7.0)
 
 
-def test_sequences_without_a_counted_token_are_none():
+def test_sequences_without_a_counted_token_do_not_count():
     batch = on_device(uneven_batch())
     nothing = batch._replace(mask=batch.mask.at[:4].set(False))
     weights = losses.sequence_weights(nothing.mask, nothing.segments)
@@ -281,8 +281,8 @@ def test_an_unknown_reduction_is_refused():
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("chunk_size", [0, 8], ids=["whole", "chunked"])
-def test_padded_rows_have_no_part_in_the_step(chunk_size, tied):
-    """Student with 16 rows, teacher with 20, 12 words: as without padding, whatever stands in the padded rows."""
+def test_padded_rows_do_not_affect_the_step(chunk_size, tied):
+    """Student with 16 rows, teacher with 20, vocabulary 12: equal to no padding, whatever the padded rows hold."""
     sides = [tiny_decoder(vocab_size=rows, tied=tied) for rows in (16, 20)]
     plain = tiny_decoder(vocab_size=12, tied=tied)
     terms = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))
@@ -297,30 +297,30 @@ def test_padded_rows_have_no_part_in_the_step(chunk_size, tied):
     new, metrics = stepped(student, terms, *params, batch, teacher=teacher, chunk_size=chunk_size)
     want, want_metrics = stepped(plain, terms, *map(cut, params), batch, teacher=plain, chunk_size=chunk_size)
     assert_close((cut(new.params), metrics), (want.params, want_metrics))
-    np.testing.assert_array_equal(new.params["embedding"][12:], params[0]["embedding"][12:])  # padding stays as it was
+    np.testing.assert_array_equal(new.params["embedding"][12:], params[0]["embedding"][12:])  # padding is unchanged
 
 
 TABLES = {"embedding", "head"}
 
 
-def test_two_vocabularies_are_refused_naming_the_way_out():
+def test_two_vocabularies_are_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"12 tokens, the teacher's 16; .*with_vocabulary"):
         make_train_step(STUDENT, [task_term()], SGD, teacher=tiny_decoder(vocab_size=16))
     with pytest.raises(ValueError, match="size=13; expected 1 … 12"):
         STUDENT.with_vocabulary(13)
 
 
-def test_a_model_without_a_head_can_be_cut():
+def test_a_model_without_a_head_can_be_aligned():
     model = nnx_model()
     params, tokens = model.init(jax.random.key(0)), jnp.array([[1, 2]])
     cut = model.with_vocabulary(5)
     np.testing.assert_array_equal(cut.logits(params, tokens), model.logits(params, tokens)[..., :5])
 
 
-# ---- all of it from a configuration
+# ---- experiments by configuration
 
 
-def test_an_experiment_refuses_what_cannot_be_compared_before_it_trains(tmp_path):
+def test_an_experiment_refuses_incompatible_features_before_training(tmp_path):
     sides = (DecoderConfig(vocab_size=14, layers=1, width=8, heads=heads, feed_forward=16) for heads in (2, 4))
     student, teacher = (Recipe(model) for model in sides)
     objective = ObjectiveConfig(features=FeatureConfig(attention_weight=1.0))
@@ -353,7 +353,7 @@ def test_sequence_level_distillation_is_cross_entropy_on_the_teachers_answers():
 
 
 def test_an_experiment_with_features_sequence_means_and_padded_vocabularies(tmp_path):
-    """The run folder of such a student opens as that of any other: no projector in what is kept."""
+    """The run folder of such a student opens like any other: the checkpoint has no projector."""
     training = TrainingConfig(steps=4, batch_size=8, steps_per_dispatch=2, evaluate_every=4, save_every=2)
     config = Config(
         data=addition.AdditionConfig(digits=1),

@@ -1,4 +1,4 @@
-"""Batches that come late, never, or not finite; and the speed that the loop reports."""
+"""Feeds with late, missing or non-finite batches, and the speed that the loop reports."""
 
 import dataclasses
 import os
@@ -34,7 +34,7 @@ TRAINING = TrainingConfig(
     steps=12, batch_size=8, steps_per_dispatch=2, evaluate_every=12, save_every=4, optimizer=OptimizerConfig()
 )
 SKIP = dataclasses.replace(TRAINING, on_nan="skip")
-PATIENCE = 300.0  # seconds; what comes at all comes sooner, on a busy machine too
+PATIENCE = 300.0  # seconds; any batch arrives sooner, even on a busy machine
 ALONE = {"log": LogConfig(progress=False), "parallel_config": ParallelConfig(backend="one_device")}
 
 
@@ -50,7 +50,7 @@ def task(examples) -> Task:
 
 
 def with_nan(loader, bad):
-    """``k -> batch k``, the teacher of the batches in ``bad`` not a number."""
+    """``k -> batch k``, with NaN in the targets of the batches in ``bad``."""
 
     def batch(k):
         good = loader.batch(k)
@@ -70,7 +70,7 @@ def straight(loader, tmp_path_factory):
 
 
 @pytest.mark.parametrize("backend", ["one_device", "mesh", "pmap"])
-def test_batches_read_ahead_train_as_those_in_memory(backend, loader, straight, tmp_path):
+def test_batches_read_ahead_train_like_batches_in_memory(backend, loader, straight, tmp_path):
     got = fit(tmp_path, task(loader.batch), TRAINING, **ALONE | {"parallel_config": ParallelConfig(backend=backend)})
     if backend == "one_device":
         assert equal_bits(got, straight[0])
@@ -80,7 +80,7 @@ def test_batches_read_ahead_train_as_those_in_memory(backend, loader, straight, 
 # ---- not finite
 
 
-def test_a_skipped_step_touches_no_bit(loader):
+def test_a_skipped_step_changes_no_bit(loader):
     update = optimizer(TRAINING.optimizer, TRAINING.steps)
     plain, skipping = (
         jax.jit(make_train_step(MODEL, terms_of(ObjectiveConfig()), update, skip_not_finite=skip))
@@ -93,10 +93,10 @@ def test_a_skipped_step_touches_no_bit(loader):
     after, metrics = skipping(before, None, loader.batch(1))
     want, _ = plain(before, None, loader.batch(1))
     assert equal_bits(after, want) and float(metrics["skipped"][0]) == 0.0
-    assert "skipped" not in jax.eval_shape(plain, before, None, loader.batch(1))[1]  # off, it is not there
+    assert "skipped" not in jax.eval_shape(plain, before, None, loader.batch(1))[1]  # plain steps have none
 
 
-def test_gradients_alone_not_finite_are_skipped_too(loader):
+def test_non_finite_gradients_with_a_finite_loss_are_skipped(loader):
     update = optimizer(TRAINING.optimizer, TRAINING.steps)
     step = jax.jit(make_train_step(MODEL, terms_of(ObjectiveConfig()), update, skip_not_finite=True))
     state = init_state(MODEL.init(jax.random.key(0)), update)
@@ -105,7 +105,7 @@ def test_gradients_alone_not_finite_are_skipped_too(loader):
     assert float(metrics["skipped"][0]) == 1.0 and equal_bits(after.params, params)
 
 
-def test_a_run_skips_and_reports_how_many(loader, straight, tmp_path, capsys):
+def test_skipped_steps_are_counted_in_the_metrics(loader, straight, tmp_path, capsys):
     log = {"log": LogConfig(progress=True)}
     got = fit(
         tmp_path,
@@ -122,14 +122,14 @@ def test_a_run_skips_and_reports_how_many(loader, straight, tmp_path, capsys):
         assert checkpoints.latest == 12
 
 
-def test_too_many_skipped_in_a_row_stop_the_run(loader, tmp_path):
+def test_too_many_consecutive_skips_stop_the_run(loader, tmp_path):
     bad = dataclasses.replace(SKIP, skips_in_a_row=3)
     with pytest.raises(FloatingPointError, match=r"step 10 \(batch 9\): 3 batches in a row"):
         fit(tmp_path, task(with_nan(loader, {3, 7, 8, 9})), bad, **ALONE)
     assert [line["step"] for line in read_metrics(tmp_path) if line.get("skipped")] == [4, 8]
 
 
-def test_a_stopped_run_goes_on_skipping(loader, tmp_path):
+def test_a_run_stopped_by_nan_resumes_with_skipping(loader, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 6 \(batch 5\): the teacher's output is .*on_nan=skip"):
         fit(tmp_path / "a", task(with_nan(loader, {5})), TRAINING, **ALONE)
     fit(tmp_path / "b", task(with_nan(loader, {5})), SKIP, **ALONE)
@@ -141,9 +141,9 @@ def test_a_stopped_run_goes_on_skipping(loader, tmp_path):
 # ---- a source that hangs or fails
 
 
-def test_a_hung_source_ends_the_run_with_its_state_saved(loader, straight, tmp_path, monkeypatch):
+def test_a_hung_source_saves_the_state_and_ends_the_run(loader, straight, tmp_path, monkeypatch):
     awake, now = threading.Event(), [0.0]
-    # Time passes only while the source hangs: on a slow machine no other batch is late.
+    # Time passes only while the source hangs, so that no other batch is late on a slow machine.
     monkeypatch.setitem(Ahead.__init__.__globals__, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def hangs(k):
@@ -156,7 +156,7 @@ def test_a_hung_source_ends_the_run_with_its_state_saved(loader, straight, tmp_p
         fit(tmp_path, task(hangs), impatient, **ALONE)
     awake.set()
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest == 6  # though a checkpoint was due at 4 and 8 alone
+        assert checkpoints.latest == 6  # although checkpoints are due at 4 and 8 only
     assert equal_bits(fit(tmp_path, task(loader.batch), TRAINING, **ALONE), straight[0])
 
 
@@ -182,7 +182,7 @@ def test_sigterm_stops_the_run_while_the_source_hangs(loader, straight, tmp_path
     assert equal_bits(fit(tmp_path, task(loader.batch), TRAINING, **ALONE), straight[0])
 
 
-def test_batches_are_on_the_devices_before_they_are_asked_for(loader):
+def test_batches_are_on_the_devices_before_they_are_requested(loader):
     placed = threading.Event()
 
     def place(batches):
@@ -198,7 +198,7 @@ def test_batches_are_on_the_devices_before_they_are_asked_for(loader):
     feed.close()
 
 
-def test_a_batch_that_cannot_be_placed_raises_where_it_is_asked_for(loader):
+def test_a_batch_that_cannot_be_placed_raises_where_it_is_requested(loader):
     def place(batches):
         raise RuntimeError("no room")
 
@@ -208,7 +208,7 @@ def test_a_batch_that_cannot_be_placed_raises_where_it_is_asked_for(loader):
     feed.close()
 
 
-def test_a_source_that_fails_names_the_batch(loader):
+def test_an_error_of_the_source_names_the_batch(loader):
     def fails(k):
         if k == 3:
             raise OSError("the disk is gone")
@@ -238,13 +238,13 @@ def test_flops_count_the_teacher_forward_only(loader, straight, monkeypatch):
     assert speed.flops_per_token(dataclasses.replace(MODEL, config=None), None, length) is None
     line = [line for line in read_metrics(straight[1]) if line["kind"] == "train"][-1]
     np.testing.assert_allclose(line["flops_per_second"], 3 * each * line["tokens_per_second"])
-    assert "mfu" not in line  # nobody states the peak of a CPU
+    assert "mfu" not in line  # the peak of a CPU is unknown
     monkeypatch.setattr(speed, "peak", lambda kind: 50.0)
     assert speed.utilisation(200.0, devices=8)["mfu"] == 0.5
 
 
 @pytest.mark.parametrize(("kind", "want"), [("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("NVIDIA H100 PCIe", None)])
-def test_the_longest_name_of_a_device_counts(kind, want):
+def test_the_longest_matching_device_name_is_used(kind, want):
     assert speed.peak(kind) == want
 
 
@@ -274,7 +274,7 @@ def test_the_steps_compile_once_and_their_state_is_donated(loader, tmp_path, mon
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(placed[0]))
 
 
-def test_a_profile_reports_where_the_time_of_a_step_goes(loader, tmp_path, capsys):
+def test_a_profile_reports_the_time_of_a_step_by_part(loader, tmp_path, capsys):
     training = dataclasses.replace(TRAINING, steps=8, evaluate_every=8, save_every=8)
     log = LogConfig(progress=False, profile=True)
     teacher = MODEL.init(jax.random.key(1))

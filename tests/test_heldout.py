@@ -1,4 +1,4 @@
-"""Held-out measures: on a mesh as on one device, each device with its own rows."""
+"""Held-out metrics on a mesh equal those of one device; each device holds its own rows."""
 
 import jax
 import pytest
@@ -31,7 +31,7 @@ def alone(params):
     [ParallelConfig(), ParallelConfig(fsdp=4), ParallelConfig(fsdp=2, tensor=2), ParallelConfig(dcn=2, sequence=2)],
     ids=lambda config: f"dcn{config.dcn}-fsdp{config.fsdp}-sequence{config.sequence}-tensor{config.tensor}",
 )
-def test_on_a_mesh_each_device_keeps_its_own_rows_and_all_measures_are_those_of_one(params, alone, config):
+def test_each_device_of_a_mesh_keeps_its_rows_and_measures_equal_one_device(params, alone, config):
     mesh = make_mesh(config)
     teacher, student = (
         jax.device_put(values, param_shardings(model, mesh, RULES["split"]))
@@ -48,7 +48,7 @@ def test_on_a_mesh_each_device_keeps_its_own_rows_and_all_measures_are_those_of_
 
 
 @pytest.mark.parametrize("config", [ParallelConfig(), ParallelConfig(fsdp=2, tensor=4)], ids=["data", "tensor"])
-def test_the_bytes_that_are_kept_are_planned(params, config):
+def test_the_plan_states_the_bytes_that_are_kept(params, config):
     mesh = make_mesh(config)
     spread = Heldout(TEACHER, params[0], TEXT, mesh)
     spread.measure(STUDENT, params[1])
@@ -57,20 +57,20 @@ def test_the_bytes_that_are_kept_are_planned(params, config):
     assert heldout_bytes(run, Task(STUDENT, [], TEXT, teacher=TEACHER), mesh) == held
 
 
-def test_parameters_that_are_not_on_the_mesh_are_put_there(params, alone):
+def test_parameters_are_moved_onto_the_mesh(params, alone):
     spread = Heldout(TEACHER, jax.device_get(params[0]), TEXT, make_mesh(ParallelConfig()))
     restored = jax.device_put(params[1], jax.devices()[3])
     assert spread.measure(STUDENT, restored) == pytest.approx(alone.measure(STUDENT, params[1]), rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 11, 99])
-def test_the_first_rows_are_as_many_as_asked_for(params, alone, rows):
+def test_the_requested_number_of_first_rows_is_measured(params, alone, rows):
     few = jax.tree.map(lambda field: field[:rows], TEXT)
     want = Heldout(TEACHER, params[0], few).measure(STUDENT, params[1])
     assert alone.measure(STUDENT, params[1], rows) == pytest.approx(want, rel=1e-6)
 
 
-def test_a_student_is_compiled_once_whatever_holds_the_text(params, alone):
+def test_a_student_is_compiled_once_for_several_heldouts(params, alone):
     alone.measure(STUDENT, params[1])
     before = heldout._compare._cache_size()
     Heldout(TEACHER, params[0], TEXT).measure(STUDENT, jax.tree.map(lambda leaf: leaf + 1.0, params[1]))

@@ -116,14 +116,14 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def case(request):
-    """Ours, its twin, inputs, options, and the compiled function of inputs."""
+    """Our loss, its twin, inputs, options, and the compiled function of the inputs."""
     ours, twin, inputs, options = CASES[request.param]
     arrays = {name: jnp.asarray(x) if name == "segments" else x for name, x in options.items()}
     return jax.jit(functools.partial(ours, **arrays)), functools.partial(twin, **options), inputs
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_value_is_that_of_float64(case, dtype):
+def test_values_equal_float64(case, dtype):
     ours, twin, inputs = case
     rounded = [jnp.asarray(x, dtype) for x in inputs]
     nats = ours(*rounded)
@@ -133,7 +133,7 @@ def test_value_is_that_of_float64(case, dtype):
 
 
 # Fault: right value, wrong gradient.
-def test_gradient_is_a_finite_difference_of_float64(case):
+def test_gradients_are_finite_differences_of_float64(case):
     ours, twin, inputs = case
     weights = normal(2, 6, seed=9)  # of positions
     every = tuple(range(len(inputs)))
@@ -161,7 +161,7 @@ def test_equal_inputs_score_0(case):
         np.testing.assert_allclose(ours(x, x), 0.0, atol=1e-6)
 
 
-def test_directions_by_hand():
+def test_values_by_hand_show_the_direction():
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.1, 0.6, 0.3])
     student, teacher = (jnp.asarray(x, jnp.float32)[None, None] for x in (q, p))
     want = 0.5 * np.log(0.5 / 0.1) + 0.25 * np.log(0.25 / 0.6) + 0.25 * np.log(0.25 / 0.3)
@@ -222,7 +222,7 @@ def test_padding_carries_no_hidden_loss(name, garbage):
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 0.3])
 @pytest.mark.parametrize("name", ["attention_segments", "relation_segments", "relation_both_ways"])
-def test_padding_is_no_query_and_no_key(name, garbage):
+def test_padding_is_neither_query_nor_key(name, garbage):
     ours, _, inputs, options = CASES[name]
     student, teacher = (jnp.asarray(x, jnp.float32) for x in inputs)
     exists = SEGMENTS > 0
@@ -241,7 +241,7 @@ def test_padding_is_no_query_and_no_key(name, garbage):
     np.testing.assert_array_equal(ours(student, teacher, **options)[1, 4:], 0.0)
 
 
-def test_a_segment_is_as_if_alone():
+def test_a_segment_is_independent_of_others():
     student, teacher = (jnp.asarray(x, jnp.float32) for x in (normal(2, 6, 4), normal(3, 6, 2, seed=1)))
     for causal in (True, False):
         run = jax.jit(functools.partial(losses.relation_kl, relation_heads=2, causal=causal))
@@ -303,7 +303,7 @@ def test_a_projector_learns_with_the_student():
         ((3, 3), "last", (1, 2, 3)),
     ],
 )
-def test_layer_map(sizes, strategy, teachers):
+def test_layer_maps_match_numbers_by_hand(sizes, strategy, teachers):
     assert losses.layer_map(*sizes, strategy) == tuple(enumerate(teachers, start=1))
 
 
@@ -331,6 +331,6 @@ def test_layer_map(sizes, strategy, teachers):
         (lambda: losses.layer_map(0, 2), "student_layers=0"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_incompatible_shapes_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

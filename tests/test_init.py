@@ -1,4 +1,4 @@
-"""Students cut out of their teachers: what is kept is the teacher's, and what is left out did not matter."""
+"""Students cut out of their teachers: kept parts equal the teacher's, and unimportant parts are cut first."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def logits(config, params):
 
 
 def silenced(groups=(), units=()):
-    """Parameters whose groups of heads (two query heads each) and feed-forward units say nothing in any layer."""
+    """Parameters whose groups of heads (two query heads each) and feed-forward units output 0 in every layer."""
     params = random_params(MODEL)
     layers = params["layers"]
     for group in groups:
@@ -52,15 +52,15 @@ def silenced(groups=(), units=()):
     return params
 
 
-def test_nothing_left_out_is_the_teacher():
+def test_a_student_without_cuts_is_the_teacher():
     params = random_params(MODEL)
     small, kept = student_from(CONFIG, params, layers=4, kv_heads=3, feed_forward=12, width=16)
     jax.tree.map(np.testing.assert_array_equal, kept, params)
     assert small == CONFIG
 
 
-def test_what_says_nothing_is_left_out_and_nothing_changes():
-    """Silent heads and units have importance 0, go first, and the student without them computes the same."""
+def test_silent_heads_and_units_are_cut_first_without_effect():
+    """Silent heads and units have importance 0, are cut first, and the student without them computes the same."""
     params = silenced(groups=(1,), units=(0, 5, 11))
     measured = importance(CONFIG, params, loss, [BATCH])
     assert np.all(measured.groups[:, 1] == 0.0) and np.all(measured.groups[:, [0, 2]] > 0.0)
@@ -84,7 +84,7 @@ def test_layers_choose_their_own_units():
     np.testing.assert_allclose(logits(small, kept), logits(CONFIG, params), rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_add_nothing_can_be_skipped():
+def test_layers_with_zero_output_can_be_skipped():
     params = random_params(MODEL)
     for branch, name in (("attention", "output"), ("mlp", "down")):
         weights = params["layers"][branch][name]
@@ -95,7 +95,7 @@ def test_layers_that_add_nothing_can_be_skipped():
         np.testing.assert_allclose(logits(small, kept), logits(CONFIG, params), rtol=1e-5, atol=1e-5)
 
 
-def test_what_differs_by_layer_goes_with_its_layer():
+def test_options_per_layer_follow_their_layer():
     config = dataclasses.replace(
         CONFIG, rope_layers=(True, True, False, True), sliding_window=2, window_layers=(True, False, False, True)
     )
@@ -104,8 +104,8 @@ def test_what_differs_by_layer_goes_with_its_layer():
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_dimensions_that_are_empty_are_left_out(tied):
-    """Nothing is written into dimensions 3 and 7. The norm's mean is over fewer: a factor √(14/16) that is put back."""
+def test_empty_dimensions_are_cut(tied):
+    """Dimensions 3 and 7 are always 0. The mean in the norm is then over fewer, which a factor √(14/16) corrects."""
     config = dataclasses.replace(CONFIG, tied=tied, norm_epsilon=1e-12)
     params = random_params(decoder(config))
     empty = jnp.array([3, 7])
@@ -127,8 +127,8 @@ def test_dimensions_that_are_empty_are_left_out(tied):
     np.testing.assert_allclose(logits(small, kept), logits(config, params), rtol=1e-3, atol=1e-3)
 
 
-def test_importance_is_the_slope_by_a_gate():
-    """Against finite differences: a unit's own weights scaled by 1 ± ε."""
+def test_importance_is_the_gradient_of_a_gate():
+    """Against finite differences with the weights of a unit scaled by 1 ± ε."""
     params = random_params(MODEL)
     measured = importance(CONFIG, params, loss, [BATCH])
 
@@ -157,7 +157,7 @@ def test_importance_is_the_slope_by_a_gate():
     ids=["around", "after"],
 )
 def test_every_kind_of_decoder_can_be_measured_and_cut(options):
-    """The importance of a dimension is the slope by a gate where it is read; what is cut out is a decoder."""
+    """The importance of a dimension is the gradient of a gate where it is read, and the result is a decoder."""
     config = dataclasses.replace(CONFIG, **options)
     model, dimension = decoder(config), 5
     params = random_params(model)
@@ -202,7 +202,7 @@ def test_importance_is_a_mean_over_batches():
         importance(CONFIG, params, loss, [])
 
 
-def test_spread_keeps_the_ends():
+def test_spread_keeps_the_first_and_last_layer():
     assert [spread(n, 6) for n in (1, 2, 3, 6)] == [(0,), (0, 5), (0, 2, 5), (0, 1, 2, 3, 4, 5)]
     for of in range(2, 40):
         for count in range(2, of + 1):
@@ -221,12 +221,12 @@ def test_spread_keeps_the_ends():
         ({"layers": ()}, "some of 0 … 3"),
     ],
 )
-def test_what_the_teacher_has_not_is_refused(options, message):
+def test_sizes_beyond_the_teacher_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         student_from(CONFIG, random_params(MODEL), **options)
 
 
-def test_heads_of_another_size_are_refused():
+def test_another_head_size_is_refused():
     measured = Importance(np.zeros((4, 3)), np.zeros((4, 12)), np.zeros(16))
     other = dataclasses.replace(CONFIG, layers=2, head_dim=2, rope_theta=5.0)
     with pytest.raises(ValueError, match=r"rope_theta=5\.0 .*head_dim=2 \(the teacher's is 4\)"):

@@ -1,4 +1,4 @@
-"""Kernels as whole numbers: how near they are, what is done with them, and where they lie."""
+"""Kernels in int8: their error, the computation with them, and their sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ def quantized(model, params):
 
 
 def test_each_output_has_its_own_scale():
-    """float64: whole numbers from −127 to 127, half a step from the kernel; an output of zeros stays."""
+    """In float64: integers from −127 to 127, within half a step of the kernel; an output of zeros stays zero."""
     model = tiny_decoder()
     params = random_params(model)
     plain = np.array(params["layers"]["attention"]["output"]["kernel"], np.float64)  # [N, H, K, D], sums over H and K
     plain[1, :, :, 3] = 0.0
-    plain[0, :, :, 2] *= 1000.0  # spoils no other output
+    plain[0, :, :, 2] *= 1000.0  # a large output does not affect the others
     params["layers"]["attention"]["output"]["kernel"] = jnp.asarray(plain, jnp.float32)
     got = quantized(model, params)["layers"]["attention"]["output"]["kernel"]
     scale = np.abs(plain).max(axis=(1, 2)) / 127.0
@@ -39,8 +39,8 @@ def test_each_output_has_its_own_scale():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_computes_with_the_rounded_kernels(kind):
-    """As the plain network does with the kernels multiplied out; and near to what it does with those they were."""
+def test_the_network_computes_with_the_rounded_kernels(kind):
+    """Equal to the plain network with dequantised kernels, and close to it with the original ones."""
     model, batch = decoder(KINDS[kind]), on_device(uneven_batch())
     params = model.init(jax.random.key(1))
     small, rounded = int8(model), quantized(model, params)
@@ -57,7 +57,7 @@ def test_it_computes_with_the_rounded_kernels(kind):
     assert 1e-4 < error < 0.03
 
 
-def test_shapes_and_bytes_of_what_is_held():
+def test_shapes_and_bytes_of_the_kernels():
     model = decoder(KINDS["dense"])
     small, shapes = held(model, "int8")
     want = jax.eval_shape(small.init, jax.random.key(0))
@@ -67,7 +67,7 @@ def test_shapes_and_bytes_of_what_is_held():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(held(model, "bfloat16")[1])} == {"bfloat16"}
 
 
-def test_it_is_loaded_and_lies_in_parts(tmp_path):
+def test_kernels_are_loaded_in_int8_and_sharded(tmp_path):
     model = decoder(KINDS["dense"])
     params = random_params(model)
     distill.save(tmp_path, model, params)
@@ -82,7 +82,7 @@ def test_it_is_loaded_and_lies_in_parts(tmp_path):
     assert loaded["layers"]["mlp"]["up"]["kernel"]["int8"].sharding.shard_shape((2, 8, 12)) == (2, 4, 6)
 
 
-def test_what_cannot_be_held_so_is_refused():
+def test_models_without_int8_form_are_refused():
     for model in (factored(tiny_decoder(), 1), encoder(EncoderConfig(vocab_size=8, layers=1, width=8, heads=2))):
         with pytest.raises(ValueError, match="int8: expected a decoder"):
             int8(model)

@@ -1,4 +1,4 @@
-"""The settings that keep freed memory with a process on a CPU: applied, or left alone where the user chose."""
+"""The settings that keep freed memory in the process on a CPU, and where they do not apply."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ print(all([step(x).is_ready() for _ in range(9)]))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_step_has_ended_when_its_call_returns():
-    """Else the next step would ask for memory that the step before still holds."""
+    """Otherwise the next step would allocate memory that the previous step still holds."""
     environment = {name: value for name, value in os.environ.items() if "GLIBC" not in name and name != "XLA_FLAGS"}
     environment.pop("MALLOC_ARENA_MAX", None)
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
@@ -42,7 +42,7 @@ def test_a_step_has_ended_when_its_call_returns():
         ("", (), "another", False),
     ],
 )
-def test_a_choice_an_accelerator_and_another_library_are_left_alone(monkeypatch, tunables, plugins, library, kept):
+def test_settings_are_left_alone_where_they_do_not_apply(monkeypatch, tunables, plugins, library, kept):
     calls = []
     libraries = {"glibc": SimpleNamespace(mallopt=lambda *call: calls.append(call) or 1), "another": SimpleNamespace()}
     monkeypatch.setattr(backend.ctypes, "CDLL", lambda name: libraries[library])

@@ -1,4 +1,4 @@
-"""Which module an experiment belongs to."""
+"""Kinds of experiments and their modules."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ from distill.experiments.folder import Trained, read_config, write_config
 from distill.experiments.sentences.config import SentenceConfig
 
 
-def test_a_run_folder_tells_its_kind(tmp_path):
+def test_the_kind_is_read_from_the_run_folder(tmp_path):
     write_config(tmp_path, Config())
     assert read_config(tmp_path, Config) == Config()
     assert (
@@ -38,7 +38,7 @@ def test_a_run_folder_tells_its_kind(tmp_path):
         kinds.experiment_in(tmp_path / "nowhere")
 
 
-def test_one_page_reports_on_runs_of_one_kind(tmp_path):
+def test_a_report_refuses_runs_of_different_kinds(tmp_path):
     for name, config in (("a", Config()), ("b", Config()), ("c", SentenceConfig())):
         (tmp_path / name).mkdir()
         write_config(tmp_path / name, config)
@@ -51,7 +51,7 @@ def test_one_page_reports_on_runs_of_one_kind(tmp_path):
         kinds.report_in(a, b, c)
 
 
-def test_a_run_folder_of_another_kind_is_not_written_over(tmp_path):
+def test_a_run_folder_of_another_kind_is_not_overwritten(tmp_path):
     write_config(tmp_path, SentenceConfig())
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ValueError, match="holds an experiment of kind 'sentences'; this one is 'addition'.*--run"):
@@ -61,15 +61,15 @@ def test_a_run_folder_of_another_kind_is_not_written_over(tmp_path):
     assert read_config(tmp_path, SentenceConfig).length == 9
 
 
-def test_a_student_no_family_has_is_said_and_passed_over(tmp_path, capsys):
+def test_a_student_without_a_family_is_reported_and_skipped(tmp_path, capsys):
     model = tiny_decoder(norm="layer", vocab_size=16).with_vocabulary(11)
     runner.export(tmp_path, model, random_params(model))
-    said = capsys.readouterr().err
-    assert f"{tmp_path / 'student_hf'}: not written: no family among llama" in said and "norm='layer'" in said
+    stderr = capsys.readouterr().err
+    assert f"{tmp_path / 'student_hf'}: not written: no family among llama" in stderr and "norm='layer'" in stderr
     assert not (tmp_path / "student_hf").exists()
 
 
-def test_a_student_is_exported_without_rows_that_are_no_token(tmp_path, capsys, monkeypatch):
+def test_a_student_is_exported_without_padded_rows(tmp_path, capsys, monkeypatch):
     model = tiny_decoder(vocab_size=16, tied=True).with_vocabulary(11)
     params = random_params(model)
     runner.export(tmp_path, *exported(Trained(model, params)))
@@ -77,20 +77,20 @@ def test_a_student_is_exported_without_rows_that_are_no_token(tmp_path, capsys, 
     want = params | {"embedding": params["embedding"][:11]}
     assert small.vocab_size == 11 and capsys.readouterr().err == ""
     jax.tree.map(np.testing.assert_array_equal, loaded, want)
-    # A disk that is full is no decoder without a family: the run ends, and says so.
+    # A full disk must not pass as a decoder without a family: the run ends with the error.
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(ValueError, match="not written .*the disk is full.*as it was"):
         runner.export(tmp_path, *exported(Trained(model, jax.tree.map(lambda leaf: 2 * leaf, params))))
     jax.tree.map(np.testing.assert_array_equal, distill.load(tmp_path)[1], want)
 
 
-def test_what_is_no_experiment_is_refused():
+def test_other_configurations_are_refused():
     with pytest.raises(ValueError, match="ProtocolConfig is no experiment"):
         kinds.experiment_of(load_config("addition_arms"))
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS.values())
-def test_every_kind_has_what_the_scripts_call(kind):
+def test_every_kind_has_the_functions_that_scripts_call(kind):
     experiment, report = map(importlib.import_module, kind[:2])
     for name in ("CONFIG", "prepare", "arms", "evaluate", "summarize", "write", "notes"):
         assert callable(getattr(experiment, name))

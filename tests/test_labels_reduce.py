@@ -30,7 +30,7 @@ def gradient(logits, labels, **options):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", SCALES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_value_is_that_of_float64(kind, dtype, options):
+def test_values_equal_float64(kind, dtype, options):
     logits, labels = case(kind, dtype)
     nats = losses.cross_entropy(logits, labels, **options)
     assert nats.shape == labels.shape and nats.dtype == jnp.float32
@@ -42,11 +42,11 @@ def test_value_is_that_of_float64(kind, dtype, options):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", SCALES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_gradient_is_that_of_float64(kind, dtype, options):
+def test_gradients_equal_float64(kind, dtype, options):
     logits, labels = case(kind, dtype)
     got = gradient(logits, labels, **options)
     want = reference.cross_entropy_gradient(float64(logits), labels, **options)
-    rtol = 1e-4 if dtype == jnp.float32 else 2.0**-8  # the gradient itself is handed back in bf16
+    rtol = 1e-4 if dtype == jnp.float32 else 2.0**-8  # the gradient itself is returned in bf16
     np.testing.assert_allclose(float64(got), want, rtol=rtol, atol=1e-6)
 
 
@@ -64,20 +64,20 @@ def test_reference_gradient_is_a_finite_difference():
         )
 
 
-def test_smoothing_by_hand():
+def test_label_smoothing_matches_numbers_by_hand():
     logits = jnp.log(jnp.array([0.7, 0.2, 0.1]))
     want = -(0.9 + 0.1 / 3) * np.log(0.7) - 0.1 / 3 * (np.log(0.2) + np.log(0.1))
     np.testing.assert_allclose(losses.cross_entropy(logits, jnp.array(0), label_smoothing=0.1), want, rtol=1e-6)
 
 
-def test_z_loss_by_hand():
+def test_z_loss_matches_numbers_by_hand():
     logits = jnp.log(jnp.array([2.0, 3.0, 5.0]))  # Z = 10
     want = -np.log(0.5) + 0.25 * np.log(10) ** 2
     np.testing.assert_allclose(losses.cross_entropy(logits, jnp.array(2), z_loss=0.25), want, rtol=1e-6)
 
 
 # Fault: tokens that cannot occur give NaN.
-def test_words_that_cannot_occur_are_as_if_absent():
+def test_impossible_tokens_are_as_if_absent():
     logits, labels = case("large", jnp.float32)
     labels = labels % 5
     masked = logits.at[..., 5:].set(-jnp.inf)
@@ -90,14 +90,14 @@ def test_words_that_cannot_occur_are_as_if_absent():
 
 
 @pytest.mark.parametrize("label", [-1, -100, 7, 1000])
-def test_label_outside_the_vocabulary_is_loud(label):
+def test_a_label_outside_the_vocabulary_gives_nan(label):
     logits, _ = case("small", jnp.float32)
     assert np.all(np.isnan(losses.cross_entropy(logits, jnp.full((2, 3), label))))
 
 
-@pytest.mark.parametrize(("dtype", "words"), [(jnp.int8, 300), (jnp.int16, 40_000)])
-def test_labels_of_few_bits_are_those_of_many(dtype, words):
-    logits, _ = case("large", jnp.float32, (4, words))
+@pytest.mark.parametrize(("dtype", "vocab"), [(jnp.int8, 300), (jnp.int16, 40_000)])
+def test_labels_of_narrow_dtypes_equal_wide_ones(dtype, vocab):
+    logits, _ = case("large", jnp.float32, (4, vocab))
     labels = jnp.array([0, 7, 99, 127])
     few = labels.astype(dtype)
     np.testing.assert_array_equal(losses.cross_entropy(logits, few), losses.cross_entropy(logits, labels))
@@ -105,11 +105,11 @@ def test_labels_of_few_bits_are_those_of_many(dtype, words):
     assert np.all(np.isnan(losses.cross_entropy(logits, jnp.full(4, -1, dtype))))
 
 
-def test_derivatives_write_nothing_anew():
+def test_derivatives_allocate_no_further_array():
     logits, labels = case("large", jnp.float32, (4, 32))
     program = jax.jit(gradient).lower(logits, labels).compile().as_text()
     assert "exponential" in program and "scatter" not in program
-    # forward mode, and the second order: diag(q) − q qᵀ, whatever the label
+    # forward mode and second order: diag(q) − q qᵀ, independent of the label
     tangent = jnp.cos(logits)
     slope = jax.jvp(lambda x: losses.cross_entropy(x, labels), (logits,), (tangent,))[1]
     np.testing.assert_allclose(slope, jnp.sum(gradient(logits, labels) * tangent, axis=-1), rtol=1e-5, atol=1e-6)
@@ -124,7 +124,7 @@ def test_options_outside_their_range_are_refused(options):
         losses.cross_entropy(jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), **options)
 
 
-def test_shapes_are_checked_by_a_machine():
+def test_shapes_are_checked():
     with pytest.raises(Exception, match="(?i)type-check"):
         losses.cross_entropy(jnp.zeros((2, 3)), jnp.zeros((3,), jnp.int32))
     with pytest.raises(Exception, match="(?i)type-check"):
@@ -138,9 +138,9 @@ def test_shapes_are_checked_by_a_machine():
 # ---- (sum, weight)
 
 
-# Fault: loss * mask keeps NaN and −inf alive.
+# Fault: loss * mask propagates NaN and −inf.
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
-def test_what_does_not_count_stays_out(garbage):
+def test_positions_that_do_not_count_have_no_effect(garbage):
     values, mask = jnp.array([1.5, garbage, 2.0, garbage]), jnp.array([True, False, True, False])
     assert [float(x) for x in losses.masked_sum(values, mask)] == [3.5, 2.0]
     slope = jax.grad(lambda v: losses.masked_sum(v, mask)[0])(values)
@@ -155,7 +155,7 @@ def test_mask_is_slicing():
     assert float(weight) == np.sum(mask)
 
 
-# Pairs are added and divided once; a mean of means is another number.
+# Pairs are added and divided once; a mean of means differs.
 def test_pairs_of_parts_add_up_to_the_whole():
     rng = np.random.default_rng(3)
     values = jnp.asarray(rng.normal(size=(4, 6)) + np.arange(4)[:, None], jnp.float32)
@@ -167,13 +167,13 @@ def test_pairs_of_parts_add_up_to_the_whole():
 
 
 # Sums of bf16 values are float32 sums.
-def test_sum_is_float32_whatever_the_values():
+def test_sums_are_float32_for_every_dtype():
     total, weight = losses.masked_sum(jnp.ones(1000, jnp.bfloat16), jnp.ones(1000, bool))
     assert total.dtype == weight.dtype == jnp.float32 and float(total) == float(weight) == 1000.0
 
 
 # Fault: everything masked gives NaN.
-def test_nothing_counted_is_zero_with_zero_gradient():
+def test_no_counted_position_gives_zero_with_zero_gradient():
     mask = jnp.zeros(3, bool)
     value, slope = jax.value_and_grad(lambda v: losses.divide(losses.masked_sum(v, mask)))(
         jnp.array([1.0, jnp.nan, 2.0])

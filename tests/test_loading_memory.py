@@ -1,4 +1,4 @@
-"""What loading needs beside the parameters themselves: no more than 1.3 times the tensors of the largest file."""
+"""Loading needs at most 1.3 times the tensors of the largest file beside the parameters themselves."""
 
 import json
 import os
@@ -33,7 +33,7 @@ print(peak() - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 
 
 def folder_of(path, layers):
-    """A folder of so many layers, every number the same."""
+    """A model folder with this many layers and constant weights."""
     config = DecoderConfig(vocab_size=64, layers=layers, width=256, heads=2, feed_forward=4096)
     params = {}
     for (*above, last), shape in shapes_of(config).items():
@@ -48,9 +48,9 @@ def folder_of(path, layers):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_host_holds_less_than_one_file_beside_the_parameters(tmp_path):
+def test_loading_needs_less_than_one_file_beside_the_parameters(tmp_path):
     small, large = folder_of(tmp_path / "small", 1), folder_of(tmp_path / "large", 14)
-    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is let go goes back to the system at once
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed memory returns to the system at once
     command = [sys.executable, "-c", CODE, small, large]
     done = subprocess.run(command, capture_output=True, text=True, env=returned)
     assert done.returncode == 0, done.stderr

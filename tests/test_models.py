@@ -1,4 +1,4 @@
-"""Decoder and adapters: against float64 numpy, and identities between two ways to the same logits."""
+"""Decoder and adapters: float64 references, and identities between two ways to compute the same logits."""
 
 import dataclasses
 
@@ -69,7 +69,7 @@ def tokens_of(rows, length, seed=0):
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_logits_are_those_of_float64(options):
+def test_logits_equal_float64(options):
     config = tiny(**options)
     model, tokens = decoder(config), tokens_of(2, 5)
     params = random_params(model)
@@ -81,7 +81,7 @@ def test_logits_are_those_of_float64(options):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
-def test_stretched_positions_are_those_of_float64(scaling):
+def test_scaled_positions_equal_float64(scaling):
     config = tiny(rope_scaling=scaling, head_dim=8, rope_theta=50.0, layers=1)
     model, tokens = decoder(config), tokens_of(2, 6, seed=1)
     params = random_params(model)
@@ -94,7 +94,7 @@ def test_stretched_positions_are_those_of_float64(scaling):
     assert difference < 1e-5 if scaling.original_length == 50 else difference > 1e-2
 
 
-def test_a_window_in_the_cache_is_the_full_forward_pass():
+def test_a_window_with_the_cache_equals_the_full_forward_pass():
     model = tiny_decoder(sliding_window=3, window_layers=(True, False))
     params, tokens, cache = random_params(model), tokens_of(2, 7), model.init_cache(2, 9)
     written, step = [], jax.jit(lambda tokens, cache: model.apply(params, tokens, cache=cache))
@@ -105,7 +105,7 @@ def test_a_window_in_the_cache_is_the_full_forward_pass():
     np.testing.assert_allclose(jnp.concatenate(written, axis=1), model.logits(params, tokens), rtol=1e-4, atol=1e-5)
 
 
-def test_given_positions_and_segments_are_those_of_float64():
+def test_given_positions_and_segments_equal_float64():
     config = tiny()
     model, tokens = decoder(config), tokens_of(2, 6, seed=1)
     params = random_params(model)
@@ -118,7 +118,7 @@ def test_given_positions_and_segments_are_those_of_float64():
 
 # Activations in bf16, logits accumulated in float32.
 @pytest.mark.parametrize("tied", [False, True])
-def test_bfloat16_is_float32_up_to_its_digits(tied):
+def test_bfloat16_equals_float32_up_to_its_precision(tied):
     config = tiny(dtype="bfloat16", tied=tied)
     model, tokens = decoder(config), tokens_of(3, 6)
     params = random_params(model)
@@ -126,12 +126,12 @@ def test_bfloat16_is_float32_up_to_its_digits(tied):
     want = reference.decoder_logits(config, params, np.asarray(tokens))
     assert jax.eval_shape(model.apply, params, tokens).hidden.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
-    assert np.any(logits.astype(jnp.bfloat16).astype(jnp.float32) != logits)  # not rounded to bf16 on the way
+    assert np.any(logits.astype(jnp.bfloat16).astype(jnp.float32) != logits)  # not rounded to bf16 in between
     error = np.sqrt(np.mean((np.asarray(logits) - want) ** 2) / np.mean(want**2))
     assert 1e-5 < error < 0.03
 
 
-# Inside norm and rotation everything is float32; bf16 is rounded to once, at the end.
+# Norm and rotation compute in float32 and round to bf16 once, at the end.
 def test_norm_and_rotation_round_once():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(1, 5, 8, 64)) * 3, jnp.bfloat16)
@@ -151,13 +151,13 @@ def assert_rounded_once(got, exact):
     got = np.asarray(got.astype(jnp.float32))
     np.testing.assert_allclose(got, exact, rtol=2.0**-8, atol=4e-3)
     nearest = np.asarray(jnp.asarray(exact, jnp.bfloat16).astype(jnp.float32))
-    assert np.mean(got == nearest) > 0.98  # the others lay half way between two bf16 numbers
+    assert np.mean(got == nearest) > 0.98  # the others lie halfway between two bf16 numbers
 
 
 def test_causality_by_gradients():
     model = tiny_decoder()
     params, length = random_params(model), 6
-    tokens = jnp.arange(length, dtype=jnp.int32)[None]  # one row of the table for each position
+    tokens = jnp.arange(length, dtype=jnp.int32)[None]  # one row of the table per position
 
     def hidden(table):
         return model.apply(params | {"embedding": table}, tokens).hidden[0]
@@ -169,14 +169,14 @@ def test_causality_by_gradients():
 
 
 # Fault: documents that attend across their border, or positions that do not restart.
-def test_packed_documents_are_as_if_alone(biased):
+def test_packed_documents_are_independent(biased):
     _, params, logits, _ = biased
     lengths = (3, 5, 2)
     tokens = np.asarray(tokens_of(1, 11))  # a token of padding at the end
     segments = np.repeat([1, 2, 3, 0], [*lengths, 1])[None]
     batch = shift(tokens, np.ones_like(tokens), segments)
     packed = logits(params, batch.inputs, positions=batch.positions, segments=batch.segments)[0]
-    alone = np.zeros((3, 10), np.int32)  # one row each, then nothing: causal, so what follows does not matter
+    alone = np.zeros((3, 10), np.int32)  # attention is causal: padding at the end has no effect
     for row, start, length in zip(alone, (0, 3, 8), lengths, strict=True):
         row[:length] = tokens[0, start : start + length]
     alone = logits(params, alone)
@@ -187,10 +187,10 @@ def test_packed_documents_are_as_if_alone(biased):
 
 
 @pytest.mark.parametrize("parts", [(7,), (3, 4), (1,) * 7, (4, 1, 1, 1)], ids=str)
-def test_cached_decoding_is_the_full_forward_pass(biased, parts):
+def test_cached_decoding_equals_the_full_forward_pass(biased, parts):
     model, params, logits, cached = biased
     tokens = tokens_of(2, 7)
-    cache, start, written = model.init_cache(2, 9), 0, []  # room to spare
+    cache, start, written = model.init_cache(2, 9), 0, []  # longer than needed
     for part in parts:
         some, cache = cached(params, tokens[:, start : start + part], None, cache)
         written.append(some)
@@ -199,7 +199,7 @@ def test_cached_decoding_is_the_full_forward_pass(biased, parts):
     np.testing.assert_allclose(jnp.concatenate(written, axis=1), logits(params, tokens), rtol=1e-4, atol=1e-5)
 
 
-def test_cache_keeps_segments_apart(biased):
+def test_the_cache_separates_segments(biased):
     model, params, logits, cached = biased
     tokens, segments = tokens_of(2, 7), jnp.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 2, 2]])
     _, cache = cached(params, tokens[:, :3], segments[:, :3], model.init_cache(2, 9))
@@ -228,7 +228,7 @@ def test_cache_keeps_segments_apart(biased):
         ({"rope_scaling": RopeScaling("dynamic", 2.0, 9)}, "heads of size 4 or more; got 2"),
     ],
 )
-def test_impossible_sizes_are_refused(options, message):
+def test_invalid_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
 
@@ -242,7 +242,7 @@ def test_impossible_sizes_are_refused(options, message):
         ({"kind": "llama3", "factor": 2.0, "original_length": 9, "low_frequency": 4.0}, "must be below"),
     ],
 )
-def test_impossible_scalings_are_refused(options, message):
+def test_invalid_scalings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RopeScaling(**options)
 
@@ -251,7 +251,7 @@ def test_impossible_scalings_are_refused(options, message):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_initial_spread_is_the_declared_one(tied):
+def test_initial_weights_have_the_declared_spread(tied):
     config = DecoderConfig(
         vocab_size=200, layers=3, width=48, heads=4, head_dim=16, feed_forward=80, tied=tied, **ALL_BIASES
     )
@@ -280,7 +280,7 @@ def tree_items(tree):
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
-def test_no_two_initial_matrices_are_alike():
+def test_no_two_initial_matrices_are_equal():
     model = tiny_decoder()
     params, other = model.init(jax.random.key(0)), model.init(jax.random.key(1))
     kernels = [leaf[n].ravel() for path, leaf in tree_items(params["layers"]) for n in (0, 1) if "kernel" in str(path)]
@@ -300,14 +300,14 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
 # ---- counts
 
 
-def test_parameter_count():
+def test_the_parameter_count_is_that_of_the_tree():
     d, v, h, g, k, f, n = 8, VOCAB, 4, 2, 6, 12, 2
     layer = d * k * (2 * h + 2 * g) + 3 * d * f + 2 * d
     assert tiny_decoder(head_dim=k).parameter_count() == n * layer + d + 2 * v * d
     assert tiny_decoder(head_dim=k, tied=True).parameter_count() == n * layer + d + v * d
 
 
-def test_flops_are_two_per_multiplication():
+def test_flops_are_two_per_multiply_add():
     config, length = tiny(head_dim=6), 9
     shapes = jax.eval_shape(decoder(config).init, jax.random.key(0))
     weights = sum(leaf.size for path, leaf in tree_items(shapes) if "kernel" in str(path) or "head'" in str(path))
@@ -325,9 +325,9 @@ def test_a_window_saves_flops():
     assert dataclasses.replace(full, sliding_window=50).flops_per_token(length) == full.flops_per_token(length)
 
 
-def test_flops_are_about_those_xla_counts():
-    # One layer, because XLA counts the body of a scan once. It adds what we leave out, norms, softmax and rotations,
-    # and computes the upper triangle of the scores too; with these sizes all that is a few per cent.
+def test_flops_are_close_to_xlas_count():
+    # One layer, because XLA counts the body of a scan once. It also counts norms, softmax, rotations and the upper
+    # triangle of the scores, a few per cent with these sizes.
     config = DecoderConfig(vocab_size=256, layers=1, width=64, heads=4, feed_forward=256)
     model, length = decoder(config), 16
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -340,7 +340,7 @@ def test_flops_are_about_those_xla_counts():
 # ---- NNX
 
 
-def test_nnx_adapter_gives_the_logits_of_the_module():
+def test_the_nnx_adapter_returns_the_logits_of_the_module():
     model, tokens = nnx_model(), tokens_of(2, 5)
     module = Recurrent(rngs=nnx.Rngs(jax.random.key(4)))
     params = model.init(jax.random.key(4))
@@ -367,14 +367,14 @@ def test_nnx_adapter_gives_the_logits_of_the_module():
         ),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options, message):
+def test_incompatible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
     with pytest.raises(ValueError, match="1 short_factors and 0 long_factors"):
         RopeScaling("longrope", 2.0, 9, short_factors=(1.0,))
 
 
-def test_nnx_parameters_are_a_plain_tree_of_arrays():
+def test_nnx_parameters_are_a_plain_pytree_of_arrays():
     model = nnx_model()
     params = model.init(jax.random.key(0))
     assert set(params) == {"table", "hidden", "head"}

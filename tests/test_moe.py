@@ -1,4 +1,4 @@
-"""Mixtures of experts: against every expert on every token, and the loss that keeps experts equally busy."""
+"""Mixtures of experts: against all experts on all tokens, and the load-balancing loss."""
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,11 @@ MODEL = tiny_decoder(**OPTIONS)
 SGD = optax.sgd(0.1)
 
 
-def test_a_mixture_is_the_weighed_sum_of_its_experts_and_so_are_gradients():
+def test_a_mixture_and_its_gradients_are_weighted_sums_of_experts():
     rng = np.random.default_rng(0)
     x, router, kernels = (rng.normal(size=shape) for shape in ((150, 4), (4, 6), (6, 4, 4)))
     router[:, 2] = 0.0
-    router[:, 3] = -9.0 * np.abs(router[:, 3])  # seldom chosen
+    router[:, 3] = -9.0 * np.abs(router[:, 3])  # rarely chosen
 
     def ours(x, router, kernels):
         chosen = route(x, router, 3, normalize=True)
@@ -46,7 +46,7 @@ def test_a_mixture_is_the_weighed_sum_of_its_experts_and_so_are_gradients():
 
 
 @pytest.mark.parametrize("sizes", [[70, 0, 64, 1, 0, 15], [0, 0, 150, 0, 0, 0], [0, 150, 0, 0, 0, 0]], ids=str)
-def test_blocks_of_rows_are_the_product_of_groups(sizes):
+def test_blocks_of_rows_equal_the_grouped_product(sizes):
     rng = np.random.default_rng(1)
     x, kernels, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((150, 4), (6, 4, 3), (150, 3)))
     sizes = jnp.array(sizes, jnp.int32)
@@ -59,13 +59,13 @@ def test_blocks_of_rows_are_the_product_of_groups(sizes):
     np.testing.assert_allclose(dk, want, atol=1e-4)
 
 
-def test_equally_probable_experts_are_taken_by_number():
+def test_equally_probable_experts_are_chosen_by_index():
     chosen = route(jnp.ones((3, 2)), jnp.zeros((2, 4)), 2, normalize=False)
     np.testing.assert_array_equal(chosen.experts_TK, [[0, 1]] * 3)
     np.testing.assert_allclose(chosen.weights_TK, 0.25)
 
 
-def test_experts_under_vmap_and_on_a_mesh_are_the_same():
+def test_experts_under_vmap_and_on_a_mesh_give_equal_results():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (4, 6)))
     model = decoder(tiny(vocab_size=12, **OPTIONS))
     params = random_params(model)
@@ -78,7 +78,7 @@ def test_experts_under_vmap_and_on_a_mesh_are_the_same():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, other)
 
 
-def test_load_balancing_is_its_equation_and_padding_has_no_part():
+def test_load_balancing_is_its_equation_and_ignores_padding():
     params = random_params(MODEL)
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, (2, 7)))
     padded = jnp.concatenate([jnp.zeros((2, 3), jnp.int32), tokens], axis=1)
@@ -98,7 +98,7 @@ def test_load_balancing_is_its_equation_and_padding_has_no_part():
     )
 
 
-def test_the_step_adds_the_loss_with_its_weight_without_labels_too():
+def test_the_step_adds_the_weighted_loss_also_without_labels():
     params, batch = random_params(MODEL), on_device(uneven_batch())
     terms = [task_term(), *router_terms(MODEL)]
     assert (terms[1].name, terms[1].weight) == ("load_balancing", 0.3)
@@ -122,7 +122,7 @@ def test_the_step_adds_the_loss_with_its_weight_without_labels_too():
     )
 
 
-def test_devices_together_have_the_loss_of_all_tokens():
+def test_the_loss_over_devices_is_that_of_all_tokens():
     params, batch = random_params(MODEL), on_device(uneven_batch())
     terms = [task_term(), *router_terms(MODEL, 0.5)]
     whole, metrics = jax.jit(make_train_step(MODEL, terms, SGD))(init_state(params, SGD), None, batch)
@@ -136,7 +136,7 @@ def test_devices_together_have_the_loss_of_all_tokens():
     np.testing.assert_allclose(losses.divide(pair), losses.divide(metrics["load_balancing"]), rtol=1e-5)
 
 
-def test_flops_count_the_experts_of_a_token_and_parameters_all():
+def test_flops_count_the_chosen_experts_and_parameters_all():
     config = tiny(experts=4, experts_per_token=2)
     one = tiny(feed_forward=2 * config.feed_forward)
     router = 2 * config.layers * config.width * config.experts
@@ -155,7 +155,7 @@ def test_flops_count_the_experts_of_a_token_and_parameters_all():
         (lambda: make_train_step(tiny_decoder(), router_terms(MODEL, 1.0), SGD), "the student has none"),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_mixtures_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -1,4 +1,4 @@
-"""Every divergence beyond the KLs and the JSD: by hand, at its limits, against its siblings, and what it refuses."""
+"""Divergences beyond the KLs and the JSD: values by hand, limits, relations, refused hyperparameters."""
 
 from itertools import pairwise
 
@@ -48,18 +48,18 @@ def same(one, other, rtol=1e-5, atol=1e-6):
         (losses.alpha_divergence, {"alpha": -1.0}, np.sum((P - Q) ** 2 / P) / 2),
         (losses.renyi, {"alpha": 0.5}, -2 * np.log(np.sum(np.sqrt(P * Q)))),
         (losses.renyi, {"alpha": 3.0}, np.log(np.sum(P**3 / Q**2)) / 2),
-        # mass .6 of the first token is beyond μ = .5, yet it is the head; gaps .4 and 0 + .4
+        # the first token alone exceeds μ = .5 with .6 and is the head; gaps .4 and 0 + .4
         (losses.adaptive_kl, {"mu": 0.5}, (np.sum(P * np.log(P / Q)) + np.sum(Q * np.log(Q / P))) / 2),
         (losses.pearson, {}, 1 - np.corrcoef(P, Q)[0, 1]),
         (losses.logit_mse, {}, np.mean((np.log(P / Q) - np.mean(np.log(P / Q))) ** 2) / 2),
         (losses.top_k_forward_kl, {"k": 1}, 0.6 * np.log(0.6 / 0.2) + 0.4 * np.log(0.4 / 0.8)),
     ],
 )
-def test_three_tokens_by_hand(function, options, expected):
+def test_three_tokens_match_numbers_by_hand(function, options, expected):
     same(function(STUDENT, TEACHER, **options), expected, atol=0.0)
 
 
-# Which of the two is the mixture's partner, and whose share alpha is.
+# Alpha is the share of the first argument of the KL in the mixture.
 def test_skew_is_the_share_of_the_first_argument_of_the_kl():
     student, teacher = jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf])
     for alpha in (0.1, 0.9):
@@ -92,7 +92,7 @@ def test_weights_from_the_logits_carry_no_gradient():
     same(gradient(losses.adaptive_kl, student, teacher), share * forward + (1 - share) * reverse)
 
 
-def test_certain_teacher_is_imitated_and_uniform_teacher_covered():
+def test_entropy_aware_kl_is_reverse_for_certain_and_forward_for_uniform_teachers():
     student, _ = pair(4)
     uniform, certain = jnp.zeros_like(student), 30.0 * jax.nn.one_hot(jnp.arange(20) % 7, 7)
     same(losses.entropy_aware_kl(student, uniform), losses.forward_kl(student, uniform))
@@ -101,7 +101,7 @@ def test_certain_teacher_is_imitated_and_uniform_teacher_covered():
     same(losses.entropy_aware_kl(only, only), 0.0)
 
 
-def test_interpolated_teacher_is_the_student_at_0_and_the_teacher_at_1():
+def test_the_interpolated_teacher_is_the_student_at_0_and_the_teacher_at_1():
     student, teacher = pair(5)
     for temperature in (1.0, 4.0):
         options = {"temperature": temperature}
@@ -109,7 +109,7 @@ def test_interpolated_teacher_is_the_student_at_0_and_the_teacher_at_1():
         same(
             losses.taid(student, teacher, interpolation=1.0, **options), losses.forward_kl(student, teacher, **options)
         )
-    middle = 0.75 * student + 0.25 * teacher  # of logits, and a constant to the gradient
+    middle = 0.75 * student + 0.25 * teacher  # mixes logits, and is constant to the gradient
     same(losses.taid(student, teacher, interpolation=0.25), losses.forward_kl(student, middle))
     same(gradient(losses.taid, student, teacher, interpolation=0.25), gradient(losses.forward_kl, student, middle))
     traced = jax.jit(lambda t: losses.taid(student, teacher, interpolation=t))(jnp.float32(0.25))
@@ -118,7 +118,7 @@ def test_interpolated_teacher_is_the_student_at_0_and_the_teacher_at_1():
         assert np.isfinite(losses.taid(WHOLE, PART, interpolation=t))
 
 
-def test_pearson_sees_the_relation_only():
+def test_pearson_ignores_shift_and_scale():
     p = jax.nn.softmax(pair(6)[0])
     flatter, opposite = jnp.log(0.5 * p + 0.5 / 7), jnp.log((1.0 - p) / 6)
     same(losses.pearson(flatter, jnp.log(p)), 0.0)
@@ -129,7 +129,7 @@ def test_pearson_sees_the_relation_only():
 
 
 # A constant added to all logits of a row changes no probability.
-def test_logit_mse_ignores_a_constant_and_the_tokens_one_side_rules_out():
+def test_logit_mse_ignores_a_constant_and_one_sided_impossible_tokens():
     student, teacher = pair(7)
     same(losses.logit_mse(student + 100.0, teacher - 30.0), losses.logit_mse(student, teacher), rtol=1e-4)
     assert np.max(losses.logit_mse(teacher + 5.0, teacher)) < 1e-10
@@ -140,14 +140,14 @@ def test_logit_mse_ignores_a_constant_and_the_tokens_one_side_rules_out():
 def test_logit_mse_is_the_kl_of_a_high_temperature():
     student, teacher = pair(8, scale=1.0)
     for function in (losses.forward_kl, losses.reverse_kl):
-        high = 50.0**2 * function(student, teacher, temperature=50.0)  # what is left is of order 1/T
+        high = 50.0**2 * function(student, teacher, temperature=50.0)  # the remainder is of order 1/T
         same(high, losses.logit_mse(student, teacher), rtol=0.05)
 
 
-# ---- limits and siblings
+# ---- limits and relations
 
 
-def test_corners_of_the_families_are_the_kls():
+def test_limits_of_the_families_are_the_kls():
     student, teacher = pair(1)
     forward, reverse = losses.forward_kl(student, teacher), losses.reverse_kl(student, teacher)
     assert not np.allclose(forward, reverse, rtol=0.05)
@@ -207,7 +207,7 @@ def test_exchanging_sides_exchanges_the_powers():
         same(function(student, teacher), function(teacher, student))
 
 
-def test_inequalities_between_them():
+def test_inequalities_between_divergences():
     student, teacher = pair(11, scale=3.0, shape=(200, 9))
     forward, distance = losses.forward_kl(student, teacher), losses.total_variation(student, teacher)
     assert np.all(2 * distance**2 <= forward * (1 + 1e-5)) and np.max(distance) <= 1.0  # Pinsker
@@ -220,7 +220,7 @@ def test_inequalities_between_them():
     assert all(np.all(low <= high * (1 + 1e-5) + 1e-6) for low, high in pairwise(buckets))
 
 
-# Close distributions: the terms are small, their sum smaller; none of it may drown in rounding.
+# For close distributions the terms are small and their sum is smaller; it must survive rounding.
 @pytest.mark.parametrize("distance", [0.1, 0.01])
 def test_close_distributions_keep_four_digits(distance):
     student, teacher = pair(12, scale=1.0, shape=(30, 40))
@@ -236,7 +236,7 @@ def test_close_distributions_keep_four_digits(distance):
         same(function(student, teacher, **options), value(student, teacher), rtol=1e-4, atol=0.0)
 
 
-# ---- tokens that one side alone rules out
+# ---- tokens impossible on one side
 
 
 @pytest.mark.parametrize(
@@ -262,12 +262,12 @@ def test_close_distributions_keep_four_digits(distance):
         (losses.top_k_forward_kl, {"k": 3}, (False, True)),
     ],
 )
-def test_one_sided_zero(function, options, finite):
+def test_one_sided_zeros_are_infinite_where_the_definition_is(function, options, finite):
     for (student, teacher), expected in zip(((PART, WHOLE), (WHOLE, PART)), finite, strict=True):
         nats = function(student, teacher, **options)
         assert not np.isnan(nats) and bool(np.isfinite(nats)) == expected
         assert np.all(np.isfinite(gradient(function, student, teacher, **options)))
-    nearly = jnp.array([0.5, 0.1, -60.0])  # what is finite is the limit of what is small
+    nearly = jnp.array([0.5, 0.1, -60.0])  # finite values are limits of small probabilities
     for (student, teacher), (near_s, near_t), expected in zip(
         ((PART, WHOLE), (WHOLE, PART)), ((nearly, WHOLE), (WHOLE, nearly)), finite, strict=True
     ):
@@ -275,7 +275,7 @@ def test_one_sided_zero(function, options, finite):
             same(function(student, teacher, **options), function(near_s, near_t, **options), rtol=1e-4)
 
 
-def test_disjoint_tokens():
+def test_disjoint_supports():
     student, teacher = jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf])
     assert losses.renyi(student, teacher) == jnp.inf and losses.renyi(student, teacher, alpha=2.0) == jnp.inf
     same(losses.alpha_divergence(student, teacher), 4.0)
@@ -285,7 +285,7 @@ def test_disjoint_tokens():
 
 
 # A ratio that float32 cannot hold is infinite; its gradient is not NaN.
-def test_ratios_out_of_range():
+def test_ratios_beyond_float32_are_infinite_without_nan_gradients():
     student, teacher = jnp.array([0.0, -500.0, 3.0]), jnp.array([-500.0, 0.0, 3.0])
     for options in ({"alpha": 2.0}, {"alpha": -1.0}):
         assert losses.alpha_divergence(student, teacher, **options) == jnp.inf

@@ -1,4 +1,4 @@
-"""The objective: which positions count, by what a sum is divided, where T² stands."""
+"""The objective: which positions count, the divisor of a mean, and the factor T²."""
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def mixed(**options):
 
 # Fault: divided by sequences, by positions or by the vocabulary instead of by the counted tokens.
 @pytest.mark.parametrize("divergence", SOFT)
-def test_mean_is_over_the_counted_tokens(divergence):
+def test_the_mean_is_over_the_counted_tokens(divergence):
     student, teacher, batch = case()
     pairs = pairs_of(terms_of(mixed(divergence=divergence)), student, teacher, batch)
     soft = {
@@ -78,7 +78,7 @@ def test_mean_is_over_the_counted_tokens(divergence):
         np.testing.assert_allclose(total, sum(nats[position] for position in counted), rtol=1e-5)
 
 
-def test_loss_is_the_weighted_sum():
+def test_the_loss_is_the_weighted_sum_of_terms():
     student, teacher, batch = case()
     soft = pairs_of(terms_of(mixed(task_weight=0.0)), student, teacher, batch)["forward_kl"]
     hard = pairs_of([task_term()], student, None, batch)["cross_entropy"]
@@ -86,7 +86,7 @@ def test_loss_is_the_weighted_sum():
     np.testing.assert_allclose(loss(mixed(), student, teacher, batch), want, rtol=1e-6)
 
 
-def test_beta_arrives():
+def test_beta_reaches_the_divergence():
     student, teacher, batch = case()
     for beta, divergence in ((0.0, "forward_kl"), (1.0, "reverse_kl")):
         jsd = loss(mixed(divergence="generalized_jsd", beta=beta), student, teacher, batch)
@@ -103,7 +103,7 @@ def test_repeating_the_batch_changes_nothing(times):
 
 # Fault: one term summed, the other averaged.
 @pytest.mark.parametrize("axis", [0, 1], ids=["batch", "length"])
-def test_both_terms_scale_alike(axis):
+def test_both_terms_scale_equally(axis):
     student, teacher, batch = case()
     longer = jax.tree.map(lambda field: jnp.concatenate([field] * 3, axis), (student, teacher, batch))
     before, after = (pairs_of(terms_of(mixed()), *arguments) for arguments in ((student, teacher, batch), longer))
@@ -114,7 +114,7 @@ def test_both_terms_scale_alike(axis):
 
 # Fault: everything masked gives NaN.
 @pytest.mark.parametrize("divergence", SOFT)
-def test_nothing_counted_is_zero_with_zero_gradient(divergence):
+def test_no_counted_position_gives_zero_with_zero_gradient(divergence):
     student, teacher, batch = case()
     batch = batch._replace(mask=jnp.zeros_like(batch.mask))
     config = mixed(divergence=divergence)
@@ -122,10 +122,10 @@ def test_nothing_counted_is_zero_with_zero_gradient(divergence):
     np.testing.assert_array_equal(gradient(config, student, teacher, batch), 0.0)
 
 
-# Whatever stands at positions that do not count, changes nothing, to the bit.
+# Results are bit-identical whatever stands at positions that do not count.
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("divergence", SOFT)
-def test_garbage_where_nothing_counts_changes_nothing(divergence, garbage):
+def test_garbage_at_positions_that_do_not_count_changes_no_bit(divergence, garbage):
     student, teacher, batch = case()
     config, keep = mixed(divergence=divergence), batch.mask[..., None]
     bad_student, bad_teacher = jnp.where(keep, student, garbage), jnp.where(keep, teacher, garbage)
@@ -143,7 +143,7 @@ def test_mask_is_slicing():
     np.testing.assert_allclose(loss(mixed(), student, teacher, half), part, rtol=1e-6)
 
 
-# T² is applied, once; also where the soft term stands alone.
+# T² is applied once, also where the soft term is the only one.
 @pytest.mark.parametrize("divergence", SOFT)
 @pytest.mark.parametrize("task_weight", [0.0, 0.5])
 def test_temperature_squared_is_a_factor_of_the_soft_term_alone(divergence, task_weight):
@@ -160,7 +160,7 @@ def test_temperature_squared_is_a_factor_of_the_soft_term_alone(divergence, task
     np.testing.assert_allclose(with_factor - hard, 9.0 * (without - hard), rtol=1e-4, atol=1e-7)
 
 
-# The factor T² keeps the gradient's size when T is high.
+# The factor T² keeps the size of the gradient at high T.
 @pytest.mark.parametrize("divergence", SOFT)
 def test_gradient_norm_is_flat_in_a_high_temperature(divergence):
     student, teacher, batch = case()
@@ -183,7 +183,7 @@ def test_metric_named_after_a_divergence_is_in_nats():
         np.testing.assert_allclose(mean, nats.mean(), rtol=1e-5)
 
 
-def test_a_term_of_ones_own():
+def test_a_custom_term_is_evaluated():
     student, teacher, batch = case()
     term = Term(
         "squared_error", 1.0, BOTH_LOGITS, lambda v: jnp.sum((v.student_logits - v.teacher_logits) ** 2, axis=-1)
@@ -256,7 +256,7 @@ def test_missing_teacher_is_named():
         {"kd_weight": 0.0, "task_weight": 0.0},
     ],
 )
-def test_impossible_objectives_are_refused(options):
+def test_invalid_objectives_are_refused(options):
     with pytest.raises(ValueError, match=f"objective: .*{next(iter(options))}"):
         ObjectiveConfig(**options)
 

@@ -1,4 +1,4 @@
-"""Schedule, decay mask, and the update itself against AdamW written out in float64."""
+"""Schedule, decay mask, and the update against AdamW in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,15 @@ from distill.step import make_train_step
     ],
 )
 @pytest.mark.parametrize(("warmup", "steps"), [(4, 20), (0, 10), (1, 5)])
-def test_schedule_by_hand(kind, fall, warmup, steps):
+def test_the_schedule_matches_numbers_by_hand(kind, fall, warmup, steps):
     rate = schedule(OptimizerConfig(learning_rate=0.5, schedule=kind, warmup_steps=warmup), steps)
     for step in range(steps):
-        done = step + 1  # the rate of an update is that of its end: the first one moves, the last one hardly
+        done = step + 1  # the rate is that at the end of an update: the first update has an effect, the last hardly any
         want = 0.5 * (done / warmup if done <= warmup else fall((done - warmup) / (steps - warmup)))
         np.testing.assert_allclose(rate(step), want, rtol=1e-5, atol=1e-7)
 
 
-def test_warmup_longer_than_the_run_only_rises():
+def test_a_warmup_longer_than_the_run_only_rises():
     rates = [float(schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 5)(step)) for step in range(5)]
     np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-6)
 
@@ -55,7 +55,7 @@ def parameters():
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.7])
-def test_update_is_adamw_written_out(clip_norm):
+def test_the_update_is_adamw_in_float64(clip_norm):
     config = OptimizerConfig(
         learning_rate=0.1, warmup_steps=2, weight_decay=0.3, beta1=0.8, beta2=0.95, clip_norm=clip_norm
     )
@@ -90,7 +90,7 @@ def test_small_gradients_are_not_clipped():
     jax.tree.map(np.testing.assert_array_equal, *updates)
 
 
-def test_given_rates_stand_in_for_those_of_the_configuration():
+def test_given_rates_replace_those_of_the_configuration():
     gradient = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
     in_config = optimizer(OptimizerConfig(learning_rate=0.02, weight_decay=0.4), 10)
     given = optimizer(OptimizerConfig(), 10, learning_rate=0.02, weight_decay=0.4)
@@ -101,7 +101,7 @@ def test_given_rates_stand_in_for_those_of_the_configuration():
         np.testing.assert_allclose(first[name], second[name], rtol=1e-6)
 
 
-# Fault: a schedule that ticks with every micro-batch.
+# Fault: a schedule that advances with every micro-batch.
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_schedule_counts_updates_not_micro_batches(micro_batches):
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=4, clip_norm=0.0)
@@ -131,6 +131,6 @@ def counts(state):
         {"clip_norm": -1.0},
     ],
 )
-def test_impossible_optimizers_are_refused(options):
+def test_invalid_optimizers_are_refused(options):
     with pytest.raises(ValueError, match=f"optimizer: .*{next(iter(options))}"):
         OptimizerConfig(**options)

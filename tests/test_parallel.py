@@ -1,4 +1,4 @@
-"""Devices: one, a mesh of eight and pmap give the same students, and none of them touches the teacher."""
+"""One device, a mesh of eight and pmap train the same student, and none of them changes the teacher."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ from distill.students.factors import factored
 
 STEPS, BATCH = 20, 16
 TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))
-STUDENT = tiny_decoder(layers=1, vocab_size=12)  # every size is even: it has to be cut in two
+STUDENT = tiny_decoder(layers=1, vocab_size=12)  # every size is even, to be divisible by two
 TEACHER = tiny_decoder(layers=1, vocab_size=12, width=12, head_dim=4, feed_forward=20)
 UPDATE = optimizer(OptimizerConfig(learning_rate=0.02, warmup_steps=5, weight_decay=0.1), STEPS)
 EIGHT = ParallelConfig(backend="mesh")
@@ -65,7 +65,7 @@ WRAPPINGS = {
 
 @pytest.fixture(scope="module")
 def arguments():
-    """State, teacher, examples and the rows of 20 batches; on every device another number of tokens counts."""
+    """State, teacher, examples and the rows of 20 batches; counted tokens differ between devices."""
     examples = on_device(uneven_batch(rows=24))
     rng = np.random.default_rng(0)
     rows = np.stack([rng.permutation(24)[:BATCH] for _ in range(STEPS)])
@@ -76,7 +76,7 @@ def arguments():
 
 @pytest.fixture(scope="module")
 def runs(arguments):
-    """Name of a wrapping → its final state, its metrics and what became of what it was given. Each runs once."""
+    """Name of a wrapping → final state, metrics and the arguments after the run; each is run once."""
     done = {}
 
     def run(name):
@@ -94,10 +94,10 @@ def runs(arguments):
     return run
 
 
-# Faults: means of per-device means; gradients scaled by the number of devices. The steps run under a guard: nothing is
-# moved to the devices, or between them, that was not placed there.
+# Faults: means of per-device means; gradients scaled by the number of devices. The steps run under a
+# transfer guard: only placed arrays may be on the devices.
 @pytest.mark.parametrize("name", list(WRAPPINGS)[1:])
-def test_same_weights_as_on_one_device(runs, name):
+def test_weights_are_those_of_one_device(runs, name):
     one, several = runs("one_device")["state"], runs(name)["state"]
     assert jax.tree.structure(one) == jax.tree.structure(several)
     assert int(several.step) == STEPS
@@ -108,14 +108,14 @@ def test_same_weights_as_on_one_device(runs, name):
     assert min(jax.tree.leaves(moved)) > 0.01
 
 
-def test_on_one_cpu_no_layer_of_the_teacher_is_copied_out_of_a_stack(arguments):
+def test_one_cpu_copies_no_layer_of_the_teacher_out_of_a_stack(arguments):
     state, _, examples, rows = arguments
     teacher = tiny_decoder(layers=3, vocab_size=12, width=12, head_dim=4, feed_forward=20)
     params = random_params(teacher, seed=1)
     wrapping = parallel.one_device(make_train_step(STUDENT, TERMS, UPDATE, teacher=teacher))
     placed = wrapping.place_params(params)
     after = []
-    for frozen, stacked in ((params, True), (placed, False)):  # ``train.lower`` hands them over as they come
+    for frozen, stacked in ((params, True), (placed, False)):  # ``train.lower`` passes them unplaced
         text = wrapping.steps.lower(state, frozen, examples, rows[:3]).compile().as_text()
         assert ("f32[3,12,20]" in text) == stacked
         after.append(wrapping.steps(wrapping.place_state(state), frozen, examples, rows[:3])[0].params)
@@ -125,7 +125,7 @@ def test_on_one_cpu_no_layer_of_the_teacher_is_copied_out_of_a_stack(arguments):
 
 
 @pytest.mark.parametrize("name", ["mesh_2x2x2", "pmap", "chunked_pmap"])
-def test_as_many_rows_on_a_device_as_there_are_devices(arguments, name):
+def test_a_device_may_hold_as_many_rows_as_there_are_devices(arguments, name):
     state, teacher_params, examples, _ = arguments
     rows = np.arange(64).reshape(1, 64) % 24
     params = []
@@ -136,7 +136,7 @@ def test_as_many_rows_on_a_device_as_there_are_devices(arguments, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *params)
 
 
-def test_pmap_gives_the_state_back_as_it_was_placed(arguments):  # or a run would compile its steps twice
+def test_pmap_returns_the_state_as_it_was_placed(arguments):  # otherwise a run would compile its steps twice
     state, teacher_params, examples, rows = arguments
     wrapping = WRAPPINGS["pmap"]()
     placed = wrapping.place_state(state)
@@ -147,7 +147,7 @@ def test_pmap_gives_the_state_back_as_it_was_placed(arguments):  # or a run woul
 
 
 @pytest.mark.parametrize("name", list(WRAPPINGS)[1:])
-def test_same_metrics_as_on_one_device(runs, name):
+def test_metrics_are_those_of_one_device(runs, name):
     """Fault: a mean of the means of devices."""
     one, several = runs("one_device")["metrics"], runs(name)["metrics"]
     assert one.keys() == several.keys()
@@ -157,9 +157,9 @@ def test_same_metrics_as_on_one_device(runs, name):
         assert weight.shape == (STEPS,)
 
 
-# The teacher is neither donated nor changed; the state is donated, and was a copy.
+# The teacher is neither donated nor changed. The state is donated; it is a copy.
 @pytest.mark.parametrize("name", WRAPPINGS)
-def test_teacher_is_kept_and_state_is_given(runs, arguments, name):
+def test_the_state_is_donated_and_the_teacher_is_not(runs, arguments, name):
     run, (state, teacher_params, *_) = runs(name), arguments
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((run["teacher"], teacher_params, state)))
     for placed, given in zip(jax.tree.leaves(run["teacher"]), jax.tree.leaves(teacher_params), strict=True):
@@ -168,8 +168,8 @@ def test_teacher_is_kept_and_state_is_given(runs, arguments, name):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(run["given"].params))
 
 
-# Parameters and moments lie in parts, on a mesh that can hold them in parts.
-def test_state_is_sharded_where_it_should_be(runs):
+# Parameters and moments are sharded on a mesh with such axes.
+def test_the_state_is_sharded(runs):
     where = runs("mesh_2x2x2")["where"]
     up = where.params["layers"]["mlp"]["up"]["kernel"]
     assert up.shape == (1, 8, 12) and up.addressable_shards[0].data.shape == (1, 4, 6)
@@ -180,14 +180,14 @@ def test_state_is_sharded_where_it_should_be(runs):
     assert runs("mesh")["where"].params["head"].sharding.is_fully_replicated
 
 
-def test_teacher_lies_in_parts_and_its_student_whole(runs):
+def test_a_sharded_teacher_with_a_replicated_student(runs):
     where, teacher = runs("dcn_2_rules")["where"], runs("dcn_2_rules")["teacher"]
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(where))
     up = teacher["layers"]["mlp"]["up"]["kernel"]
     assert up.shape == (1, 12, 20) and up.addressable_shards[0].data.shape == (1, 3, 20)
 
 
-# ---- a state that begins, or goes on, in parts
+# ---- a state that is drawn or restored sharded
 
 
 def with_inner_parts(model):
@@ -196,7 +196,7 @@ def with_inner_parts(model):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_state_is_drawn_in_parts_and_does_not_depend_on_the_mesh(given):
+def test_the_state_is_drawn_sharded_and_does_not_depend_on_the_mesh(given):
     student = with_inner_parts(STUDENT)
     params = student.init(jax.random.key(5)) if given else None
     wrapping = parallel.on_mesh(lambda *_: None, student, UPDATE, make_mesh(CUBE))
@@ -207,10 +207,10 @@ def test_state_is_drawn_in_parts_and_does_not_depend_on_the_mesh(given):
     want = init_state(student.init(jax.random.key(5)), UPDATE)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(want))
     jax.tree.map(lambda leaf: leaf.delete(), state)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))  # the start is copied, not donated
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))  # the initial state is copied, not donated
 
 
-def test_state_is_restored_in_parts_onto_another_mesh(tmp_path):
+def test_the_state_is_restored_sharded_onto_another_mesh(tmp_path):
     on = {name: parallel.on_mesh(lambda *_: None, STUDENT, UPDATE, make_mesh(c)) for name, c in MESHES.items()}
     state = parallel.draw_state(STUDENT, UPDATE, jax.random.key(5), on["cube"])
     with Checkpoints(tmp_path) as checkpoints:
@@ -222,7 +222,7 @@ def test_state_is_restored_in_parts_onto_another_mesh(tmp_path):
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
 
 
-def test_moments_lie_where_their_parameters_lie():
+def test_moments_are_sharded_like_their_parameters():
     mesh = make_mesh(CUBE)
     shardings = state_shardings(STUDENT, UPDATE, mesh)
     shapes = jax.eval_shape(lambda: init_state(STUDENT.init(jax.random.key(0)), UPDATE))
@@ -234,7 +234,7 @@ def test_moments_lie_where_their_parameters_lie():
 # ---- the table of axes
 
 
-def test_every_axis_of_the_decoder_stands_in_the_table():
+def test_every_axis_of_the_decoder_is_in_the_table():
     biases = tiny_decoder(qkv_bias=True, output_bias=True, mlp_bias=True)
     axes = ranks_and_axes(biases)
     assert len(axes) == 19
@@ -266,16 +266,16 @@ def test_two_dimensions_on_one_axis_are_refused():
     assert param_shardings(model_of((4, 4), ("heads", "mlp")), make_mesh(one_way))["w"].is_fully_replicated
 
 
-def test_dimension_that_cannot_be_divided_is_refused():
+def test_an_indivisible_dimension_is_refused():
     with pytest.raises(ValueError, match=r"vocab=11 cannot be divided over tensor=2"):
         param_shardings(tiny_decoder(), make_mesh(CUBE))
     with pytest.raises(ValueError, match=r"embed=12 cannot be divided over fsdp=8"):
         param_shardings(model_of((3, 12), ("norm", "embed")), make_mesh(ParallelConfig(fsdp=8)))
 
 
-def test_rules_of_its_own_place_a_model():
+def test_custom_rules_place_a_model():
     mesh = make_mesh(CUBE)
-    gathered = param_shardings(tiny_decoder(), mesh, RULES["gathered"])  # 11 words need not be divided
+    gathered = param_shardings(tiny_decoder(), mesh, RULES["gathered"])  # a vocabulary of 11 need not be divided
     assert gathered["head"].spec == PartitionSpec(("fsdp", "tensor"), None)
     with pytest.raises(ValueError, match=r"embed=6 cannot be divided over fsdp × tensor=4"):
         param_shardings(model_of((6,), ("embed",)), mesh, RULES["gathered"])
@@ -293,11 +293,11 @@ def test_model_without_axes_is_replicated():
 
 
 def sizes(config, devices=None):
-    """Of a mesh, without its axes of one device."""
+    """Axis sizes of a mesh, without axes of size 1."""
     return {axis: size for axis, size in make_mesh(config, devices).shape.items() if size > 1}
 
 
-def test_mesh_has_the_shape_asked_for():
+def test_the_mesh_has_the_configured_shape():
     assert sizes(ParallelConfig(fsdp=2)) == {"data": 4, "fsdp": 2}
     assert sizes(CUBE) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert sizes(EIGHT, jax.devices()[:3]) == {"data": 3}
@@ -307,7 +307,7 @@ def test_mesh_has_the_shape_asked_for():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a mesh asks of a device."""
+    """A fake device with the attributes that a mesh reads."""
 
     id: int
     slice_index: int
@@ -316,7 +316,7 @@ class Chip:
     device_kind: str = "chip"
 
 
-def test_dcn_goes_from_slice_to_slice():
+def test_the_dcn_axis_connects_slices():
     chips = [Chip(n, slice_index=n % 2) for n in range(8)]
     mesh = make_mesh(ParallelConfig(dcn=2, fsdp=2), chips)
     assert mesh.devices.shape == (2, 2, 2, 1, 1)
@@ -343,12 +343,12 @@ def test_backend_that_cannot_shard_is_refused(backend):
 
 
 @pytest.mark.parametrize("name", ["mesh", "pmap"])
-def test_batch_that_cannot_be_divided_is_refused(name):
+def test_an_indivisible_batch_is_refused(name):
     with pytest.raises(ValueError, match="batch_size=12 cannot be divided over 8 devices"):
         WRAPPINGS[name]().place_rows(np.zeros((2, 12), np.int32))
 
 
-def test_text_that_cannot_be_divided_is_refused():
+def test_an_indivisible_length_is_refused():
     with pytest.raises(ValueError, match="texts of 6 tokens cannot be divided over sequence=4"):
         wrapped(1, sequence=4).place_examples(uneven_batch())
     with pytest.raises(ValueError, match="teacher='whole'; expected one of split, gathered, replicated"):
@@ -356,7 +356,7 @@ def test_text_that_cannot_be_divided_is_refused():
 
 
 @pytest.mark.parametrize(("backend", "devices"), [("auto", 8), ("mesh", 8), ("one_device", 1), ("pmap", 8)])
-def test_wrap_gives_the_backend_asked_for(backend, devices):
+def test_wrap_returns_the_configured_backend(backend, devices):
     wrapping = parallel.wrap(ParallelConfig(backend=backend), make_step, STUDENT, UPDATE, TEACHER)
     rows = wrapping.place_rows(np.arange(32, dtype=np.int32).reshape(2, 16))
     assert len(rows.sharding.device_set) == devices
@@ -364,7 +364,7 @@ def test_wrap_gives_the_backend_asked_for(backend, devices):
     np.testing.assert_array_equal(np.sort(np.ravel(rows)), np.arange(32))
 
 
-def test_the_optimization_level_of_a_user_wins_over_ours_which_xla_knows(monkeypatch):
+def test_the_optimization_level_of_the_user_overrides_ours(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     ours = backend.compiler_options()
     assert ours and jax.jit(lambda x: x + 1, compiler_options=ours)(1) == 2

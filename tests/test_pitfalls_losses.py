@@ -27,12 +27,12 @@ from distill.tokenizer import CharacterTokenizer
 
 # ---- which positions are trained
 
-SGD = optax.sgd(1.0)  # the parameters move by the gradient
+SGD = optax.sgd(1.0)  # so that parameters change by the gradient
 TERMS = terms_of(ObjectiveConfig(temperature=3.0, task_weight=1.0))
 
 
 def trained_positions(batch):
-    """``[B, L]``: where a student whose parameters are its logits has moved, by both terms; and the tokens counted."""
+    """``[B, L]``: positions at which a student whose parameters are its logits changed, and the counted tokens."""
     shape = (*batch.inputs.shape, VOCAB)
     student = Model(
         init=lambda key: {"logits": jnp.zeros(shape)},
@@ -51,13 +51,13 @@ def test_prompts_and_tool_output_are_read_but_not_trained():
     written_by = np.array([list("ppaatttaap"), list("paattaappa")])  # prompt, assistant, tool; two turns
     tokens = np.arange(20).reshape(2, 10) % VOCAB
     batch = shift(tokens, written_by == "a")
-    np.testing.assert_array_equal(batch.inputs, tokens[:, :-1])  # all of it is read
+    np.testing.assert_array_equal(batch.inputs, tokens[:, :-1])  # all of it is input
     moved, counted = trained_positions(batch)
     np.testing.assert_array_equal(moved, written_by[:, 1:] == "a")
     assert counted == np.sum(written_by == "a")
 
 
-def test_padding_with_the_end_token_leaves_the_real_end():
+def test_padding_with_the_end_token_keeps_the_real_end():
     """Fault: padding with the end token masks the real end."""
     end = 1
     tokens = np.array([[5, 6, end, end, end, end], [5, 6, 7, 8, end, end], [5, 6, 7, 8, 9, end]])
@@ -65,11 +65,11 @@ def test_padding_with_the_end_token_leaves_the_real_end():
     batch = shift(tokens, np.ones_like(tokens), segments.astype(np.int32))
     moved, _ = trained_positions(batch)
     np.testing.assert_array_equal(moved, segments[:, 1:])
-    np.testing.assert_array_equal(np.sum(moved & (batch.labels == end), axis=1), 1)  # one end a row, and it counts
+    np.testing.assert_array_equal(np.sum(moved & (batch.labels == end), axis=1), 1)  # one end per row, and it counts
 
 
 @pytest.mark.parametrize("reverse", [True, False])
-def test_no_token_is_cut_off_or_lost_on_the_way_through_text(reverse):
+def test_no_token_is_cut_off_or_lost_in_a_round_trip_through_text(reverse):
     """Fault: cut on the wrong side; special tokens lost on the way through text."""
     config = AdditionConfig(digits=2, reverse=reverse)
     operands = np.array([[0, 0], [99, 99], [7, 85], [10, 0]])
@@ -148,7 +148,7 @@ def test_every_backend_multiplies_by_the_squared_temperature_once(backend):
 
 
 def owners(value, name):
-    """The dataclasses inside a configuration that have a field of which ``name`` is a part."""
+    """The dataclasses inside a configuration with a field whose name contains ``name``."""
     found = set()
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)
@@ -158,10 +158,10 @@ def owners(value, name):
 
 
 @pytest.mark.parametrize("config", ["addition", "addition_arms"])
-def test_the_temperature_of_the_loss_is_not_one_of_sampling(config):
+def test_the_temperature_of_the_loss_does_not_affect_sampling(config):
     """Fault: one temperature for sampling and for the loss."""
     assert owners(load_config(config), "temperature") == {ObjectiveConfig}
-    assert "temperature" not in inspect.signature(greedy).parameters  # what the teacher writes knows of none
+    assert "temperature" not in inspect.signature(greedy).parameters  # the teacher's answers do not depend on one
 
 
 @pytest.mark.parametrize("what", ["teacher_weights", "tokenizer", "data.split_seed"])

@@ -68,13 +68,13 @@ def values(config):
         ("a100:16", "a100", 16, False),
     ],
 )
-def test_slices_have_names(name, chip, devices, tpu):
+def test_names_of_slices_are_parsed(name, chip, devices, tpu):
     topology = parse_topology(name)
     assert (topology.chip.name, topology.devices, topology.tpu) == (chip, devices, tpu)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("", "expected such as v5e:4x4"),
         ("v5e-16", "expected such as v5e:4x4"),
@@ -85,18 +85,18 @@ def test_slices_have_names(name, chip, devices, tpu):
         ("gpu:0", "expected 1 sizes"),
     ],
 )
-def test_other_names_are_refused(name, said):
-    with pytest.raises(ValueError, match=said):
+def test_unknown_names_of_slices_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
         parse_topology(name)
 
 
-def test_as_many_cpu_devices_stand_in_for_gpus_as_there_are():
+def test_gpus_need_as_many_cpu_devices_in_their_place():
     assert list(devices_of(parse_topology("gpu:4"))) == jax.devices()[:4]
     with pytest.raises(ValueError, match="with 8 CPU devices; set jax_num_cpu_devices to 16"):
         devices_of(parse_topology("h100:16"))
 
 
-def test_without_the_compiler_for_tpus_it_says_what_to_install(monkeypatch):
+def test_a_missing_compiler_for_tpus_is_reported_with_its_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
         devices_of(parse_topology("v5e:4x4"))
@@ -109,7 +109,7 @@ LARGE = DecoderConfig(vocab_size=100, layers=3, width=16, heads=4, kv_heads=4, f
 
 
 def test_flops_by_hand():
-    """2 a multiply-add; a causal token of ten sees 5.5 keys on average, scores and values alike."""
+    """2 FLOPs per multiply-add; one of ten causal tokens sees 5.5 keys on average, for scores and values."""
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16 + 2 * 2 * 4 * 5.5
     small = 2 * (2 * layer + 8 * 100)
     layer = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 4 * 4 * 5.5
@@ -119,7 +119,7 @@ def test_flops_by_hand():
     assert found["teacher"] == 40 * large
     assert found["model"] == found["hardware"] == found["student"] + found["teacher"]
     again = roofline.flops(roofline.Work(SMALL, LARGE, tokens=40, length=10, remat=True))
-    assert again["hardware"] - again["model"] == 40 * (small - 2 * 8 * 100)  # all but the head
+    assert again["hardware"] - again["model"] == 40 * (small - 2 * 8 * 100)  # remat computes all but the head again
     assert again["model"] == found["model"]
 
 
@@ -128,13 +128,13 @@ def test_traffic_by_hand():
     work = roofline.Work(SMALL, LARGE, tokens=80, length=10, remat=False)
     split = roofline.Split(rows=4, tensor=2, student=8, micro_batches=2, chunk=5, fused=True)
     found = roofline.traffic(work, split, parameters=800)
-    heads = (8 + 4 + 4 + 8) / 2  # q, k, v, o numbers of a token on one device
+    heads = (8 + 4 + 4 + 8) / 2  # elements of q, k, v and o per token on one device
     units = 3 * 16 / 2
     kernels, across = 8 * (heads + units), 2 * heads + 4 * 8 + units
     assert found["student"] == 3 * 2 * (2 * kernels * 2 + 20 * 2 * across)
     assert found["optimizer"] == 100 * (28 + 12)
-    chunks, words = 4, 50
-    assert found["head"] == 20 * words * 30 + chunks * words * (4 * 8 + 2 * 16 + 8 * 8) + 2 * 20 * (3 * 8 + 16)
+    chunks, vocab = 4, 50
+    assert found["head"] == 20 * vocab * 30 + chunks * vocab * (4 * 8 + 2 * 16 + 8 * 8) + 2 * 20 * (3 * 8 + 16)
     plain = roofline.traffic(work, split._replace(fused=False), parameters=800)
     assert plain["student"] - found["student"] == 3 * 2 * 20 * (8 * 10 * 2 / 2)  # float32 scores, written and read
 
@@ -189,13 +189,13 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
 
 
-def test_collectives_count_as_often_as_their_loops_turn():
+def test_collectives_count_once_per_iteration_of_their_loops():
     kinds = sorted((one.kind, one.size, one.loops, one.devices) for one in collectives(TEXT))
     assert kinds == [
-        ("all-gather", 64, (4, 28), 8),  # its stages share a channel: one
+        ("all-gather", 64, (4, 28), 8),  # its stages share a channel and count once
         ("all-reduce", 32, (4, None), 4),
         ("collective-permute", 16, (), None),
-        ("reduce-scatter", 32, (4, 28), 4),  # a fused sum of which each keeps its part
+        ("reduce-scatter", 32, (4, 28), 4),  # a fused sum of which each device keeps a part
         ("reduce-scatter", 64, (4,), 8),
     ]
     of_step = plan.by_kind(collectives(TEXT), chunks=10, steps=2)
@@ -222,14 +222,14 @@ def test_trip_counts_of_a_real_program():
 # ---- the plan
 
 
-def test_the_plan_has_the_bytes_of_the_step_that_runs(config, values):
+def test_the_plan_states_the_bytes_of_the_real_step(config, values):
     task = plan.abstract_task(config)
     lowered, state, frozen = lower(task, config.training, config.parallel)
     memory = preflight.memory_plan(lowered, state, frozen)
     assert {name: values["bytes"][name] for name in ("arguments", "outputs", "shared")} == {
         name: memory[name] for name in ("arguments", "outputs", "shared")
     }
-    kept = 8 // 8 * 32 * 16 * 4  # the teacher's states on the rows of the learning curve, a row on each device
+    kept = 8 // 8 * 32 * 16 * 4  # the teacher's hidden states on the rows of the learning curve, one row per device
     assert values["bytes"]["evaluation"] == kept and values["bytes"]["total"] == memory["total"] + kept
     assert values["bytes"]["temporary"] == memory["temporary"]
     assert [values["bytes"][name] for name in ("parameters", "optimizer", "teacher")] == [
@@ -248,7 +248,7 @@ def test_the_plan_has_the_bytes_of_the_step_that_runs(config, values):
 
 
 def test_the_program_is_as_long_for_four_layers_as_for_two(config):
-    """Layers are scanned, forward and backward: a deep model is lowered and compiled as fast as a shallow one."""
+    """Layers are scanned forward and backward, so a deep model compiles as fast as a shallow one."""
 
     def length(layers):
         folder = Path(config.teacher) / str(layers)
@@ -261,7 +261,7 @@ def test_the_program_is_as_long_for_four_layers_as_for_two(config):
     assert length(2) == length(4)
 
 
-def test_the_plan_is_json_with_every_number_there(values):
+def test_the_plan_is_json_with_all_its_numbers(values):
     back = json.loads(json.dumps(values, allow_nan=False))
     assert set(back) == {
         "config", "topology", "devices", "chip", "mesh", "batch", "layers", "chunk", "compiled_for", "fits", "bytes",
@@ -277,19 +277,19 @@ def test_the_plan_is_json_with_every_number_there(values):
     assert 0 < back["mfu"] <= 1
 
 
-def test_gathers_turn_with_layers_and_micro_batches(values):
-    """Seven kernels in each of 3 + 2 layers, the student's twice, in both micro-batches: at least so many."""
+def test_gathers_count_per_layer_and_micro_batch(values):
+    """Seven kernels in each of 3 + 2 layers, the student's twice, in both micro-batches, is a lower bound."""
     assert values["collectives"]["all-gather"]["count"] >= 2 * (3 * 7 + 2 * 7)
 
 
-def test_people_read_the_same_numbers(values, capsys):
+def test_the_printed_tables_show_the_same_numbers(values, capsys):
     plan.print_plan(values)
     shown = capsys.readouterr().out
     assert "tiny on gpu:8: 8 h100 (data 2, fsdp 4)" in shown
     assert "ESTIMATED" in shown and "<- bound" in shown and f"{values['tokens_per_second']:,.0f}" in shown
 
 
-def test_what_does_not_fit_is_told_what_to_change(config, monkeypatch, capsys):
+def test_a_step_that_does_not_fit_gets_proposed_changes(config, monkeypatch, capsys):
     topology = parse_topology("gpu:8")
     small = topology._replace(chip=topology.chip._replace(memory=1e3))
     part = {
@@ -311,7 +311,7 @@ def test_what_does_not_fit_is_told_what_to_change(config, monkeypatch, capsys):
     assert not values["fits"] and values["seconds"] is None
     assert [one["change"] for one in values["advice"]] == ["--training.micro-batches 4", "--parallel.fsdp 8"]
     assert [(one["total"], one["fits"]) for one in values["advice"]] == [(5_000, False), (900, True)]
-    assert seen[2].training.micro_batches == 4 and seen[2].parallel.fsdp == 8  # one on top of the other
+    assert seen[2].training.micro_batches == 4 and seen[2].parallel.fsdp == 8  # changes accumulate
     assert values["advice"][1]["saves"] == (100 + 200 + 300 + 100) // 2
     plan.print_plan(values)
     shown = capsys.readouterr().out
@@ -322,14 +322,14 @@ def _program(there, _):
     return plan.Program(there, [], 0.0, {"lower": 1.0, "compile": 2.0, "cpu": 3.0}, there["total"] <= 1e3)
 
 
-def test_the_compilers_word_that_memory_is_too_small():
+def test_the_compilers_out_of_memory_error_gives_the_bytes():
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.7G")
     assert plan._needed(error, 2**30) == {"temporary": int(19.5 * 2**30), "total": int(20.5 * 2**30)}
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         plan._needed(jax.errors.JaxRuntimeError("INTERNAL: other"), 0)
 
 
-# ---- mistakes
+# ---- invalid arguments
 
 
 def changed(config, **parts):
@@ -338,7 +338,7 @@ def changed(config, **parts):
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"),
+    ("parts", "message"),
     [
         ({"parallel": {"fsdp": 3}}, "does not divide the 8 devices"),
         ({"parallel": {"fsdp": 1, "tensor": 8}}, "kv=4 cannot be divided over tensor=8"),
@@ -346,13 +346,13 @@ def changed(config, **parts):
         ({"parallel": {"backend": "pmap", "fsdp": 1}}, "expected mesh"),
     ],
 )
-def test_what_cannot_be_divided_is_said_before_anything_is_compiled(config, parts, said):
-    with pytest.raises(ValueError, match=said) as error:
+def test_indivisible_sizes_are_reported_before_compilation(config, parts, message):
+    with pytest.raises(ValueError, match=message) as error:
         plan.plan(changed(config, **parts), parse_topology("gpu:8"))
     assert explain(error.value)[0] == 2
 
 
-def test_other_mistakes(config):
+def test_other_invalid_arguments_are_refused(config):
     with pytest.raises(ValueError, match="kind addition"):
         plan.check(load_config("addition"))
     with pytest.raises(ValueError, match="--dollars-per-hour and --try are numbers"):
@@ -367,23 +367,23 @@ def test_other_mistakes(config):
     assert plan.check(config, "1.5", "2") == (1.5, 2)
 
 
-def test_a_student_of_fewer_words_is_planned_with_as_many(config):
+def test_a_student_with_a_pruned_vocabulary_is_planned_with_it(config):
     task = plan.abstract_task(dataclasses.replace(config, vocabulary=512))
     assert task.student.vocab_size == task.teacher.vocab_size == task.student.config.vocab_size == 512
     assert task.student.config.layers == 2 and task.teacher.config.layers == 3
 
 
-def test_the_script_refuses_before_jax_starts():
+def test_the_script_refuses_before_jax_is_imported():
     specification = importlib.util.spec_from_file_location("plan_script", Path(__file__).parents[1] / "scripts/plan.py")
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
-    for arguments, said in (([], "expected such as v5e:4x4"), (["--topology", "v5e:7"], "expected 2 sizes")):
-        with pytest.raises(ValueError, match=said):
+    for arguments, message in (([], "expected such as v5e:4x4"), (["--topology", "v5e:7"], "expected 2 sizes")):
+        with pytest.raises(ValueError, match=message):
             script.main(["--config", "qwen3_8b_to_0p6b", *arguments])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
-def test_a_tpu_step_is_compiled_for_it(config):
+def test_a_step_is_compiled_for_a_tpu_slice(config):
     program = plan.compile_step(config, parse_topology("v5e:2x4"))
     assert program.fits and program.exchanged
     assert program.bytes["arguments"] < program.bytes["total"] < 1e9

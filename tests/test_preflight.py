@@ -1,4 +1,4 @@
-"""Preflight: what is found before the first step."""
+"""Preflight: findings before the first step."""
 
 import json
 
@@ -22,7 +22,7 @@ IDS = {str(i): i for i in range(11)}
 
 
 def knowing(nats):
-    """A model that says the next token of BATCH with so large a logit."""
+    """A model that predicts the next token of BATCH with this logit."""
     return handmade(lambda tokens: nats * jax.nn.one_hot(BATCH.labels, 11))
 
 
@@ -45,20 +45,20 @@ def test_a_good_pair_passes(tmp_path, capsys):
     assert "held-out loss" in capsys.readouterr().out
 
 
-def test_a_teacher_worse_than_its_student_is_said():
+def test_a_teacher_worse_than_its_student_is_reported():
     checks = preflight(side(knowing(4.0)), side(knowing(1.0)), BATCH, TERMS)
     assert verdicts(checks)["held-out loss"] == "warning"
     assert "WORSE" in next(check.found for check in checks if check.name == "held-out loss")
 
 
-def test_all_that_is_wrong_is_named_and_written(tmp_path):
+def test_all_findings_are_reported_and_written(tmp_path):
     other = IDS | {"1": 2, "2": 1}
     bad = Side(knowing(1.0), {"unused": jnp.float32(jnp.nan)}, other)
     with pytest.raises(ValueError, match=r"(?s)2 ids different.*weights of the student: 1 are not.*logits of the"):
         preflight(bad, side(knowing(1.0)), BATCH, TERMS, run=tmp_path)
 
-    def strict(word):
-        raise AssertionError(f"{word} is no JSON")
+    def strict(constant):
+        raise AssertionError(f"{constant} is not JSON")
 
     written = json.loads((tmp_path / "preflight.json").read_text(), parse_constant=strict)
     assert written["nats_per_token"] == {
@@ -80,7 +80,7 @@ def test_special_tokens_and_templates_that_differ_are_reported():
     assert {check.verdict for check in again} == {"ok"}
 
 
-def test_the_memory_of_the_step_is_held_against_the_device():
+def test_the_memory_of_the_step_is_compared_with_the_device():
     params, update = random_params(MODEL), optax.adam(0.1)
     state = init_state(params, update)
     step = jax.jit(make_train_step(MODEL, TERMS, update, teacher=MODEL), donate_argnums=0)

@@ -1,4 +1,4 @@
-"""Several processes: how they find each other, and that two of them train what one does."""
+"""Several processes: how they find each other, and that two of them train the weights of one."""
 
 import json
 import os
@@ -50,7 +50,7 @@ SLURM |= {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
         ({name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"}, False, None),  # sbatch without srun
     ],
 )
-def test_who_this_process_is(environment, on_tpu, expected):
+def test_index_and_coordinator_are_read_from_the_environment(environment, on_tpu, expected):
     assert settings(environment, on_tpu) == expected
 
 
@@ -70,7 +70,7 @@ def test_variables_that_contradict_each_other_are_refused(changes, message):
         settings(PLAIN | changes)
 
 
-def test_one_process_needs_none_of_it(tmp_path):
+def test_a_single_process_needs_no_coordinator(tmp_path):
     assert (processes.count(), processes.index(), processes.asked_to_stop()) == (1, 0, False)
     assert processes.from_first(lambda: object) is object
     processes.meet("nobody")
@@ -78,7 +78,7 @@ def test_one_process_needs_none_of_it(tmp_path):
 
 
 class Silent:
-    """A key-value store in which nobody writes, and to whose barriers nobody comes."""
+    """A key-value store without entries, whose barriers never complete."""
 
     def blocking_key_value_get(self, key, milliseconds):
         raise RuntimeError(f"DEADLINE_EXCEEDED after {milliseconds} ms")
@@ -87,7 +87,7 @@ class Silent:
         raise RuntimeError(f"DEADLINE_EXCEEDED after {milliseconds} ms")
 
 
-def test_nobody_is_waited_for_without_end(monkeypatch):
+def test_waiting_for_other_processes_times_out(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "index", lambda: 1)
     monkeypatch.setattr(global_state, "client", Silent())
@@ -97,7 +97,7 @@ def test_nobody_is_waited_for_without_end(monkeypatch):
         processes.meet("data", seconds=3.0)
 
 
-def test_only_the_first_writes(tmp_path, monkeypatch):
+def test_only_process_0_writes(tmp_path, monkeypatch):
     from distill.config import write_json
     from distill.metrics import Writer
 
@@ -118,7 +118,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
 def start(folder: Path, port: int, index: int, **more: str) -> subprocess.Popen:
     plain = (f"localhost:{port}", "2", str(index))
     environment = os.environ | dict(zip(PLAIN, plain, strict=True)) | more
-    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"  # the last of a name counts
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"  # the last flag of a name takes effect
     command = [sys.executable, str(HERE / "one_process.py"), str(folder)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -146,7 +146,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Leaves of the parameters one device arrives at."""
+    """Leaves of the parameters that one device trains."""
     return jax.tree.leaves(train(tmp_path_factory.mktemp("alone"), ParallelConfig(backend="one_device")))
 
 
@@ -160,30 +160,30 @@ def distance(left, right) -> float:
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(left, right, strict=True))
 
 
-def test_two_processes_arrive_at_the_weights_of_one_device(pair, alone):
+def test_two_processes_train_the_weights_of_one_device(pair, alone):
     first, second = leaves_of(pair, 0), leaves_of(pair, 1)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert distance(first, alone) < 1e-6
 
 
-def test_the_run_goes_on_elsewhere(pair, alone, tmp_path):
+def test_a_run_of_two_processes_resumes_on_one_device(pair, alone, tmp_path):
     shutil.copytree(pair / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
     resumed = train(tmp_path / "run", ParallelConfig(backend="one_device"))
     assert distance(jax.tree.leaves(resumed), alone) < 1e-6
 
 
-def test_two_processes_distil_on_text_what_one_does(pair, tmp_path):
+def test_two_processes_distil_on_text_like_one(pair, tmp_path):
     for name in ("teacher", "text.txt"):
         (tmp_path / name).symlink_to(pair / name)
     learn_text(tmp_path, ParallelConfig(backend="one_device"))
     together, one = (distill.load(folder / "text" / "student_hf")[1] for folder in (pair, tmp_path))
     assert distance(jax.tree.leaves(together), jax.tree.leaves(one)) < 1e-6
     read = [json.loads((pair / f"process{index}_rows.json").read_text()) for index in (0, 1)]
-    assert set(read[0]) == set(read[1]) == {4} and len(read[0]) >= 2  # of eight rows each process reads its own
+    assert set(read[0]) == set(read[1]) == {4} and len(read[0]) >= 2  # each process reads its own of eight rows
 
 
-def test_what_the_two_processes_exchange(pair):
+def test_processes_share_results_and_errors(pair):
     first, second = (json.loads((pair / f"process{index}.json").read_text()) for index in (0, 1))
     for one in (first, second):
         assert one["devices"] == [4, 8] and one["found"]
@@ -192,16 +192,16 @@ def test_what_the_two_processes_exchange(pair):
         assert "backend=pmap with 2 processes; expected mesh, or auto" in one["pmap"]
     assert (first["disagreed"], second["disagreed"][:33]) == ("", "process 1 has another seed than p")
     printed = json.loads((pair / "stdout.json").read_text())
-    assert ["said by process" in out for out in printed] == [True, False]
+    assert ["printed by process" in out for out in printed] == [True, False]
 
 
-def test_one_writes_the_metrics(pair):
+def test_one_process_writes_the_metrics(pair):
     records = [json.loads(line) for line in (pair / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "train"] == [5, 10, 15, 20]
     assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 10, 20]
 
 
-def test_a_coordinator_that_does_not_answer(tmp_path):
+def test_a_coordinator_that_does_not_answer_is_an_error(tmp_path):
     lonely = start(tmp_path, free_port(), 1, JAX_START_SECONDS="1")
     _, error = lonely.communicate(timeout=PATIENCE)
     assert lonely.returncode == 1
@@ -209,7 +209,7 @@ def test_a_coordinator_that_does_not_answer(tmp_path):
 
 
 def ended_by(folder: Path, number: signal.Signals) -> tuple[list[int], list[str]]:
-    """Exit codes and stderr of both processes of a training in which the second one gets a signal on its way."""
+    """Exit codes and stderr of both processes of a training in which the second gets a signal."""
     port = free_port()
     before = len(read_metrics(folder / "run"))
     both = [start(folder, port, index, ENDLESS="1") for index in (0, 1)]
@@ -225,14 +225,14 @@ def ended_by(folder: Path, number: signal.Signals) -> tuple[list[int], list[str]
     return [one.returncode for one in both], printed
 
 
-def test_a_signal_to_one_stops_all_and_a_lost_one_ends_the_others(tmp_path):
-    assert PATIENCE < processes.MEETING_SECONDS  # or the others could end because they waited
+def test_a_signal_to_one_process_stops_all_and_a_lost_one_ends_the_others(tmp_path):
+    assert PATIENCE < processes.MEETING_SECONDS  # otherwise the others could end because they timed out
     codes, errors = ended_by(tmp_path, signal.SIGTERM)
     stopped = [re.findall(r"stopped at step (\d+) of 1000000; saved", text) for text in errors]
     assert codes == [0, 0] and len(stopped[0]) == 1 and stopped[0] == stopped[1], errors
     codes, errors = ended_by(tmp_path, signal.SIGKILL)
     assert codes[0] != 0 and codes[1] == -signal.SIGKILL
-    # a collective that fails (an error here) or a heartbeat that is missed (JAX ends the process): what comes first
+    # whichever comes first: a failed collective (an error here) or a missed heartbeat (JAX ends the process)
     assert "If another process ended, its log says why." in errors[0] or "another task died" in errors[0], errors[0]
     steps = [record["step"] for record in read_metrics(tmp_path / "run")]
     assert int(stopped[0][0]) in steps and steps == sorted(set(steps) | {0}), steps

@@ -1,11 +1,11 @@
-"""What a person sees: lines where there is no terminal, bars where there is one."""
+"""Progress: lines without a terminal, bars with one."""
 
 from rich.console import Console
 
 from distill import progress
 
 
-def test_lines_say_only_what_is_known(capsys):
+def test_lines_show_only_known_values(capsys):
     with progress.Progress("student", 4) as shown:
         shown.evaluated(0, {"kl": 1.5, "nll": 3.0, "agreement": 0.4})
         shown.update(2, loss=0.25, tokens_per_second=1234.4)
@@ -19,7 +19,7 @@ def test_lines_say_only_what_is_known(capsys):
     ]
 
 
-def test_a_bar_of_loading_moves_on_a_terminal_only(capsys, monkeypatch):
+def test_a_loading_bar_is_drawn_only_on_a_terminal(capsys, monkeypatch):
     with progress.loading("weights", 10) as advance:
         advance(10)
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""The arms: statistics by hand, disjoint sets, replicas like single runs, a tiny protocol that can be taken up."""
+"""The addition protocol: statistics, disjoint sets, replicas equal to single runs, and resumption."""
 
 import dataclasses
 import json
@@ -32,14 +32,14 @@ CONFIG = ProtocolConfig(
 )
 
 
-def test_statistics_by_hand():
+def test_statistics_match_numbers_by_hand():
     got = protocol.statistics([0.9, 1.0, 0.8])
     half = 4.302653 * 0.1 / np.sqrt(3)  # t quantile of 2 degrees of freedom, standard deviation 0.1
     np.testing.assert_allclose(got["interval"], [0.9 - half, 0.9 + half], rtol=1e-5)
     assert got["worst"] == 0.8
 
 
-def test_gap_closed_by_hand():
+def test_gap_closed_matches_numbers_by_hand():
     def row(arm, labels, mean):
         return {"student": "s", "arm": arm, "labels": labels, "mean": mean, "runs": 1, "cpu_seconds": 1.0}
 
@@ -52,7 +52,7 @@ def test_gap_closed_by_hand():
     np.testing.assert_allclose(results["rows"][1]["gap_closed_by_labels"]["20"], 0.5)
 
 
-def test_a_replica_is_a_run_of_its_own(tmp_path):
+def test_a_replica_equals_a_single_run(tmp_path):
     examples = addition.encode(DATA, addition.pairs(DATA)["train"]).batch(DATA)
     rates, decays = np.array([1e-2, 2e-2]), np.array([0.0, 1.0])
     replicas = arms.Replicas(arms.stack([examples] * 2), np.array([3, 4]), rates, decays)
@@ -67,7 +67,7 @@ def test_a_replica_is_a_run_of_its_own(tmp_path):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
-def test_replicas_side_by_side_are_those_one_by_one(monkeypatch):
+def test_vmapped_replicas_equal_replicas_in_a_loop(monkeypatch):
     def function(x, y, shared):
         return x * shared, x + y
 
@@ -95,7 +95,7 @@ def finished(tmp_path_factory):
     return run, protocol.run_protocol(CONFIG, run, say=lambda line: None)
 
 
-def test_every_arm_is_there(finished):
+def test_every_arm_has_a_row(finished):
     run, results = finished
     arms_done = {(row["arm"], row["labels"]) for row in results["rows"]}
     tuned = {("alone", 10), ("same_prompts", 10)}
@@ -107,17 +107,17 @@ def test_every_arm_is_there(finished):
     assert results["sweep"]["runs"] == 2 * 2 * CONFIG.sweep.runs
 
 
-def test_taken_up_again_nothing_is_done_twice(finished):
+def test_a_resumed_protocol_repeats_nothing(finished):
     run, results = finished
     cut = {**results, "rows": results["rows"][:-1]}
     (run / "arms.json").write_text(json.dumps(cut))
-    said = []
-    again = protocol.run_protocol(CONFIG, run, say=said.append)
-    assert len(said) == 1 and again["rows"][:-1] == results["rows"][:-1]
+    logged = []
+    again = protocol.run_protocol(CONFIG, run, say=logged.append)
+    assert len(logged) == 1 and again["rows"][:-1] == results["rows"][:-1]
     assert again["rows"][-1]["seeds"] == results["rows"][-1]["seeds"]
 
 
-def test_workers_do_the_same_rows(finished):
+def test_workers_compute_the_same_rows(finished):
     run, results = finished
     (run / "arms.json").write_text(json.dumps({**results, "rows": results["rows"][2:]}))
     again = protocol.run_protocol(CONFIG, run, say=lambda line: None, workers=2)
@@ -140,7 +140,7 @@ def test_labelled_and_validation_and_test_are_disjoint(finished):
     addition.assert_disjoint(world.config, world.train, world.test)
 
 
-def test_the_page_has_every_row(finished):
+def test_the_section_has_every_row(finished):
     page = reproduce.addition_page(finished[1])
     for row in finished[1]["rows"]:
         assert f"| {row['arm']} |" in page and f"{row['mean']:.4f}" in page

@@ -1,4 +1,4 @@
-"""Pruned vocabularies: every text can still be written. Rows from the disk: in the order of ``Loader``."""
+"""Pruned vocabularies, which still encode every text, and rows from disk, in the order of ``Loader``."""
 
 import json
 
@@ -20,7 +20,7 @@ TOKENIZER = tiny_tokenizer(True)
 
 
 @pytest.mark.parametrize("size", [None, 275, 290])
-def test_every_text_can_still_be_written(size, tmp_path):
+def test_every_text_can_still_be_encoded(size, tmp_path):
     pruned = prune(TOKENIZER, TEXTS[:2], size)
     small, rng = pruned.tokenizer, np.random.default_rng(0)
     assert len(pruned.ids) == small.vocab_size < TOKENIZER.vocab_size and small.vocab_size <= (size or 999)
@@ -35,13 +35,13 @@ def test_every_text_can_still_be_written(size, tmp_path):
         ids = small.encode(text)
         assert small.decode(ids, special=True) == text
         whole = TOKENIZER.encode(text)
-        if set(whole) <= set(pruned.ids.tolist()):  # nothing needed is missing: cut as before
+        if set(whole) <= set(pruned.ids.tolist()):  # all needed tokens are kept, so the text has the same tokens
             assert pruned.ids[ids].tolist() == whole
     small.save(tmp_path)
     assert type(small).from_folder(tmp_path).ids() == small.ids()
 
 
-def test_corpus_is_cut_as_before_and_merges_are_closed():
+def test_the_corpus_has_the_same_tokens_and_merges_are_complete():
     pruned = prune(TOKENIZER, TEXTS[:2])
     for text in TEXTS[:2]:
         assert pruned.ids[pruned.tokenizer.encode(text)].tolist() == TOKENIZER.encode(text)
@@ -54,23 +54,23 @@ def test_corpus_is_cut_as_before_and_merges_are_closed():
     )
 
 
-def test_pruning_what_cannot_be_pruned():
+def test_tokenizers_that_cannot_be_pruned_are_refused():
     from tokenizers import Tokenizer, models
 
     from distill.tokenizer import TextTokenizer
 
     with pytest.raises(ValueError, match="size=9; bytes and special tokens alone are 261"):
         prune(TOKENIZER, TEXTS, 9)
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(ValueError, match="kind WordLevel; expected a byte-level BPE"):
-        prune(TextTokenizer(words.to_str(), eos="a"), TEXTS)
+        prune(TextTokenizer(tokenizer.to_str(), eos="a"), TEXTS)
     model = tiny_decoder()
     with pytest.raises(ValueError, match="ids outside 0 … 10"):
         prune_model(model, random_params(model), np.array([11]))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_of_kept_tokens_are_as_before(tied):
+def test_logits_of_kept_tokens_are_unchanged(tied):
     model, ids = tiny_decoder(tied=tied), np.array([1, 4, 5, 9])
     params = random_params(model)
     small, cut = prune_model(model, params, ids)
@@ -80,7 +80,6 @@ def test_logits_of_kept_tokens_are_as_before(tied):
     np.testing.assert_allclose(small.logits(cut, new), want, rtol=1e-5, atol=1e-6)
 
 
-# Packed = unpacked, per document.
 def test_packed_documents_do_not_see_each_other():
     rng, model = np.random.default_rng(0), tiny_decoder()
     found = [Encoded(rng.integers(1, 11, n).astype(np.int32), np.ones(n, bool)) for n in (3, 5, 4, 6, 2, 4, 12)]
@@ -103,7 +102,7 @@ def test_packed_documents_do_not_see_each_other():
         np.testing.assert_allclose(packed[r, c : c + len(document.ids) - 1], want, atol=1e-5)
 
 
-# ---- rows on the disk
+# ---- rows on disk
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def stored(tmp_path_factory):
     return prepare(config, TOKENIZER, folder)["train"], open_rows(config, TOKENIZER, "train", folder)
 
 
-def test_rows_from_the_disk_come_in_the_order_of_the_loader(stored):
+def test_rows_from_disk_have_the_order_of_the_loader(stored):
     rows, source = stored
     loader, stream = Loader(rows.batch(), 6, seed=3), StreamLoader(source, 6, seed=3)
     for k in (0, 17, 5, 2):  # any order: batch k is a function of k
@@ -122,7 +121,7 @@ def test_rows_from_the_disk_come_in_the_order_of_the_loader(stored):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_order_does_not_depend_on_the_number_of_processes(stored, processes):
+def test_the_order_does_not_depend_on_the_number_of_processes(stored, processes):
     _, source = stored
     places = np.arange(6).reshape(processes, -1)
     parts = [StreamLoader(source, 6, 1, own=own) for own in places]
@@ -134,7 +133,7 @@ def test_order_does_not_depend_on_the_number_of_processes(stored, processes):
             assert not np.delete(mine.mask, own, axis=0).any() and mine.inputs.shape == whole.inputs.shape
 
 
-def test_bad_streams_are_refused(stored):
+def test_invalid_streams_are_refused(stored):
     with pytest.raises(ValueError, match="0 rows in batches of 2"):
         StreamLoader([], 2, 0)
     with pytest.raises(ValueError, match=r"places \[5, 6\]; expected some of 0 … 5"):

@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the run folder, its page needs nothing but itself, its errors say what to do."""
+"""The report: its numbers are those of the run folder, its page is self-contained, its errors name a remedy."""
 
 import ast
 import base64
@@ -22,7 +22,7 @@ SYMBOLS = [*"0123456789+=", "<eos>", "<pad>"]
 FIGURES = ("curves", "parameters", "carries", "soft_targets", "calibration")
 
 
-# ---- a run folder like the ones scripts/distill.py and scripts/evaluate.py leave behind
+# ---- a run folder as written by scripts/distill.py and scripts/evaluate.py
 
 
 def softmax(logits):
@@ -160,25 +160,25 @@ def page(*runs):
 
 
 class Reader(HTMLParser):
-    """Every attribute, and the text a reader sees."""
+    """Parser that collects all attributes and the visible text."""
 
     def __init__(self, html):
         super().__init__()
-        self.attributes, self.images, self.headers, self.words = [], [], [], []
+        self.attributes, self.images, self.headers, self.texts = [], [], [], []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
         self.attributes += attrs
-        self.words += [] if tag == "span" else [" "]
+        self.texts += [] if tag == "span" else [" "]
         self.images += [dict(attrs)] if tag == "img" else []
         self.headers += [dict(attrs)] if tag == "th" else []
 
     def handle_data(self, data):
-        self.words += [] if self.lasttag == "style" else [data]
+        self.texts += [] if self.lasttag == "style" else [data]
 
     @property
     def text(self):
-        return re.sub(r"\s+", " ", "".join(self.words))
+        return re.sub(r"\s+", " ", "".join(self.texts))
 
 
 def text(*runs):
@@ -187,7 +187,7 @@ def text(*runs):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Figures are in the page, but nothing is drawn: for what is said in words."""
+    """Skips drawing; for tests of the text of the page."""
     monkeypatch.setattr(report, "_draw_figures", lambda runs: dict.fromkeys(FIGURES, "data:"))
 
 
@@ -196,19 +196,19 @@ def refused(run, error, message):
         report.write_report([run])
 
 
-def test_page_needs_nothing_but_itself(run):
+def test_the_page_is_self_contained(run):
     write_json(run / "arms.json", arms())
     html = page(run)
     read = Reader(html)
-    for word in ("http:", "https:", "<script", "@import", "url(", "javascript:"):
-        assert word not in html
+    for part in ("http:", "https:", "<script", "@import", "url(", "javascript:"):
+        assert part not in html
     addresses = [value for name, value in read.attributes if name in ("src", "href", "srcset", "action", "poster")]
     assert len(addresses) >= 7
     assert all(address.startswith("data:") for address in addresses)
     assert not [name for name, _ in read.attributes if name.startswith("on")]
 
 
-def test_figures_are_beside_the_page_and_inside_it_and_described(run):
+def test_figures_are_files_and_part_of_the_page_with_alt_texts(run):
     write_json(run / "arms.json", arms())
     html = page(run)
     for name in (*FIGURES, "arms"):
@@ -216,7 +216,7 @@ def test_figures_are_beside_the_page_and_inside_it_and_described(run):
     assert all(len(image["alt"]) > 40 for image in Reader(html).images)
 
 
-def test_page_is_accessible_and_fits_its_reader(run):
+def test_the_page_is_accessible_and_responsive(run):
     html = page(run)
     headers = Reader(html).headers
     assert headers and all("scope" in header for header in headers)
@@ -236,7 +236,7 @@ def test_same_run_gives_the_same_bytes_whatever_the_matplotlibrc(tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_page_is_standing_on_the_first_run_and_compares_the_others(run, tmp_path):
+def test_the_page_describes_the_first_run_and_compares_the_others(run, tmp_path):
     other = write_run(tmp_path / "other")
     change(other / "config.json", lambda c: c.update(name="second try"))
     change(other / "evaluation.json", lambda e: e["student"].update(parameters=3440, exact_match=0.4321))
@@ -247,7 +247,7 @@ def test_page_is_standing_on_the_first_run_and_compares_the_others(run, tmp_path
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_verdict_and_cards(run):
+def test_the_verdict_and_cards_follow_the_scores(run):
     cards = re.findall(r'class="value">(.*?)</dd>', page(run))
     assert cards == ["99.98 %", "99.94 %", "1.80 %", "99.9 %", "99.97 %"]
     rescore(run, lambda e: e["teacher"].update(exact_match=0.8), lambda e: e["student"].update(exact_match=0.6))
@@ -301,7 +301,7 @@ def test_the_other_numbers_are_those_of_the_file(run, edit, shown):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_ledger_is_summed(run):
+def test_the_ledger_has_totals(run):
     read = text(run)
     assert " Total 2.87 × 10¹² 114 184 1,843 " in read and " 76.5 % " in read  # the sweep's share of the energy
     rescore(run, lambda e: e["ledger"]["rows"][0].pop("joules"), lambda e: e["ledger"]["rows"][1].update(flops=None))
@@ -309,7 +309,7 @@ def test_ledger_is_summed(run):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_numbers_of_the_summary(run):
+def test_gap_closed_is_read_from_the_summary_and_differences_are_noted(run):
     assert "summary.json has" not in text(run)
     change(run / "summary.json", lambda s: s.update(gap_closed=0.6543), lambda s: s["student"].update(exact_match=0.5))
     assert "65.4 %" in text(run)
@@ -341,19 +341,19 @@ def test_figures_follow_the_numbers(run, name):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_caption_of_the_soft_targets_is_true_of_the_numbers(run):
+def test_the_caption_of_the_soft_targets_states_the_numbers(run):
     read, soft = text(run), soft_targets()
     assert "After the prompt 47+85= and the digits 2 (answers are written least" in read
     assert f"The teacher gives it {100 * soft['teacher'][3]:.1f} %; the student" in read
     assert "Its most likely wrong digit is 2, the result of a carry error (" in read
     assert f"{soft['teacher'][2] / soft['teacher'][8]:,.0f} times as likely as 8" in read
     assert f"softened with T = 4 its probability is {100 * soft['teacher_softened'][2]:.1f} %" in read
-    change(run / "config.json", lambda c: c.update(data={"reverse": False}))  # other digits, another carry
+    change(run / "config.json", lambda c: c.update(data={"reverse": False}))  # other digits have another carry
     assert "carry error" not in text(run) and "least significant" not in text(run)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_caption_follows_the_numbers(run):
+def test_the_caption_of_the_soft_targets_follows_changed_numbers(run):
     def edit(e):
         e["soft_targets"]["teacher"][3:6] = [0.1, 0.0, 0.9]
         e["soft_targets"]["student"] = e["soft_targets"]["teacher"]
@@ -370,11 +370,11 @@ def test_caption_follows_the_numbers(run):
     ("prompt", "position", "truth", "slip"),
     [("47+85=", 1, "3", "2"), ("41+32=", 1, "7", "8"), ("47+85=", 2, "1", "0"), ("hello", 0, "3", None)],
 )
-def test_carry_slip(prompt, position, truth, slip):
+def test_the_digit_of_a_carry_error(prompt, position, truth, slip):
     assert report._carry_slip({"prompt": prompt, "position": position, "truth": truth}) == slip
 
 
-def test_rank_correlation():
+def test_rank_correlation_is_spearmans():
     a = np.array([1.0, 2.0, 3.0, 4.0])
     assert report._rank_correlation(a, np.exp(a)) == pytest.approx(1)
     assert report._rank_correlation(a, -a) == pytest.approx(-1)
@@ -383,7 +383,7 @@ def test_rank_correlation():
     assert math.isnan(report._rank_correlation(a, np.array([1, np.nan, 2, 3])))
 
 
-def test_without_a_baseline(run):
+def test_a_run_without_a_baseline_has_a_page(run):
     rescore(run, lambda e: e.pop("baseline"), lambda e: e["soft_targets"].pop("baseline"))
     (run / "baseline" / "metrics.jsonl").unlink()
     (run / "summary.json").unlink()
@@ -440,7 +440,7 @@ def test_numbers_that_are_not_finite_are_shown_as_a_dash(run):
     assert "teacher’s exact match that a student" in read and "keeps is not known" in read
 
 
-def test_whatever_the_files_hold_is_escaped(run):
+def test_content_of_the_files_is_escaped(run):
     bad = "<script>alert('x')</script>"
     change(run / "config.json", lambda c: c.update(name=bad, note={bad: '"&<'}))
     write_json(run / "arms.json", arms())
@@ -460,19 +460,19 @@ def test_whatever_the_files_hold_is_escaped(run):
         ("metrics.jsonl", r"is missing or empty; run scripts/distill\.py --run .*run first"),
     ],
 )
-def test_missing_file(run, name, message):
+def test_a_missing_file_is_an_error_with_its_remedy(run, name, message):
     (run / name).unlink()
     refused(run, FileNotFoundError, f"{name} {message}")
 
 
-def test_missing_folder_and_no_run(tmp_path):
+def test_a_missing_folder_and_no_run_are_errors(tmp_path):
     refused(tmp_path / "none", FileNotFoundError, r"none does not exist; run scripts/distill\.py --run .*none first")
     with pytest.raises(ValueError, match="no run folder was given"):
         report.write_report([])
 
 
 @pytest.mark.parametrize("scores", [None, [1], {}, {"parameters": 5}, {"parameters": 0, "exact_match": 1.0}])
-def test_scores_that_are_missing_or_no_numbers(run, scores):
+def test_missing_or_non_numeric_scores_are_errors(run, scores):
     rescore(run, lambda e: e.update(student=scores))
     refused(run, ValueError, r"evaluation\.json: expected 'student' to hold .*; run scripts/evaluate\.py --run")
 
@@ -487,18 +487,18 @@ def test_scores_that_are_missing_or_no_numbers(run, scores):
         ("carries", lambda e: e["student"].update(exact_match_by_carries=[1, 2])),
     ],
 )
-def test_broken_data_of_a_figure(run, name, edit):
+def test_broken_data_of_a_figure_are_an_error_with_its_file(run, name, edit):
     rescore(run, edit)
     refused(run, ValueError, rf"evaluation\.json lacks what the figure '{name}' shows .* scripts/evaluate\.py")
 
 
 @pytest.mark.parametrize(("content", "complaint"), [("{", "is not JSON"), ("[1]", "holds a list, expected a JSON obj")])
-def test_broken_json(run, content, complaint):
+def test_invalid_json_is_an_error(run, content, complaint):
     (run / "evaluation.json").write_text(content)
     refused(run, ValueError, rf"evaluation\.json {complaint}.*; run scripts/evaluate")
 
 
-def test_broken_metrics_are_named_by_line_and_a_cut_last_line_is_forgiven(run):
+def test_broken_metrics_are_named_by_line_and_a_truncated_last_line_is_ignored(run):
     lines = (run / "metrics.jsonl").read_text()
     whole = page(run)
     (run / "metrics.jsonl").write_text(lines + '{"kind": "tra')
@@ -508,7 +508,7 @@ def test_broken_metrics_are_named_by_line_and_a_cut_last_line_is_forgiven(run):
 
 
 @pytest.mark.parametrize("module", [report, pages, report_text, report_sentences], ids=lambda module: module.__name__)
-def test_imports_neither_jax_nor_pyplot(module):
+def test_the_report_imports_neither_jax_nor_pyplot(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [alias.name if isinstance(node, ast.Import) else node.module for node in imports for alias in node.names]

@@ -1,4 +1,4 @@
-"""The page of a sentence encoder: every number is the file's, nothing is fetched, what is missing is said."""
+"""The page of a sentence encoder: numbers of the files, self-contained, errors that name what is missing."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ SIZE = {"layers": 3, "parameters": 17389824}
 
 
 def write_run(folder, name="minilm", **changes):
-    """A run folder as ``sentences.py`` leaves it."""
+    """A run folder as written by a sentence experiment."""
     evaluation = {
         "teacher": {"layers": 6, "parameters": 22713216},
         "untrained": SIZE | SCORES | {"spearman": 0.3939},
@@ -62,10 +62,10 @@ def test_the_table_holds_the_numbers_of_the_files(run, tmp_path):
     assert rows[6] == ["second try: student", "3", "17,389,824", "0.745", "0.782", "40.1 %", "0.25"] and len(rows) == 8
 
 
-def test_the_page_needs_nothing_but_itself_and_escapes_what_it_shows(run):
+def test_the_page_is_self_contained_and_escapes_its_content(run):
     page = report_sentences.write_report([run]).read_text()
     assert base64.b64encode((run / "curves.png").read_bytes()).decode() in page
-    assert not [word for word in ("http:", "https:", "<script", "@import", "url(") if word in page]
+    assert not [part for part in ("http:", "https:", "<script", "@import", "url(") if part in page]
     assert "a &lt;b&gt;?" in page and "one &amp; all" in page and "<b>" not in page
     assert all("scope=" in header for header in re.findall(r"<th\b[^>]*>", page.split("</style>")[1]))
     verdict = page[page.index('class="verdict"') : page.index("</header>")]
@@ -86,13 +86,13 @@ def test_curves_are_those_of_student_and_control(run, monkeypatch):
     assert drawn == {name: pytest.approx([start + n / 300 for n in (0, 50, 100)]) for name, start in want.items()}
 
 
-def test_runs_from_before_there_were_examples_have_a_page_too(tmp_path):
+def test_runs_without_examples_have_a_page(tmp_path):
     run = write_run(tmp_path / "run", examples=None, cpu_seconds=None)
     page = report_sentences.write_report([run]).read_text()
     assert "Nearest neighbours" not in page and "CPU-seconds" not in page
 
 
-def test_what_is_missing_is_named(run):
+def test_missing_files_and_scores_are_named(run):
     for name, values in (("control", {"control": None}), ("teacher", {"teacher": 3})):
         broken = write_run(run.parent / name, **values)
         with pytest.raises(ValueError, match=f"no scores of '{name}'; run scripts/evaluate.py --run"):

@@ -1,4 +1,4 @@
-"""The page of a distillation on text, from a folder written here: its figure whole, its texts as they were written."""
+"""The page of a distillation on text: its figure is complete and its texts are unchanged."""
 
 import json
 from typing import get_args, get_type_hints
@@ -17,7 +17,7 @@ TRAIN = {"documents": 60, "tokens": 1200, "cut": 7, "lost": 31, "empty": 2, "row
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder as ``text_experiment.py`` leaves it."""
+    """A run folder as written by a text experiment."""
     names = ("teacher", "student", "equal_tokens", "equal_time", "start")
     evaluation = {name: ROW for name in names} | {"verdict": ["as good"], "prompts": ["import os\n", "Once"]}
     evaluation["text"] = {"train": TRAIN, "heldout": TRAIN}
@@ -31,7 +31,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_nothing_of_the_figure_is_cut_off(run, monkeypatch):
+def test_no_part_of_the_figure_is_cut_off(run, monkeypatch):
     from matplotlib.figure import Figure
 
     kept, drawn = Figure.savefig, []
@@ -47,21 +47,21 @@ def test_nothing_of_the_figure_is_cut_off(run, monkeypatch):
     assert lines == [4, 4]  # three arms, and the teacher
 
 
-def test_what_every_model_writes_is_shown_as_it_is(run):
+def test_generated_texts_are_shown_unchanged(run):
     page = report_text.write_report([run]).read_text()
     assert page.count('<td class="prose"><pre>def f(x):\n    return x &lt; 1</pre></td>') == 5
     assert '<th scope="col" class="prose"><pre>import os\n</pre></th>' in page
     assert ".prose { width: 100%; text-align: left; white-space: normal;" in page
 
 
-def test_which_side_of_a_long_document_was_cut_is_said(run):
+def test_the_page_states_which_side_of_long_documents_was_cut(run):
     page = report_text.write_report([run]).read_text()
     assert "1,200 tokens of 60 documents, packed into 50 rows that are 96.0 % full." in page
     assert (
         "7 documents are longer than a row: their end is kept, their start is cut off. 31 tokens were left out" in page
     )
     evaluation = json.loads((run / "evaluation.json").read_text())
-    del evaluation["text"]  # of a run from before it was written down
+    del evaluation["text"]  # a run of a version that did not store it
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     assert "longer than a row" not in report_text.write_report([run]).read_text()
     assert report_text.OVERFLOW.keys() == set(get_args(get_type_hints(TextDataConfig)["overflow"]))

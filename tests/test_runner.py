@@ -1,4 +1,4 @@
-"""The runner: what a finished experiment leaves as it is, what its stages cost, and whose weights it goes on with."""
+"""The runner: reruns of finished experiments, cost of stages, and fingerprints of teachers."""
 
 import dataclasses
 import json
@@ -44,12 +44,12 @@ def text(tmp_path):
 
 
 def files(run):
-    """Content of all files that only training writes."""
+    """Contents of all files that only training writes."""
     names = ("cost.json", "metrics.jsonl", "preflight.json", "config.json")
     return {path: path.read_bytes() for name in names for path in run.rglob(name) if "evaluation" not in path.parts}
 
 
-def test_a_finished_run_that_is_run_again_leaves_costs_and_metrics_as_they_are(finished):
+def test_running_a_finished_run_again_changes_no_cost_or_metric(finished):
     run, summary = finished
     before = files(run)
     assert {path.name for path in before} == {"cost.json", "metrics.jsonl", "preflight.json", "config.json"}
@@ -60,7 +60,7 @@ def test_a_finished_run_that_is_run_again_leaves_costs_and_metrics_as_they_are(f
     assert again["student"]["exact_match"] == summary["student"]["exact_match"]
 
 
-def test_a_run_folder_holds_what_is_promised(finished):
+def test_a_run_folder_has_the_documented_files(finished):
     there = {path.name for path in finished[0].iterdir()}
     assert there >= {
         "config.json", "metrics.jsonl", "checkpoints", "evaluation.json", "student_hf", "summary.json",
@@ -68,7 +68,7 @@ def test_a_run_folder_holds_what_is_promised(finished):
     }  # fmt: skip
 
 
-def test_a_control_that_has_not_begun_is_left_out_and_a_missing_student_is_an_error(finished, tmp_path):
+def test_an_unstarted_control_is_left_out_and_a_missing_student_is_an_error(finished, tmp_path):
     config = dataclasses.replace(CONFIG, teacher_run=str(finished[0] / "teacher"))
     world, trained = addition.prepare(config, tmp_path), {}
     write_config(tmp_path, config)
@@ -80,12 +80,12 @@ def test_a_control_that_has_not_begun_is_left_out_and_a_missing_student_is_an_er
             break
     assert runner.open_run(tmp_path)[1].keys() == {"teacher", "student"}
     assert "baseline" not in runner.evaluate_folder(tmp_path)
-    assert json.loads((finished[0] / "teacher" / "cost.json").read_text())["flops"] > 0  # read, not trained again
+    assert json.loads((finished[0] / "teacher" / "cost.json").read_text())["flops"] > 0  # read instead of trained again
     row = runner.answer(tmp_path, ["4+5="])[0]
     assert row.keys() == {"prompt", "truth", "teacher", "student"} and row["truth"] == "9"
 
 
-def test_seconds_of_two_sessions_add_up_and_only_a_cpu_has_joules(tmp_path, monkeypatch):
+def test_seconds_of_two_starts_add_up_and_only_a_cpu_has_joules(tmp_path, monkeypatch):
     for session in (1, 2):
         with cost.training_cost(tmp_path, 7.0):
             (tmp_path / "metrics.jsonl").write_text("x" * session)
@@ -104,7 +104,7 @@ def test_seconds_of_two_sessions_add_up_and_only_a_cpu_has_joules(tmp_path, monk
     assert "joules" not in row and row["platform"] == "gpu" and row["cpu_seconds"] >= 0
 
 
-def test_a_training_that_fails_keeps_its_seconds_and_a_refused_one_has_none(tmp_path):
+def test_a_failed_training_records_its_seconds_and_a_refused_one_none(tmp_path):
     with pytest.raises(FloatingPointError), cost.training_cost(tmp_path, 1.0):
         (tmp_path / "metrics.jsonl").write_text("x")
         raise FloatingPointError
@@ -118,7 +118,7 @@ def test_a_training_that_fails_keeps_its_seconds_and_a_refused_one_has_none(tmp_
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_a_fingerprint_does_not_depend_on_how_parameters_lie(rules):
+def test_a_fingerprint_does_not_depend_on_sharding(rules):
     model = tiny_decoder(layers=2, vocab_size=12)
     params = random_params(model)
     params |= {"rounded": np.arange(-8, 8, dtype=np.int8), "half": jax.numpy.arange(6, dtype="bfloat16")}
@@ -131,7 +131,7 @@ def test_a_fingerprint_does_not_depend_on_how_parameters_lie(rules):
     assert fingerprints.of_tree(jax.device_get(params)) == want
 
 
-def test_a_fingerprint_tells_bits_places_names_and_types_apart():
+def test_a_fingerprint_distinguishes_bits_positions_names_and_dtypes():
     values = np.arange(1.0, 7.0, dtype=np.float32)
     trees = [{"w": values}, {"v": values}, {"w": values.reshape(2, 3)}, {"w": values[::-1].copy()}]
     trees += [{"w": values.astype(np.int32)}, {"w": values.view(np.int32)}, {"w": np.nextafter(values, np.float32(9))}]
@@ -151,13 +151,13 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     assert fingerprints.of_files(tmp_path / "a") == first and len(hashed) == 6
     distill.save(tmp_path / "a", model, random_params(model, 3))
     assert fingerprints.of_files(tmp_path / "a") not in (first, other) and len(hashed) > 6
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b" / "config.json"))  # cannot be a folder: nothing is kept
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b" / "config.json"))  # a file: nothing is cached
     assert fingerprints.of_files(tmp_path / "b") == other
     with pytest.raises(FileNotFoundError, match="no weights"):
         fingerprints.of_files(tmp_path / "cache")
 
 
-def test_a_teacher_is_fingerprinted_once_and_only_to_train(text, tmp_path, monkeypatch):
+def test_a_teacher_is_fingerprinted_once_and_only_for_training(text, tmp_path, monkeypatch):
     asked, of_files = [], fingerprints.of_files
     monkeypatch.setattr(fingerprints, "of_files", lambda path: asked.append(path) or of_files(path))
     monkeypatch.setattr(fingerprints, "of_tree", None)
@@ -168,7 +168,7 @@ def test_a_teacher_is_fingerprinted_once_and_only_to_train(text, tmp_path, monke
     assert len(asked) == 1
 
 
-def test_another_teacher_in_the_same_place_is_refused(text, tmp_path):
+def test_another_teacher_at_the_same_path_is_refused(text, tmp_path):
     runner.run_experiment(text, tmp_path / "run")
     model, params = distill.load(text.teacher)
     distill.save(text.teacher, model, jax.tree.map(lambda leaf: leaf * 1.5, params))
@@ -179,7 +179,7 @@ def test_another_teacher_in_the_same_place_is_refused(text, tmp_path):
 # ---- the table
 
 
-def test_a_table_shows_numbers_as_its_columns_say():
+def test_a_table_formats_numbers_by_its_columns():
     columns = {"a": ("x", ".1f"), "b": ("y", lambda value: f"{value} ms"), "c": ("z", ",")}
     assert cells({"x": 1.25, "y": 3}, columns) == ["1.2", "3 ms", "–"]
 
@@ -194,7 +194,7 @@ def test_the_summary_is_printed_with_its_labels(finished, capsys):
 # ---- on a mesh
 
 
-def test_a_run_on_a_mesh_is_measured_there_as_on_one_device(tmp_path):
+def test_a_run_on_a_mesh_is_evaluated_there_as_on_one_device(tmp_path):
     alone = text_config(teacher_and_text(tmp_path), arms=(), heldout_rows=9)
     spread = dataclasses.replace(alone, parallel=ParallelConfig(fsdp=2))
     one, eight = (runner.run_experiment(config, tmp_path / f"run{i}") for i, config in enumerate((alone, spread)))
@@ -202,6 +202,6 @@ def test_a_run_on_a_mesh_is_measured_there_as_on_one_device(tmp_path):
         keys = one[name].keys() & {"kl", "nll", "agreement"}
         assert len(keys) >= 1
         assert {key: eight[name][key] for key in keys} == pytest.approx({key: one[name][key] for key in keys}, rel=1e-4)
-    again = runner.evaluate_folder(tmp_path / "run1")  # parameters as they are read back
+    again = runner.evaluate_folder(tmp_path / "run1")  # parameters as read from the checkpoint
     assert again["student"]["kl"] == pytest.approx(eight["student"]["kl"], rel=1e-5)
     assert runner.answer(tmp_path / "run1", ["the cat"]) == runner.answer(tmp_path / "run0", ["the cat"])

@@ -1,4 +1,4 @@
-"""Greedy decoding: what the cache writes is what re-reading everything would write."""
+"""Greedy decoding with the cache equals decoding without one."""
 
 import jax
 import jax.numpy as jnp
@@ -21,46 +21,46 @@ def case():
 
 @pytest.fixture(scope="module")
 def endless(case):
-    """``[ROWS, NEW]`` argmax tokens by a full forward pass over everything written so far, whatever they are."""
+    """``[ROWS, NEW]`` argmax tokens by a full forward pass over all tokens so far, without an end token."""
     model, params, text = case
     logits = jax.jit(model.logits)
     for _ in range(NEW):
-        padded = jnp.pad(text, ((0, 0), (0, PROMPT + NEW - text.shape[1])))  # causal: what follows does not matter
+        padded = jnp.pad(text, ((0, 0), (0, PROMPT + NEW - text.shape[1])))  # causal: later positions have no effect
         following = jnp.argmax(logits(params, padded)[:, text.shape[1] - 1], axis=-1)
         text = jnp.concatenate([text, following[:, None].astype(jnp.int32)], axis=1)
     return np.asarray(text[:, PROMPT:])
 
 
-def test_greedy_is_the_naive_loop(case, endless):
+def test_greedy_decoding_equals_the_naive_loop(case, endless):
     model, params, prompts = case
-    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_id=VOCAB)  # an id that is never written
+    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_id=VOCAB)  # an id that is never generated
     assert written.shape == (ROWS, NEW) and written.dtype == jnp.int32
     assert len(np.unique(endless)) > 3
     np.testing.assert_array_equal(written, endless)
 
 
-# The end is written once, then padding; rows that have not ended go on.
-def test_stops_at_the_end_and_pads_after_it(case, endless):
+# The end token is generated once, then padding; other rows continue.
+def test_decoding_stops_at_the_end_token_and_pads_after_it(case, endless):
     model, params, prompts = case
-    eos = int(np.bincount(endless[:, 1:4].ravel()).argmax())  # a token that some rows write half way
+    eos = int(np.bincount(endless[:, 1:4].ravel()).argmax())  # a token that some rows generate halfway
     ended = np.cumsum(endless == eos, axis=1) - (endless == eos) > 0
     assert 0 < np.sum(ended.any(axis=1)) < ROWS
     written = greedy(model, params, prompts, max_new_tokens=NEW, eos_id=eos, pad_id=VOCAB - 1)
     np.testing.assert_array_equal(written, np.where(ended, VOCAB - 1, endless))
 
 
-def test_jit_changes_nothing(case, endless):
+def test_jit_does_not_change_the_tokens(case, endless):
     model, params, prompts = case
     written = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=NEW, eos_id=VOCAB))(params, prompts)
     np.testing.assert_array_equal(written, endless)
 
 
-def test_one_new_token(case, endless):
+def test_decoding_a_single_token(case, endless):
     model, params, prompts = case
     np.testing.assert_array_equal(greedy(model, params, prompts, max_new_tokens=1, eos_id=VOCAB), endless[:, :1])
 
 
-def test_ends_early_when_every_row_has_ended():
+def test_decoding_ends_early_when_every_row_has_ended():
     calls = []
 
     def apply(params, tokens, cache):
@@ -71,10 +71,10 @@ def test_ends_early_when_every_row_has_ended():
     written = greedy(always_eos, {}, jnp.zeros((2, 3), jnp.int32), max_new_tokens=50, eos_id=1)
     jax.effects_barrier()
     np.testing.assert_array_equal(written, [[1] + [0] * 49] * 2)
-    assert len(calls) == 2  # the prompt, and the token after it
+    assert len(calls) == 2  # the prompt and the next token
 
 
-def test_model_without_cache_is_refused():
+def test_a_model_without_a_cache_is_refused():
     model = nnx_model()
     with pytest.raises(ValueError, match="init_cache"):
         greedy(model, model.init(jax.random.key(0)), jnp.zeros((1, 2), jnp.int32), max_new_tokens=2, eos_id=1)

@@ -1,4 +1,4 @@
-"""A save that fails leaves the folder as it was; what is not a number is not loaded."""
+"""A failed save leaves the folder as it was, and non-finite tensors are not loaded."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ def params():
 
 @pytest.fixture
 def old(tmp_path, params):
-    """A folder with a model and a file of the user's."""
+    """A folder with a model and a file of the user."""
     distill.save(tmp_path / "model", MODEL, params, **SHARDS)
     (tmp_path / "model/README.md").write_text("mine")
     (tmp_path / "model/runs").mkdir()
@@ -54,7 +54,7 @@ def full(*_, **__):
 
 
 def on_call(function, number, instead):
-    """``function``, but ``instead`` the number-th time."""
+    """Wraps ``function``; its n-th call runs ``instead``."""
     calls = iter(range(1, 1000))
     return lambda *args, **named: (instead if next(calls) == number else function)(*args, **named)
 
@@ -67,7 +67,7 @@ def killed(*_, **__):
     raise Killed
 
 
-def test_files_of_others_stay_and_nothing_is_left_beside(old, params):
+def test_other_files_stay_and_no_temporary_file_is_left(old, params):
     inode = (old / "README.md").stat().st_ino
     distill.save(old, MODEL, twice(params))
     assert set(contents(old)) == {"README.md", "config.json", SINGLE, "runs/a"} and alone(old)
@@ -91,14 +91,14 @@ FAULTS = {
 def test_a_full_disk_leaves_the_folder_as_it_was(old, params, monkeypatch, fault):
     before = contents(old)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="not written.*as it was.*Free some space"):
-        if "rename" in fault:  # the shards' names are given by the same function
+        if "rename" in fault:  # the same function names the shards
             patch.setattr(folders, "write", lambda folder, *_: (folder / SINGLE).write_text("new"))
         FAULTS[fault](patch)
         distill.save(old, MODEL, twice(params), **SHARDS)
     assert contents(old) == before and alone(old)
 
 
-def test_a_full_disk_as_safetensors_says_it(old, params, monkeypatch):
+def test_a_full_disk_as_reported_by_safetensors(old, params, monkeypatch):
     from safetensors import SafetensorError, numpy
 
     def full(*_, **__):
@@ -113,7 +113,7 @@ def test_a_kill_while_writing_leaves_the_folder_as_it_was(old, params, monkeypat
     before = contents(old)
     with monkeypatch.context() as patch:
         patch.setattr(files, "_write_one", on_call(files._write_one, 2, killed))
-        patch.setattr(replace.shutil, "rmtree", lambda *_, **__: None)  # a killed process clears nothing
+        patch.setattr(replace.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans up nothing
         with pytest.raises(Killed):
             distill.save(old, MODEL, twice(params), **SHARDS)
     assert contents(old) == before and not alone(old)
@@ -125,14 +125,14 @@ def test_a_kill_while_writing_leaves_the_folder_as_it_was(old, params, monkeypat
 def test_a_kill_between_the_renames_leaves_the_old_model(old, params, monkeypatch):
     before = contents(old)
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        # The file's name, the old folder's name, and then the new one's.
+        # Renames of the file, of the old folder, and then of the new one.
         patch.setattr(os, "replace", on_call(os.replace, 3, killed))
         patch.setattr(replace.shutil, "rmtree", lambda *_, **__: None)
         distill.save(old, MODEL, twice(params))
     assert not old.exists() and contents(old.parent / ".model.before") == before
     jax.tree.map(np.testing.assert_array_equal, distill.load(old)[1], params)
     assert distill.weights.read_config(old).width == MODEL.config.width
-    with pytest.raises(ValueError, match="no tokenizer|tokenizer of type"):  # a save that fails again
+    with pytest.raises(ValueError, match="no tokenizer|tokenizer of type"):  # a second failed save
         distill.save(old, MODEL, params, 3)
     assert contents(old) == before
     distill.save(old, MODEL, twice(params))
@@ -141,14 +141,14 @@ def test_a_kill_between_the_renames_leaves_the_old_model(old, params, monkeypatc
 
 
 @pytest.mark.parametrize("arguments", [{"family": "gpt2"}, {"family": "gtp"}, {"tokenizer": "nowhere"}], ids=str)
-def test_what_cannot_be_saved_leaves_the_folder_as_it_was(old, params, arguments):
+def test_a_model_that_cannot_be_saved_leaves_the_folder_as_it_was(old, params, arguments):
     before = contents(old)
     with pytest.raises(ValueError, match="family|tokenizer"):
         distill.save(old, MODEL, params, **arguments)
     assert contents(old) == before and alone(old)
 
 
-def test_targets_that_cannot_be_written(old, params, monkeypatch):
+def test_targets_that_cannot_be_written_are_errors(old, params, monkeypatch):
     for target in (old / "config.json", old / "README.md/model"):
         with pytest.raises(ValueError, match="expected a folder|not written"):
             distill.save(target, MODEL, params)
@@ -169,7 +169,7 @@ def test_targets_that_cannot_be_written(old, params, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("wrong", [np.nan, -np.nan, np.inf, -np.inf])
-def test_nan_and_infinity_are_found_in_every_type(dtype, wrong):
+def test_nan_and_infinity_are_detected_in_every_dtype(dtype, wrong):
     kind = jax.numpy.dtype(dtype)
     array = np.array([jax.numpy.finfo(kind).max, 0, -1, jax.numpy.finfo(kind).tiny] * 3, kind).reshape(3, 4)
     for layout in (array, array.T, array[:, ::2], array[:0]):
@@ -180,7 +180,7 @@ def test_nan_and_infinity_are_found_in_every_type(dtype, wrong):
             refuse_nonfinite(layout, Path("f"), "t", piece=5)
 
 
-def test_a_tensor_that_is_not_finite_is_named(tmp_path, params):
+def test_a_non_finite_tensor_is_named(tmp_path, params):
     distill.save(tmp_path, MODEL, params)
     tensors = load_file(tmp_path / SINGLE)
     tensors["model.norm.weight"][3] = np.inf
@@ -189,7 +189,7 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path, params):
         distill.load(tmp_path)
 
 
-def test_code_that_comes_with_weights_is_not_run(tmp_path, params):
+def test_code_stored_with_weights_is_not_executed(tmp_path, params):
     distill.save(tmp_path, MODEL, params)
     values = json.loads((tmp_path / "config.json").read_text())
     for kind in (values["model_type"], "bert", "theirs", None):

@@ -1,4 +1,4 @@
-"""Sentence encoders: terms, measures, a whole experiment on a tiny encoder and text made up here."""
+"""Sentence encoders: terms, metrics, and a whole experiment with a tiny encoder on generated text."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ CONFIG = SentenceConfig(
 )
 
 
-def test_similarities_are_compared_as_numpy_does():
+def test_similarities_are_compared_as_by_numpy():
     rng = np.random.default_rng(0)
     s, t = rng.normal(size=(5, 4)), rng.normal(size=(5, 6))
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t)]
@@ -58,7 +58,7 @@ def test_similarities_are_compared_as_numpy_does():
     assert losses.similarity_mse(jnp.ones((1, 4)), jnp.zeros((1, 4))).tolist() == [0.0]
 
 
-def test_measures_are_those_of_scipy():
+def test_metrics_equal_scipy():
     rng = np.random.default_rng(0)
     teacher = rng.normal(size=(9, 4))
     student = teacher + 0.5 * rng.normal(size=(9, 4))
@@ -75,14 +75,14 @@ def test_measures_are_those_of_scipy():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny teacher with a tokenizer of words, and dialogues, in place of what is fetched."""
+    """A tiny teacher with a word-level tokenizer, and dialogues, in place of fetched files."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("teacher")
     model = encoder(TINY)
     distill.save(folder, model, random_params(model))
-    words = {f"w{i}": i for i in range(40)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    vocab = {f"w{i}": i for i in range(40)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     rng = np.random.default_rng(0)
@@ -100,7 +100,7 @@ def given(made, monkeypatch):
     return config
 
 
-def test_a_whole_experiment_and_its_resumption(given, tmp_path):
+def test_an_experiment_runs_and_resumes(given, tmp_path):
     summary = runner.run_experiment(given, tmp_path)
     assert summary["student"]["layers"] == 1 and summary["teacher"]["layers"] == 2
     assert summary["student"]["cosine"] > summary["untrained"]["cosine"]
@@ -109,13 +109,13 @@ def test_a_whole_experiment_and_its_resumption(given, tmp_path):
     assert {"loss", "sentence_cosine", "similarity_mse", "relation_kl"} <= lines[1].keys()
     spent = [(tmp_path / part / "cost.json").read_bytes() for part in ("", "random")]
     again = runner.run_experiment(given, tmp_path)
-    assert spent == [(tmp_path / part / "cost.json").read_bytes() for part in ("", "random")]  # it was finished
+    assert spent == [(tmp_path / part / "cost.json").read_bytes() for part in ("", "random")]  # the run was finished
     assert again["cpu_seconds"] == summary["cpu_seconds"] > 0
     assert {c["verdict"] for c in json.loads((tmp_path / "preflight.json").read_text())["checks"]} == {"ok"}
     names = ("untrained", "student", "control", "teacher")
     assert {n: again[n] for n in names} == {n: summary[n] for n in names}
     assert runner.evaluate_folder(tmp_path)["student"] == summary["student"]
-    model, params = distill.load(tmp_path)  # what is in RUN/student_hf
+    model, params = distill.load(tmp_path)  # the content of RUN/student_hf
     tokens = corpus.sentences(given)["held_out"][0]
     teacher = experiment.embeddings(*distill.load(given.teacher), tokens)
     of_file = experiment.compare(experiment.embeddings(model, params, tokens), teacher)
@@ -157,8 +157,8 @@ def test_no_sentence_is_on_both_sides(given):
 
 
 @pytest.mark.parametrize("options", [{}, PRE_NORM], ids=["post-norm", "pre-norm"])
-def test_terms_are_those_of_the_embeddings(options):
-    """Also where the last states pass a final norm, as ModernBERT's do."""
+def test_terms_equal_losses_of_the_embeddings(options):
+    """Also with a final norm, as in ModernBERT."""
     models = [encoder(dataclasses.replace(TINY, layers=n, token_types=0, **options)) for n in (1, 2)]
     both = [(model, random_params(model, n)) for n, model in enumerate(models)]
     tokens = np.array([[5, 6, 7, 0], [8, 9, 0, 0], [1, 2, 3, 4]], np.int32)
@@ -184,11 +184,11 @@ def test_terms_are_those_of_the_embeddings(options):
         ({"cosine_weight": 0.0, "similarity_weight": 0.0, "features": FeatureConfig()}, "one of them above"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(options, message):
+def test_invalid_configurations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SentenceConfig(**options)
 
 
-def test_a_teacher_that_cannot_be_is_refused(given, tmp_path):
+def test_unsuitable_teachers_are_refused(given, tmp_path):
     with pytest.raises(ValueError, match="length=13; the teacher has 12 positions"):
         experiment.prepare(dataclasses.replace(given, length=13), tmp_path)

@@ -1,4 +1,4 @@
-"""Stored and sampled targets: exact with a tail, unbiased with samples, and refused where they can be neither."""
+"""Stored and sampled targets: exact with a tail, unbiased with samples, and refused otherwise."""
 
 from functools import partial
 from itertools import pairwise, product
@@ -11,7 +11,7 @@ import reference_losses as twins
 
 from distill import losses
 
-BOUNDED_BELOW = {  # of these, merging words into a tail can only lower the value
+BOUNDED_BELOW = {  # merging tokens into a tail can only lower the value of these
     "forward_kl": (losses.forward_kl, {}),
     "reverse_kl": (losses.reverse_kl, {}),
     "jsd_0.3": (losses.generalized_jsd, {"beta": 0.3}),
@@ -45,7 +45,7 @@ def same(one, other, rtol=1e-5, atol=1e-6):
 
 
 def truncated(log_a, log_b, ids):
-    """Σ a (log a − log b) over the kept words only: what is called KL elsewhere."""
+    """Σ a (log a − log b) over the kept tokens only, which other libraries call KL."""
     a, b = (jnp.take_along_axis(log, ids, axis=-1) for log in (log_a, log_b))
     return jnp.sum(jnp.exp(a) * (a - b), axis=-1)
 
@@ -53,9 +53,9 @@ def truncated(log_a, log_b, ids):
 # ---- the tail
 
 
-# Fault: a truncated sum is negative where the student puts more on the kept words than the teacher.
+# Fault: a truncated sum is negative where the student puts more on the kept tokens than the teacher.
 @pytest.mark.parametrize("name", ALL)
-def test_never_negative(name):
+def test_a_divergence_with_a_tail_is_never_negative(name):
     divergence, options = ALL[name]
     student, teacher = pair(1)
     ids = losses.top_k_targets(teacher, 4).ids
@@ -69,7 +69,7 @@ def test_never_negative(name):
 
 # Fault: with both sides renormalised, a student with 99.97 % of its mass elsewhere scores 0.
 @pytest.mark.parametrize("name", ALL)
-def test_mass_off_the_support_is_punished(name):
+def test_mass_off_the_support_is_penalised(name):
     divergence, options = ALL[name]
     p = np.array([0.6, 0.3, 0.09, 0.01, 0.0, 0.0]) + 1e-4
     q = np.array([2e-4, 1e-4, 1e-5, 1e-5, 0.7, 0.29968])
@@ -81,12 +81,12 @@ def test_mass_off_the_support_is_punished(name):
     assert value > 0.2
     slope = gradient(lambda s: losses.sparse(divergence, s, targets, **options), student)
     assert np.all(np.isfinite(slope))
-    if name in ("forward_kl", "jsd_0.3", "skewed_forward_kl", "taid"):  # downhill is back to the support
+    if name in ("forward_kl", "jsd_0.3", "skewed_forward_kl", "taid"):  # descent leads back to the support
         assert np.all(slope[:2] < 0) and np.sum(slope[:2]) < (-0.5 if name == "forward_kl" else -1e-4)
 
 
-# Fault: with the teacher renormalised the student that equals the teacher is not where the loss is least.
-def test_bias_of_a_renormalised_teacher():
+# Fault: with a renormalised teacher the student equal to the teacher does not minimise the loss.
+def test_a_renormalised_teacher_is_biased():
     teacher = jnp.log(jnp.array([0.5, 0.2, 0.1, 0.1, 0.1]))
     targets = losses.top_k_targets(teacher, 2)
     kept = jnp.exp(targets.log_probs)
@@ -95,12 +95,12 @@ def test_bias_of_a_renormalised_teacher():
         log_q = jax.nn.log_softmax(student)[targets.ids]
         return -jnp.sum(kept / jnp.sum(kept) * log_q)
 
-    # d/dlogits = Q − P/(mass kept) on the kept words, Q elsewhere: up by .3/.7 of P here, down by all of P there
+    # d/dlogits = Q − P/(mass kept) on the kept tokens, Q elsewhere: up by .3/.7 of P on the support, down by P off it
     same(gradient(renormalised, teacher), [-0.5 * 3 / 7, -0.2 * 3 / 7, 0.1, 0.1, 0.1], atol=1e-5)
     same(gradient(lambda s: losses.sparse(losses.forward_kl, s, targets), teacher), 0.0)
 
 
-# Fault: the truncated reverse KL falls below 0 when all mass leaks off the support; with the tail it rises.
+# Fault: the truncated reverse KL becomes negative when all mass leaks off the support; with the tail it rises.
 def test_leaking_mass_raises_the_reverse_kl():
     teacher = jnp.log(jnp.array([0.55, 0.35, 0.05, 0.05]))
     targets = losses.top_k_targets(teacher, 2)
@@ -113,19 +113,19 @@ def test_leaking_mass_raises_the_reverse_kl():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_with_all_words_or_all_but_one_it_is_the_full_divergence(name):
+def test_with_all_tokens_or_all_but_one_it_is_the_full_divergence(name):
     divergence, options = ALL[name]
     student, teacher = pair(2)
     for temperature in (1.0, 4.0):
         log_s, log_t = (jax.nn.log_softmax(x / temperature) for x in (student, teacher))
-        full = divergence(log_s, log_t, **options)  # TAID's mixture depends on the constant in the logits; not the rest
+        full = divergence(log_s, log_t, **options)  # only TAID's mixture depends on the constant in the logits
         for k in (11, 12):
             targets = losses.top_k_targets(teacher, k, temperature=temperature)
             same(losses.sparse(divergence, student, targets, temperature=temperature, **options), full)
 
 
 @pytest.mark.parametrize("name", BOUNDED_BELOW)
-def test_lower_bound_that_grows_with_the_words_kept(name):
+def test_a_lower_bound_that_grows_with_the_number_of_tokens_kept(name):
     divergence, options = BOUNDED_BELOW[name]
     student, teacher = pair(3)
     values = [losses.sparse(divergence, student, losses.top_k_targets(teacher, k), **options) for k in (1, 3, 8)]
@@ -135,7 +135,7 @@ def test_lower_bound_that_grows_with_the_words_kept(name):
     assert np.mean(values[-1]) > np.mean(values[0]) * 1.05
 
 
-# Equality: the tail's words in the student's proportions. Merging them loses nothing.
+# Where the teacher's tail has the student's proportions, merging it loses nothing.
 def test_exact_where_the_ratio_is_constant_on_the_tail():
     teacher = jnp.log(jnp.array([0.5, 0.2, 0.15, 0.1, 0.05]))
     student = jnp.log(jnp.array([0.3, 0.1, 0.3, 0.2, 0.1]))
@@ -163,7 +163,7 @@ def test_value_and_gradient_are_those_of_float64(scale, dtype):
 
 
 def _bucketed(divergence, k):
-    """A divergence of k+1 classes in float64: gathered by a sort, tails by a log-sum."""
+    """A divergence of k + 1 classes in float64: tokens selected by a sort, tails by log-sum-exp."""
 
     def function(student, teacher, temperature, frozen):
         order = np.argsort(-teacher, axis=-1, kind="stable")
@@ -178,7 +178,7 @@ def _bucketed(divergence, k):
     return function
 
 
-# The gradient of the full forward KL is kept best by the tail.
+# The tail preserves the gradient of the full forward KL best.
 def test_gradient_with_a_tail_is_closest_to_the_full_one():
     rng = np.random.default_rng(5)
     ranks = np.log(np.arange(1, 1001))
@@ -197,7 +197,7 @@ def test_gradient_with_a_tail_is_closest_to_the_full_one():
         )
 
     with_tail = cosine(lambda s: losses.sparse(losses.forward_kl, s, targets))
-    cut = cosine(lambda s: cross_entropy(kept, jax.nn.log_softmax(s)))  # renormalised weights: the same direction
+    cut = cosine(lambda s: cross_entropy(kept, jax.nn.log_softmax(s)))  # renormalisation scales the gradient only
     assert with_tail > 0.9 and with_tail > cut + 0.2
 
 
@@ -217,14 +217,14 @@ def test_tail_is_computed_when_it_is_not_stored():
         assert np.all(np.isfinite(gradient(lambda s, d=divergence: losses.sparse(d, s, nothing_left), student)))
 
 
-def test_unused_slots_and_masked_words_change_nothing():
+def test_unused_slots_and_masked_tokens_change_nothing():
     student, teacher = pair(7)
     student, teacher = (x.at[:, -2:].set(-jnp.inf) for x in (student, teacher))
     targets = losses.top_k_targets(teacher, 4)
     short = losses.top_k_targets(teacher[:, :-2], 4)
     without = losses.sparse(losses.forward_kl, student[:, :-2], short)
     same(losses.sparse(losses.forward_kl, student, targets), without)
-    padding = jnp.zeros((30, 2), jnp.int32)  # the id of a real word, which must not count twice
+    padding = jnp.zeros((30, 2), jnp.int32)  # the id of a real token, which must not count twice
     padded = losses.SparseTargets(
         jnp.concatenate([targets.ids, padding], -1),
         jnp.concatenate([targets.log_probs, jnp.full((30, 2), -jnp.inf)], -1),
@@ -242,7 +242,7 @@ def test_unused_slots_and_masked_words_change_nothing():
 
 
 @pytest.mark.parametrize("bad", [-1, 12])
-def test_an_id_that_is_no_word_is_seen(bad):
+def test_an_id_outside_the_vocabulary_is_reported(bad):
     student, teacher = pair(8)
     targets = losses.top_k_targets(teacher, 3)
     wrong = losses.SparseTargets(targets.ids.at[0, 1].set(bad), targets.log_probs, targets.log_tail)
@@ -270,7 +270,7 @@ def test_another_temperature_is_refused_or_exact():
             function(student, drawn)
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_targets_are_refused():
     student, teacher = pair(10)
     targets = losses.top_k_targets(teacher, 3)
     for function in (losses.logit_mse, losses.pearson):
@@ -287,7 +287,7 @@ def test_what_cannot_be_is_refused():
         losses.sampled_forward_kl(student, losses.SampledTargets(targets.ids, jnp.ones_like(targets.ids)))
 
 
-def test_targets_travel_through_jit_vmap_and_trees():
+def test_targets_pass_through_jit_vmap_and_trees():
     student, teacher = pair(11)
     targets = losses.top_k_targets(teacher, 3, temperature=2.0)
     loss = partial(losses.sparse, losses.forward_kl, temperature=2.0)
@@ -302,7 +302,7 @@ def test_targets_travel_through_jit_vmap_and_trees():
 # ---- samples
 
 
-# The mean over every possible pair of draws, weighed by its probability, is the gradient of the full forward KL.
+# The mean over every possible pair of draws, weighted by its probability, is the gradient of the full forward KL.
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_sampled_gradient_is_unbiased_by_enumeration(temperature):
     student, teacher = pair(12, shape=(3,))
@@ -325,9 +325,9 @@ def test_sampled_gradient_is_unbiased_by_enumeration(temperature):
 
 @pytest.mark.parametrize("method", ["systematic", "iid"])
 def test_draws_are_unbiased_and_so_is_their_gradient(method):
-    rows, words, n = 20_000, 6, 4
-    student, teacher = pair(13, scale=1.5, shape=(words,))
-    students, teachers = (jnp.broadcast_to(x, (rows, words)) for x in (student, teacher))
+    rows, vocab, n = 20_000, 6, 4
+    student, teacher = pair(13, scale=1.5, shape=(vocab,))
+    students, teachers = (jnp.broadcast_to(x, (rows, vocab)) for x in (student, teacher))
     targets = losses.sample_targets(jax.random.key(1), teachers, n, method=method)
     slopes = np.asarray(gradient(lambda s: losses.sampled_cross_entropy(s, targets), students), np.float64)
     wanted = np.asarray(jax.grad(lambda s: losses.forward_kl(s, teacher))(student))
@@ -337,8 +337,8 @@ def test_draws_are_unbiased_and_so_is_their_gradient(method):
     assert abs(values.mean() - float(losses.forward_kl(student, teacher))) < 4.5 * values.std() / np.sqrt(rows)
 
 
-def _counts(targets, words):
-    return np.sum(np.asarray(targets.counts)[..., None] * np.eye(words, dtype=int)[np.asarray(targets.ids)], axis=-2)
+def _counts(targets, vocab):
+    return np.sum(np.asarray(targets.counts)[..., None] * np.eye(vocab, dtype=int)[np.asarray(targets.ids)], axis=-2)
 
 
 def test_systematic_draws_are_within_one_of_their_expectation():
@@ -356,7 +356,7 @@ def test_systematic_draws_are_within_one_of_their_expectation():
 
 
 @pytest.mark.parametrize("method", ["systematic", "iid"])
-def test_impossible_words_are_never_drawn(method):
+def test_impossible_tokens_are_never_drawn(method):
     teacher = jnp.broadcast_to(jnp.array([-jnp.inf, 0.0, -jnp.inf, 1.0, -200.0, -jnp.inf]), (2000, 6))
     targets = losses.sample_targets(jax.random.key(3), teacher, 50, method=method)
     assert set(np.unique(targets.ids)) <= {1, 3}
@@ -375,8 +375,8 @@ def test_sampling_is_a_function_of_the_key_and_keeps_leading_axes():
     same(one.log_probs, jnp.take_along_axis(jax.nn.log_softmax(teacher), one.ids, axis=-1))
 
 
-# In a fixed order neighbours would never be drawn together, and the variance would depend on how ids are numbered.
-def test_systematic_draws_know_no_neighbours():
+# With a fixed order neighbours would never be drawn together, and the variance would depend on the numbering of ids.
+def test_systematic_draws_do_not_depend_on_the_order_of_ids():
     targets = losses.sample_targets(jax.random.key(4), jnp.zeros((2000, 4)), 2)
     drawn = _counts(targets, 4)
     together = [np.mean(drawn[:, i] * drawn[:, j]) for i in range(4) for j in range(i)]

@@ -1,4 +1,4 @@
-"""Where a student starts, by its configuration."""
+"""Initial parameters of a student by its configuration."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def params():
     ],
     ids=lambda options: options.kind,
 )
-def test_every_start_is_a_plain_decoder_in_the_end(params, options):
+def test_every_start_ends_as_a_plain_decoder(params, options):
     begin = start(TEACHER, params, SMALL, options)
     learnt = begin.learnt(jax.random.key(0))
     shapes = jax.eval_shape(outline(TEACHER, SMALL, options).init, jax.random.key(0))
@@ -50,12 +50,12 @@ def test_every_start_is_a_plain_decoder_in_the_end(params, options):
         )
 
 
-def test_a_teacher_with_a_correction_is_held_once(params):
+def test_a_student_with_lora_shares_the_teachers_parameters(params):
     begin = start(TEACHER, params, dataclasses.replace(BIG, head_dim=2), StartConfig("lora", rank=1))
     assert all(a is b for a, b in zip(jax.tree.leaves(begin.base), jax.tree.leaves(params), strict=True))
 
 
-def test_layers_by_choice():
+def test_chosen_layers_are_copied():
     assert {name: choose(3, 7) for name, choose in CHOICES.items()} == {
         "spread": (0, 3, 6),
         "every": (0, 2, 4),
@@ -74,6 +74,6 @@ def test_layers_by_choice():
         (tiny(feed_forward=6, head_dim=2), {"kind": "teacher"}, "needs a Calibration"),
     ],
 )
-def test_what_cannot_be_started_is_refused(params, student, options, message):
+def test_invalid_starts_are_refused(params, student, options, message):
     with pytest.raises(ValueError, match=message):
         start(TEACHER, params, student, StartConfig(**options))

@@ -1,4 +1,4 @@
-"""The train step: what it averages over, what it never sees, and that the teacher stays as it was."""
+"""The train step: what it averages over, what it ignores, and that the teacher does not change."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3
 STUDENT = tiny_decoder(layers=1, feed_forward=14)
 TEACHER_CONFIG = tiny(layers=1, width=12, head_dim=4, feed_forward=20)
 TEACHER = decoder(TEACHER_CONFIG)
-SGD = optax.sgd(1.0)  # the parameters move by the gradient
+SGD = optax.sgd(1.0)  # so that parameters change by the gradient
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +106,13 @@ def test_gradient_is_a_finite_difference(step, state, teacher_params, batch):
 
 # Fault: a mean of the means of micro-batches.
 @pytest.mark.parametrize("micro_batches", [2, 8])
-def test_micro_batches_are_the_whole_batch(step, state, teacher_params, batch, micro_batches):
+def test_micro_batches_equal_the_whole_batch(step, state, teacher_params, batch, micro_batches):
     parts = jax.jit(make_train_step(STUDENT, TERMS, SGD, teacher=TEACHER, micro_batches=micro_batches))
-    batch = batch._replace(mask=batch.mask.at[3].set(False))  # a part may hold nothing that counts
+    batch = batch._replace(mask=batch.mask.at[3].set(False))  # a micro-batch may have no counted token
     assert_close(parts(state, teacher_params, batch), step(state, teacher_params, batch))
 
 
-def test_mean_of_means_is_another_number(step, state, teacher_params, batch):
+def test_the_mean_of_means_differs_from_the_mean_over_tokens(step, state, teacher_params, batch):
     """Fault: a mean of the means of micro-batches."""
     few, many = jnp.array([0, 6, 0, 6]), jnp.array([1, 7, 1, 7])  # rows that count 1 token, rows that count 6
     few, many, all_of_it = (
@@ -133,21 +133,21 @@ def test_repeating_the_batch_changes_nothing(step, state, teacher_params, batch)
 
 
 # Fault: everything masked gives NaN.
-def test_nothing_counted_changes_nothing(step, state, teacher_params, batch):
+def test_a_batch_without_counted_tokens_changes_nothing(step, state, teacher_params, batch):
     new, metrics = step(state, teacher_params, batch._replace(mask=jnp.zeros_like(batch.mask)))
     assert_same_bits(new.params, state.params)
     for name, (total, weight) in metrics.items():
         assert float(total) == 0.0 and float(weight) == (1.0 if name == "gradient_norm" else 0.0)
 
 
-def test_nothing_counted_leaves_adam_finite(batch):
+def test_a_batch_without_counted_tokens_leaves_adam_finite(batch):
     """Fault: everything masked gives NaN."""
     config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5)
     update = optimizer(config, 10)
     state = init_state(random_params(STUDENT), update)
     empty = batch._replace(mask=jnp.zeros_like(batch.mask))
     new, _ = jax.jit(make_train_step(STUDENT, [task_term()], update))(state, None, empty)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(new.params):  # only the decay is left, and only of matrices
+    for path, leaf in jax.tree_util.tree_leaves_with_path(new.params):  # only the decay of matrices
         before = state.params
         for key in path:
             before = before[key.key]
@@ -159,7 +159,7 @@ def test_nothing_counted_leaves_adam_finite(batch):
 
 
 # Fault: no causal shift, or a double one.
-def test_copying_scores_badly_and_foreseeing_perfectly():
+def test_labels_are_shifted_by_one_token():
     tokens = (np.arange(7)[None] + np.arange(4)[:, None]) % VOCAB  # the next token is the one after
     batch = on_device(shift(tokens, np.ones_like(tokens)))
 
@@ -169,7 +169,7 @@ def test_copying_scores_badly_and_foreseeing_perfectly():
         return means(make_train_step(model, [task_term()], SGD)(state, None, batch)[1])["cross_entropy"]
 
     assert loss(0) == pytest.approx(50.0, rel=1e-4)  # copies the current token
-    assert loss(1) == pytest.approx(0.0, abs=1e-6)  # says the next one
+    assert loss(1) == pytest.approx(0.0, abs=1e-6)  # predicts the next one
     assert loss(2) == pytest.approx(50.0, rel=1e-4)
 
 
@@ -177,7 +177,7 @@ def test_copying_scores_badly_and_foreseeing_perfectly():
 
 
 def padded_rows(filler=0):
-    """Two rows of 4 and 5 tokens in 9 places; whatever ``filler`` is, it does not count."""
+    """Two rows of 4 and 5 tokens, padded to 9 with ``filler``, which does not count."""
     segments = (np.arange(9) < np.array([[4], [5]])).astype(np.int32)
     tokens = np.full((2, 9), filler)
     tokens[segments > 0] = np.random.default_rng(2).integers(0, VOCAB, 9)
@@ -186,15 +186,15 @@ def padded_rows(filler=0):
 
 # Fault: padding carries loss.
 @pytest.mark.parametrize("filler", [3, VOCAB - 1])
-def test_garbage_in_padding_changes_nothing(step, state, teacher_params, filler):
+def test_garbage_in_padding_changes_no_bit(step, state, teacher_params, filler):
     clean, dirty = padded_rows(), padded_rows(filler=filler)
     assert np.any(clean.inputs != dirty.inputs) and np.any(clean.labels != dirty.labels)
     assert_same_bits(step(state, teacher_params, dirty), step(state, teacher_params, clean))
 
 
-# Chosen before the head, known or not: 0 · NaN would be NaN in the head's gradient.
+# The states are masked before the head, because 0 · NaN would be NaN in its gradient.
 @pytest.mark.parametrize("known_head", [True, False])
-def test_states_that_are_nan_where_nothing_counts_change_nothing(step, state, teacher_params, batch, known_head):
+def test_nan_at_positions_that_do_not_count_changes_nothing(step, state, teacher_params, batch, known_head):
     def spoilt(model):
         def apply(*args, **options):
             output = model.apply(*args, **options)
@@ -212,7 +212,7 @@ def test_masked_labels_may_be_anything(step, state, teacher_params, batch):
     assert_same_bits(step(state, teacher_params, marked), step(state, teacher_params, batch))
 
 
-# Packed documents are as if each had its own row.
+# Packed documents give the same result as one document per row.
 def test_packing_changes_nothing(step, state, teacher_params):
     tokens, segments = np.zeros((2, 9), np.int64), np.zeros((2, 9), np.int32)
     tokens[0], segments[0] = np.random.default_rng(2).integers(0, VOCAB, 9), [1, 1, 1, 1, 2, 2, 2, 2, 2]
@@ -235,11 +235,11 @@ def test_gradient_of_the_teacher_is_zero(step, state, teacher_params, batch):
     gradient = jax.grad(loss)(teacher_params)
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0.0), gradient)
     other = jax.tree.map(lambda leaf: leaf + 0.1, teacher_params)
-    assert abs(float(loss(other) - loss(teacher_params))) > 1e-3  # and yet it is listened to
+    assert abs(float(loss(other) - loss(teacher_params))) > 1e-3  # and yet the teacher has an effect
 
 
 def products(jaxpr):
-    """Shapes of everything a matrix product gives, in a jaxpr and all inside it."""
+    """Shapes of the results of all matrix products in a jaxpr, including inner ones."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield tuple(sorted(equation.outvars[0].aval.shape))
@@ -248,7 +248,7 @@ def products(jaxpr):
 
 
 # No gradient of the teacher is computed and thrown away.
-def test_gradient_of_the_teacher_is_not_in_the_program(state, teacher_params, batch):
+def test_the_program_does_not_compute_the_teachers_gradient(state, teacher_params, batch):
     train_step = make_train_step(STUDENT, TERMS, SGD, teacher=TEACHER)
     shapes = set(products(jax.make_jaxpr(train_step)(state, teacher_params, batch).jaxpr))
     assert {(8, 14), (8, VOCAB)} <= shapes  # gradients of the student's feed-forward and head
@@ -267,15 +267,14 @@ def test_state_holds_nothing_of_the_teacher(teacher_params, batch):
     assert sizes == 3 * STUDENT.parameter_count() + 3  # parameters, two moments, three counters
 
 
-# The teacher's parameters, to the bit.
-def test_teacher_is_untouched(step, state, teacher_params, batch):
+def test_the_teachers_parameters_stay_bit_identical(step, state, teacher_params, batch):
     before = jax.tree.map(np.array, teacher_params)
     for _ in range(3):
         state, _ = step(state, teacher_params, batch)
     assert_same_bits(teacher_params, before)
 
 
-def test_student_equal_to_its_teacher_has_nothing_to_learn(batch):
+def test_a_student_equal_to_its_teacher_has_zero_loss_and_gradient(batch):
     """Fault: the teacher's entropy left in."""
     params = random_params(STUDENT)
     step = make_train_step(STUDENT, terms_of(ObjectiveConfig(temperature=3.0)), SGD, teacher=STUDENT)
@@ -285,7 +284,7 @@ def test_student_equal_to_its_teacher_has_nothing_to_learn(batch):
     assert_close(new.params, params, rtol=0, atol=1e-6)
 
 
-def test_logits_computed_beforehand_are_the_live_teacher(step, state, teacher_params, batch):
+def test_stored_logits_equal_the_live_teacher(step, state, teacher_params, batch):
     logits = TEACHER.logits(teacher_params, batch.inputs, positions=batch.positions, segments=batch.segments)
     cached = jax.jit(make_train_step(STUDENT, TERMS, SGD))
     got = cached(state, None, batch._replace(targets=losses.DenseTargets(logits)))
@@ -297,7 +296,7 @@ def test_logits_computed_beforehand_are_the_live_teacher(step, state, teacher_pa
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_chunks_change_nothing(state, teacher_params, batch, micro_batches):
-    """Weights and metrics of a step that never holds all logits are those of one that does."""
+    """A step that never holds all logits has the weights and metrics of one that does."""
     options = {"teacher": TEACHER, "micro_batches": micro_batches}
     whole = jax.jit(make_train_step(STUDENT, TERMS, SGD, chunk_size=0, **options))(state, teacher_params, batch)
     for chunk_size in (3, 64):
@@ -309,7 +308,7 @@ def test_chunks_change_nothing(state, teacher_params, batch, micro_batches):
 
 
 def kept(model, params, batch, remat):
-    """Bytes that wait for the backward pass."""
+    """Bytes of the residuals for the backward pass."""
 
     def residuals(params):
         return jax.vjp(lambda p: model.apply(p, batch.inputs, remat=remat).hidden, params)[1]
@@ -323,8 +322,8 @@ def test_remat_keeps_less(state, batch):
     assert none > 1.5 * dots and dots > 1.5 * full
 
 
-def test_few_layers_of_a_cpu_are_no_loop_and_the_same(batch, monkeypatch):
-    """Written out one after the other, but where they are computed again, which the compiler would undo."""
+def test_few_layers_are_unrolled_on_a_cpu_with_the_same_result(batch, monkeypatch):
+    """Unless they are rematerialised, which the compiler would undo without the loop."""
 
     student = tiny_decoder(layers=2, feed_forward=14)
     params = random_params(student)
@@ -357,7 +356,7 @@ class Embedded(nn.Module):
         return self.param("table", parameter(("vocab", "embed"), std=1.0), (VOCAB, 4))[tokens]
 
 
-def test_remat_that_cannot_be_is_refused(batch):
+def test_an_unknown_remat_is_refused(batch):
     with pytest.raises(ValueError, match="remat='most'; expected one of none, dots, full"):
         STUDENT.apply(random_params(STUDENT), batch.inputs, remat="most")
     with pytest.raises(ValueError, match="remat='full'; expected one of none for Embedded"):
@@ -395,7 +394,7 @@ def run_of(update):
     return lambda state, batch: steps(state, None, batch, jnp.asarray(ROWS))
 
 
-def test_scanned_steps_are_steps(batch):
+def test_scanned_steps_equal_single_steps(batch):
     update = optimizer(OptimizerConfig(warmup_steps=2), 3)
     state = init_state(STUDENT.init(jax.random.key(0)), update)
     scanned, metrics = jax.jit(run_of(update))(state, batch)
@@ -407,7 +406,7 @@ def test_scanned_steps_are_steps(batch):
     assert_close(scanned, state)
 
 
-def test_seeds_side_by_side_are_seeds_one_by_one(batch):
+def test_vmapped_seeds_equal_seeds_in_a_loop(batch):
     update = optimizer(OptimizerConfig(warmup_steps=2), 3)
 
     def train(seed):
@@ -421,7 +420,7 @@ def test_seeds_side_by_side_are_seeds_one_by_one(batch):
     assert np.max(np.abs(heads[0] - heads[1])) > 0.1
 
 
-def test_rates_side_by_side_are_rates_one_by_one(batch):
+def test_vmapped_learning_rates_equal_rates_in_a_loop(batch):
     params, cases = STUDENT.init(jax.random.key(0)), [(0.01, 0.0), (0.05, 0.5)]
 
     def train(learning_rate, weight_decay):
@@ -454,7 +453,7 @@ def test_student_comes_closer_to_its_teacher(student, teacher_params, batch):
     assert jax.tree.structure(new.params) == jax.tree.structure(state.params)
 
 
-def test_a_term_of_ones_own_is_trained_on(teacher_params, batch):
+def test_a_custom_term_is_trained_on(teacher_params, batch):
     term = Term(
         "squared_error", 2.0, BOTH_LOGITS, lambda v: jnp.mean((v.student_logits - v.teacher_logits) ** 2, axis=-1)
     )
@@ -466,7 +465,7 @@ def test_a_term_of_ones_own_is_trained_on(teacher_params, batch):
     assert means(second)["loss"] < means(first)["loss"]
 
 
-def test_what_cannot_be_trained_is_refused(state, batch):
+def test_invalid_steps_are_refused(state, batch):
     with pytest.raises(ValueError, match="no terms"):
         make_train_step(STUDENT, [], SGD)
     with pytest.raises(ValueError, match="needs a teacher"):

@@ -1,4 +1,4 @@
-"""Processes that are killed: they report their stacks, and the phase they were in is read from them."""
+"""Killed processes: they report their stacks, from which their phase is read."""
 
 import signal
 import subprocess
@@ -14,7 +14,7 @@ from distill.experiments import runner
 from distill.experiments.addition import measure, replicas
 from distill.reproduce import survival
 
-# Files and functions as they are: one that is renamed is no longer recognised, and must be found here.
+# Names of real files and functions: a renamed one would no longer be recognised, which these tests must reveal.
 MAIN = f'File "{train.__file__}", line 9 in {train._Run.go.__name__}\nFile "/p/scripts/distill.py", line 3 in main'
 SAVES = 'File "/p/orbax/checkpoint/writer.py", line 7 in run'
 IMPORTS = 'File "/p/distill/data/a.py", line 1 in <module>\nFile "<frozen importlib._bootstrap>", line 2 in _call'
@@ -37,7 +37,7 @@ go()
         ([], "start"),
         ([MAIN], "train"),
         ([MAIN, SAVES], "save"),
-        ([IMPORTS], "start"),  # of the data's module: nothing of the data is read yet
+        ([IMPORTS], "start"),  # an import of the data module reads no data yet
         ([IMPORTS, SAVES], "save"),
         (['File "/p/jax/_src/compiler.py", line 5 in compile_or_get_cached\n' + MAIN], "compile"),
         ([f'File "{measure.__file__}", line 5 in write_answers\n{MAIN}'], "evaluate"),
@@ -49,17 +49,17 @@ go()
         ([f'File "{runner.__file__}", line 5 in {runner.train.__name__}'], "start"),
     ],
 )
-def test_the_phase_is_told_from_all_threads(threads, want):
+def test_the_phase_is_read_from_all_threads(threads, want):
     assert survival.phase("\n\n".join(threads)) == want
 
 
-def test_a_process_that_is_asked_goes_on_until_it_is_killed(tmp_path):
+def test_a_process_answers_with_its_stacks_until_it_is_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-c", survival._LAUNCH, str(script)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
     with subprocess.Popen(command, **pipes) as process:
-        end = time.monotonic() + 300  # a hang, on a slow machine too
+        end = time.monotonic() + 300  # a hang, even on a slow machine
         while survival.phase(survival._look(process)) != "train" and time.monotonic() < end:
             time.sleep(0.01)
         asked = {survival._look(process).count("in answer") for _ in range(50)}
@@ -68,7 +68,7 @@ def test_a_process_that_is_asked_goes_on_until_it_is_killed(tmp_path):
         assert process.returncode == -signal.SIGKILL and survival._look(process) == ""
 
 
-def test_a_process_that_ended_by_itself_was_not_killed(tmp_path):
+def test_a_process_that_ended_by_itself_does_not_count_as_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("")
     command = [sys.executable, "-c", survival._LAUNCH, str(script)]

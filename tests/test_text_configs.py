@@ -1,4 +1,4 @@
-"""Configurations for machines that are not here: initialisation, sharding and step lowered with the real shapes."""
+"""Configurations for large machines: initialisation, sharding and step are lowered with the real shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from distill.planning.architectures import architecture
 from distill.state import init_state
 from distill.step import make_train_step
 
-PARAMETERS = {  # as published, in units of 10⁹, tied heads counted once
+PARAMETERS = {  # published counts in units of 10⁹, tied heads once
     "qwen3_8b_to_0p6b": (8.19, 0.596),
     "qwen_coder": (1.54, 0.494),
     "llama3_70b_to_8b": (70.55, 8.03),
@@ -24,17 +24,17 @@ PARAMETERS = {  # as published, in units of 10⁹, tied heads counted once
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_step_and_shardings_fit(name):
+def test_initialisation_step_and_shardings_are_lowered(name):
     config = load_config(name)
     shapes = [architecture(one) for one in (config.teacher, config.student.source)]
     teacher, student = (decoder(shape) for shape, _ in shapes)
     counts = [model.parameter_count() / 1e9 for model in (teacher, student)]
     assert counts == pytest.approx(PARAMETERS[name], rel=0.02)
-    words = min(tokens for _, tokens in shapes)
-    teacher, student = teacher.with_vocabulary(words), student.with_vocabulary(words)
+    vocab = min(tokens for _, tokens in shapes)
+    teacher, student = teacher.with_vocabulary(vocab), student.with_vocabulary(vocab)
     parallel, training = config.parallel, config.training
     mesh = AbstractMesh((2, parallel.fsdp, parallel.tensor), ("data", "fsdp", "tensor"))
-    assert all(param_shardings(model, mesh) for model in (teacher, student))  # or it says what does not divide
+    assert all(param_shardings(model, mesh) for model in (teacher, student))  # raises if a size is indivisible
     update = optimizer(training.optimizer, training.steps)
     step = make_train_step(
         student, terms_of(config.objective), update, teacher=teacher, micro_batches=training.micro_batches

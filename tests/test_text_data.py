@@ -1,4 +1,4 @@
-"""Readers, sides and rows of text: what counts, where documents end, what is refused."""
+"""Readers, sides and rows of text: masks, ends of documents, refusals."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
         assert found[2].where == f"{tmp_path / name}:{5 if name == 'a.txt' else 3}"
 
 
-def test_records_are_known_by_their_fields(tmp_path):
+def test_records_are_recognised_by_their_fields(tmp_path):
     records = {
         "messages": {"messages": CHAT, "text": "x"},
         "prompt": {"prompt": "p", "completion": "c", "text": "x"},
@@ -68,7 +68,7 @@ def test_records_are_known_by_their_fields(tmp_path):
         (b'{"text": 1}', "a.jsonl:3: field 'text' is a int"),
     ],
 )
-def test_bad_line_is_named(tmp_path, line, error):
+def test_a_bad_line_is_named(tmp_path, line, error):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "x"}\n\n' + line + b"\n")
     with pytest.raises(ValueError, match=error):
@@ -85,12 +85,12 @@ def test_bad_line_is_named(tmp_path, line, error):
         ({"messages": CHAT, "tools": "x"}, "field 'tools' is a str"),
     ],
 )
-def test_bad_record_is_named(tmp_path, record, error):
+def test_a_bad_record_is_named(tmp_path, record, error):
     with pytest.raises(ValueError, match=error):
         list(read(write_lines(tmp_path / "a.jsonl", [record]), "auto", Fields()))
 
 
-def test_bad_files_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     for name, kind in (("a.parquet", "parquet"), ("a.arrow", "arrow")):
         (tmp_path / name).write_bytes(b"no table at all")
         with pytest.raises(ValueError, match=f"{name}: not readable as {kind}"):
@@ -108,7 +108,7 @@ def test_bad_files_are_refused(tmp_path):
         files_of(tmp_path / "empty")
 
 
-def test_splits_of_a_folder(tmp_path):
+def test_splits_of_a_folder_are_chosen_by_name(tmp_path):
     for name in (
         "data/train-00001-of-00002.jsonl",
         "data/train-00000-of-00002.jsonl",
@@ -127,8 +127,8 @@ def test_splits_of_a_folder(tmp_path):
 # ---- tokens of a document
 
 
-# Fault: prompt tokens are trained; the first EOS does not count, because pad == eos.
-def test_prompt_does_not_count_and_the_end_does():
+# Fault: prompt tokens are trained; the first EOS does not count because pad == eos.
+def test_the_prompt_does_not_count_and_the_end_does():
     assert TOKENIZER.pad_id == TOKENIZER.eos_id
     ids, counts = encoded([("a quick", False), (" fox", True)])
     prompt, completion = TOKENIZER.encode("a quick"), TOKENIZER.encode(" fox")
@@ -137,11 +137,11 @@ def test_prompt_does_not_count_and_the_end_does():
     assert encoded([("a quick", False), (" fox", True)], loss="all").counts.all()
     (rows,) = pack([Encoded(ids, counts)], 40, pad_id=TOKENIZER.pad_id)
     batch = rows.batch()
-    assert batch.labels[batch.mask].tolist() == [*completion, TOKENIZER.eos_id]  # once, and no padding
+    assert batch.labels[batch.mask].tolist() == [*completion, TOKENIZER.eos_id]  # once, without padding
 
 
-# Fault: special tokens lost, or doubled.
-def test_special_tokens_stand_once():
+# Fault: special tokens are lost or doubled.
+def test_special_tokens_occur_once():
     starts = tiny_tokenizer(True)
     for parts in ([("fox", True)], [("<s>fox", True)], [("<s>fox</s>", True)]):
         assert encoded(parts, starts).ids.tolist() == [1, *starts.encode("fox"), 2]
@@ -160,12 +160,12 @@ def test_turns_of_the_assistant_count(template, starts):
     ids, counts = encode_chat(tokenizer, CHAT)
     assert tokenizer.decode(ids, special=True) == tokenizer.chat(CHAT)
     assert tokenizer.decode(ids[counts], special=True) == "the lazy dog<|im_end|> brown, 12<|im_end|>"
-    assert ids.tolist().count(1) == 1  # the template wrote it; none is added
+    assert ids.tolist().count(1) == 1  # the template writes it; none is added
     (whole,) = encode([Document(messages=tuple(CHAT))], tokenizer, TextDataConfig(loss="all"))
     assert whole.counts.all() and whole.ids.tolist() == ids.tolist()
 
 
-def test_marked_turns_are_those_of_transformers(tmp_path):
+def test_marked_turns_equal_transformers(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = tiny_tokenizer(True, chat_template=MARKED)
@@ -185,7 +185,7 @@ def test_every_byte_of_a_turn_counts():
         assert TOKENIZER.decode(ids[counts], special=True) == "🦊<|im_end|>"
 
 
-def test_template_that_rewrites_earlier_turns_is_refused():
+def test_a_template_that_rewrites_earlier_turns_is_refused():
     rewrites = CHATML.replace("m['content']", "(m['content'] if loop.last else '…')")
     tokenizer = tiny_tokenizer(chat_template=rewrites)
     assert chat_with_turns(tokenizer, CHAT[1:2])[0]
@@ -206,7 +206,7 @@ def random_documents(count=60, seed=0, longest=23):
 
 
 def pieces_of(rows):
-    """The documents of rows, taken apart again."""
+    """The documents of rows, unpacked."""
     found = []
     for tokens, counts, segments in zip(*rows, strict=True):
         for i in range(1, segments.max() + 1):
@@ -244,12 +244,12 @@ def test_every_token_of_a_long_document_is_predicted_once():
     ("overflow", "start", "want"),
     [("keep_start", 0, [0, 1, 2, 3]), ("keep_end", 0, [6, 7, 8, 9]), ("keep_end", 1, [0, 7, 8, 9])],
 )
-def test_the_side_that_is_cut(overflow, start, want):
+def test_overflow_keeps_the_configured_side(overflow, start, want):
     (kept,) = cut(Encoded(np.arange(10), np.arange(10) % 2 == 0), 3, overflow, start)
     assert kept.ids.tolist() == want and kept.counts.tolist() == [i % 2 == 0 for i in want]
 
 
-def test_best_fit_is_that_of_a_search():
+def test_best_fit_equals_a_linear_search():
     sizes = np.random.default_rng(0).integers(1, 17, 200)
     rooms, bins = [], []
     for i in np.argsort(-sizes, kind="stable"):
@@ -268,7 +268,7 @@ def test_best_fit_is_that_of_a_search():
 # ---- prepared
 
 
-def test_prepared_once_and_split_by_document(tmp_path, monkeypatch):
+def test_data_are_prepared_once_and_split_by_document(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", RECORDS + RECORDS[:5])
     config = TextDataConfig(source=str(path), length=24, heldout_fraction=0.3)
     rows = prepare(config, TOKENIZER, tmp_path / "tfds")
@@ -285,13 +285,13 @@ def test_prepared_once_and_split_by_document(tmp_path, monkeypatch):
     summary = prepared.summaries(config, TOKENIZER, tmp_path / "tfds")["train"]
     assert summary.rows == len(rows["train"].tokens) and summary.fill == pytest.approx(rows["train"].fill)
     assert f"{summary.rows} rows" in str(summary)
-    monkeypatch.setattr(text, "encode", None)  # read again from the disk, not made again
+    monkeypatch.setattr(text, "encode", None)  # read from disk, not prepared again
     again = prepare(config, TOKENIZER, tmp_path / "tfds")
     np.testing.assert_array_equal(again["train"].tokens, rows["train"].tokens)
     assert Loader(again["train"].batch(), 2, seed=0).batch(3).inputs.shape == (2, 24)
 
 
-def test_fingerprint_follows_what_is_read(tmp_path):
+def test_the_fingerprint_follows_the_content_that_is_read(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", RECORDS)
     config = TextDataConfig(source=str(path))
     first = prepared.fingerprint(config, TOKENIZER)
@@ -317,7 +317,7 @@ def test_a_side_without_documents_is_refused(tmp_path):
         prepare(config, TOKENIZER, tmp_path / "tfds")
 
 
-def test_heldout_documents_of_their_own(tmp_path):
+def test_heldout_documents_from_a_separate_source(tmp_path):
     for name in ("train", "test"):
         write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(3)])
     config = TextDataConfig(source=str(tmp_path), heldout_split="test", max_documents=2)
@@ -325,7 +325,7 @@ def test_heldout_documents_of_their_own(tmp_path):
     assert found == {"train": ["train 0", "train 1"], "heldout": ["test 0", "test 1"]}
 
 
-def test_pydoc_is_there():
+def test_pydoc_is_available():
     from pydoc_data.topics import topics
 
     found = {side: list(documents(TextDataConfig(), side)) for side in text.SIDES}
@@ -333,7 +333,7 @@ def test_pydoc_is_there():
     assert 2 <= len(found["heldout"]) < len(topics) / 4
 
 
-def test_chitchat_reads_as_conversation_and_as_text(tmp_path, monkeypatch):
+def test_chitchat_is_read_as_conversations_and_as_text(tmp_path, monkeypatch):
     from distill import fetch
 
     lines = [[{"text": "hi"}, {"text": "you"}], [{"text": "hello"}]]
@@ -348,6 +348,6 @@ def test_chitchat_reads_as_conversation_and_as_text(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"length": 0}, {"max_documents": 0}, {"heldout_fraction": 1.0}], ids=str)
-def test_configuration_is_checked(options):
+def test_invalid_configurations_are_refused(options):
     with pytest.raises(ValueError, match=f"data: {next(iter(options))}="):
         TextDataConfig(**options)

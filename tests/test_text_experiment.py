@@ -1,4 +1,4 @@
-"""A distillation on text, whole, with a teacher drawn at random and a tokenizer trained here."""
+"""Whole distillations on text with a random teacher and a tokenizer trained here."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ EXPERTS = {"experts": 2, "experts_per_token": 1, "router_loss_weight": 0.02}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A teacher's folder, and the text."""
+    """Folder with a teacher and the text."""
     return teacher_and_text(tmp_path_factory.mktemp("text"))
 
 
@@ -49,11 +49,11 @@ def finished(config, tmp_path_factory):
     return run, runner.run_experiment(config, run)
 
 
-def test_every_arm_is_measured_on_the_same_text(finished, config):
+def test_every_arm_is_evaluated_on_the_same_text(finished, config):
     run, summary = finished
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert all(name in summary for name in ("teacher", "student", "equal_tokens", "equal_time", "start"))
-    assert summary["student"]["kl"] < summary["start"]["kl"]  # it has learnt
+    assert summary["student"]["kl"] < summary["start"]["kl"]  # training has an effect
     assert evaluation["student"]["training_tokens"] == evaluation["equal_tokens"]["training_tokens"] == 8 * 8 * 24
     assert len(evaluation["student"]["written"]) == len(evaluation["prompts"]) == 2
     train, heldout = (evaluation["text"][side] for side in ("train", "heldout"))
@@ -62,7 +62,7 @@ def test_every_arm_is_measured_on_the_same_text(finished, config):
     runner.print_summary(summary, run)
 
 
-def test_what_was_looked_at_before_stands_in_the_folder(finished, config):
+def test_preflight_results_are_in_the_run_folder(finished, config):
     found = json.loads((finished[0] / "preflight.json").read_text())
     verdicts = {check["name"]: check["verdict"] for check in found["checks"]}
     assert verdicts["forward_kl at student = teacher"] == verdicts["memory"] == verdicts["tokenizer"] == "ok"
@@ -72,7 +72,7 @@ def test_what_was_looked_at_before_stands_in_the_folder(finished, config):
     assert found["nats_per_token"]["teacher"] > 0
 
 
-def test_a_finished_run_is_evaluated_and_answers(finished, config, monkeypatch, capsys):
+def test_a_finished_run_can_be_evaluated_and_prompted(finished, config, monkeypatch, capsys):
     run, summary = finished
     monkeypatch.setattr(runner, "fit", None)
     assert experiment_in(run) is text_experiment
@@ -86,7 +86,7 @@ def test_a_finished_run_is_evaluated_and_answers(finished, config, monkeypatch, 
     assert "distilled, at equal tokens: KL" in capsys.readouterr().out
 
 
-def test_the_exported_student_is_the_student(finished):
+def test_the_exported_student_equals_the_student(finished):
     run, _ = finished
     model, params = distill.load(run / "student_hf")
     with Checkpoints(run) as checkpoints:
@@ -98,7 +98,7 @@ def test_the_exported_student_is_the_student(finished):
     assert tokenizer.decode(tokenizer.encode("the cat sat")) == "the cat sat"
 
 
-def test_held_out_measures_are_those_of_whole_logits(finished, config):
+def test_heldout_metrics_equal_those_of_all_logits(finished, config):
     summary = finished[1]
     world = text_experiment.prepare(config, finished[0])
     rows = prepared.prepare(config.data, world.tokenizer, config.data_dir)["heldout"].batch()
@@ -143,10 +143,10 @@ def test_a_changed_run_is_refused(finished, config):
     hotter = dataclasses.replace(config, objective=dataclasses.replace(config.objective, temperature=2.0))
     with pytest.raises(ValueError, match=r"objective\.temperature: 1\.0 → 2\.0"):
         runner.run_experiment(hotter, finished[0])
-    assert read_config(finished[0], TextConfig) == config  # what the other scripts read is what the run was made with
+    assert read_config(finished[0], TextConfig) == config  # the stored configuration is that of the run
 
 
-def test_a_start_with_layers_named_fewer_words_and_hidden_states_is_one_line_each(config, tmp_path):
+def test_chosen_layers_a_pruned_vocabulary_and_hidden_states_are_one_option_each(config, tmp_path):
     given = dataclasses.replace(
         config,
         student=StudentConfig(start=StartConfig("lora", layers=(2, 0), rank=2)),
@@ -167,7 +167,7 @@ def test_a_start_with_layers_named_fewer_words_and_hidden_states_is_one_line_eac
     with Checkpoints(tmp_path) as checkpoints:
         learnt = checkpoints.params(jax.eval_shape(world.begin.model.init, SEED))
     curve, merged = read_metrics(tmp_path)[-1], world.heldout.measure(world.student, student.params, given.curve_rows)
-    assert curve["kl"] == pytest.approx(merged["kl"], rel=1e-4)  # with the correction beside its base, and merged
+    assert curve["kl"] == pytest.approx(merged["kl"], rel=1e-4)  # with LoRA separate and merged
     assert sum(leaf.size for leaf in jax.tree.leaves(learnt)) < model.parameter_count() / 2
 
 
@@ -199,8 +199,8 @@ def test_every_start_becomes_a_plain_student(config, student, tmp_path):
         np.testing.assert_array_equal(params["layers"]["mlp"]["up"]["kernel"][0], first)
 
 
-def test_a_token_for_images_that_the_student_has_no_row_for_is_no_difference(folder, config, tmp_path):
-    """As Gemma 3 27B and 1B: one tokenizer, a row more in the larger model."""
+def test_an_image_token_without_a_row_in_the_student_is_no_difference(folder, config, tmp_path):
+    """As in Gemma 3 27B and 1B: one tokenizer, one more row in the larger model."""
     from tokenizers import Tokenizer
 
     known = TextTokenizer.from_folder(folder / "teacher")
@@ -216,7 +216,7 @@ def test_a_token_for_images_that_the_student_has_no_row_for_is_no_difference(fol
     assert world.teacher.model.vocab_size == world.student.vocab_size == known.vocab_size
 
 
-def test_experts_are_kept_busy_in_every_arm(config, tmp_path):
+def test_every_arm_has_the_load_balancing_loss(config, tmp_path):
     experts = decoder(DecoderConfig(vocab_size=320, layers=3, width=16, heads=2, feed_forward=8, **EXPERTS))
     world = text_experiment.prepare(dataclasses.replace(config, arms=("equal_tokens",)), tmp_path)
     world = dataclasses.replace(world, begin=Start(experts, None, None), student=experts)
@@ -235,7 +235,7 @@ def test_experts_are_kept_busy_in_every_arm(config, tmp_path):
         ({"prompt_tokens": 24, "data": {"source": "nowhere"}}, "nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused_before_training(config, tmp_path, monkeypatch, change, message):
+def test_impossible_experiments_are_refused_before_training(config, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(runner, "fit", None)
     if "data" in change:
         change = change | {"data": dataclasses.replace(config.data, **change["data"])}
@@ -258,13 +258,13 @@ def test_what_cannot_be_is_refused_before_training(config, tmp_path, monkeypatch
         (lambda: TextConfig(prompt_tokens=999), "a row has 256 tokens"),
     ],
 )
-def test_bad_configurations_are_refused(make, message):
+def test_invalid_configurations_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_student_is_cut_out_before_its_teacher_is_rounded(config, tmp_path):
-    """The teacher is the one read as int8, the student the one cut out of the teacher in bfloat16; both take a step."""
+def test_a_student_is_cut_out_before_its_teacher_is_quantised(config, tmp_path):
+    """The teacher is held in int8, the student is cut out of the teacher in bfloat16; both take a step."""
     small, wide = (
         text_experiment.prepare(dataclasses.replace(config, teacher_dtype=dtype), tmp_path)
         for dtype in ("int8", "bfloat16")
@@ -277,7 +277,7 @@ def test_a_student_is_cut_out_before_its_teacher_is_rounded(config, tmp_path):
     assert kl == pytest.approx(exact, rel=0.1) and kl != exact
 
 
-def test_an_int8_teacher_may_lose_rows_of_its_vocabulary(config, tmp_path):
+def test_an_int8_teacher_may_have_a_pruned_vocabulary(config, tmp_path):
     config = dataclasses.replace(config, teacher_dtype="int8", vocabulary=300, arms=())
     summary = runner.run_experiment(config, tmp_path / "run")
     assert summary["student"]["kl"] < summary["start"]["kl"]
@@ -296,7 +296,7 @@ def test_the_report_shows_arms_texts_and_verdict(finished):
         write_report([run / "broken"])
 
 
-def test_the_reproduced_section_takes_the_place_of_its_own(tmp_path):
+def test_a_reproduced_section_replaces_its_predecessor(tmp_path):
     page, summary = tmp_path / "REPRODUCE.md", {"student": {"kl": 1.5}, "verdict": ["even"], "seconds": 60.0}
     page.write_text("# Reproduced numbers\n\n## One\n\nfirst\n\n## Two\n\nsecond\n")
     worse = summary | {"student": summary["student"] | {"kl": summary["student"]["kl"] + 1.0}}

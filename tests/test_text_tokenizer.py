@@ -13,7 +13,7 @@ PROBES = [*TEXTS, "", "ünï ∑ 🦊\n\n tab\t", "<|im_start|>user<|im_end|> </
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_ids_are_those_of_the_library(bos):
+def test_ids_equal_those_of_tokenizers(bos):
     ours, theirs = tiny_tokenizer(bos), byte_level(bos)
     assert ours.start == ((1,) if bos else ()) and ours.end == ()
     for text in PROBES:
@@ -23,15 +23,15 @@ def test_ids_are_those_of_the_library(bos):
     assert ours.ids() == theirs.get_vocab() and list(ours.ids().values()) == list(range(ours.vocab_size))
 
 
-def test_special_tokens():
+def test_special_tokens_have_ids():
     tokenizer = tiny_tokenizer()
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)  # no pad: that of eos
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)  # without a pad token the id of eos
     assert tiny_tokenizer(pad="<unk>").pad_id == 0 and tiny_tokenizer(bos=None).bos_id is None
     assert tokenizer.special_ids == {0, 1, 2, 3, 4}
     assert tokenizer.decode(tokenizer.encode("<s>fox</s>")) == "fox"
 
 
-def test_truncation_and_padding_of_a_file_are_left_out():
+def test_truncation_and_padding_of_a_file_are_ignored():
     from tokenizers import Tokenizer
 
     cutting = Tokenizer.from_str(byte_level().to_str())
@@ -43,7 +43,7 @@ def test_truncation_and_padding_of_a_file_are_left_out():
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_saved_folder_is_opened_here_and_by_transformers(tmp_path, bos):
+def test_a_saved_folder_is_opened_here_and_by_transformers(tmp_path, bos):
     from transformers import AutoTokenizer
 
     tokenizer = tiny_tokenizer(bos, pad="<unk>", chat_template=CHATML, options={"model_max_length": 77})
@@ -60,7 +60,7 @@ def test_saved_folder_is_opened_here_and_by_transformers(tmp_path, bos):
     assert (back.ids(), back.eos, back.start) == (tokenizer.ids(), tokenizer.eos, tokenizer.start)
 
 
-def test_folders_as_others_write_them(tmp_path):
+def test_folders_of_other_tools_are_read(tmp_path):
     (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>", "lstrip": False}}))
     config = {
@@ -73,7 +73,7 @@ def test_folders_as_others_write_them(tmp_path):
     assert TextTokenizer.from_folder(tmp_path / "tokenizer.json", eos="<|im_end|>").eos == "<|im_end|>"
 
 
-def test_fingerprint_tells_what_decides_ids():
+def test_the_fingerprint_covers_all_that_decides_ids():
     prints = [
         tiny_tokenizer().fingerprint(),
         tiny_tokenizer(True).fingerprint(),
@@ -100,12 +100,12 @@ def test_bad_tokenizers_are_refused(tmp_path):
         tiny_tokenizer().chat(CHAT)
     with pytest.raises(ValueError, match="the chat template fails: no"):
         tiny_tokenizer(chat_template="{{ raise_exception('no') }}").chat(CHAT)
-    with pytest.raises(ValueError, match="the chat template fails"):  # the sandbox
+    with pytest.raises(ValueError, match="the chat template fails"):  # refused by the sandbox
         tiny_tokenizer(chat_template="{{ ''.__class__.__mro__ }}").chat(CHAT)
 
 
-def test_control_tokens_without_a_row_are_left_out():
-    """Of Gemma 3: one tokenizer for all, a token for images that the model for text alone has no row for."""
+def test_control_tokens_without_a_row_are_ignored():
+    """As in Gemma 3: one tokenizer for all models, with an image token for which text models have no row."""
     backend = Tokenizer.from_str(byte_level().to_str())
     backend.add_special_tokens(["<image>"])
     whole, plain = TextTokenizer(backend.to_str(), "</s>"), tiny_tokenizer(bos=None)
@@ -118,7 +118,7 @@ def test_control_tokens_without_a_row_are_left_out():
         TextTokenizer(backend.to_str(), "<image>").within(rows)
 
 
-def test_saved_with_a_model(tmp_path):
+def test_a_tokenizer_is_saved_with_a_model(tmp_path):
     import distill
 
     model = tiny_decoder()

@@ -1,4 +1,4 @@
-"""The loop and its checkpoints: resume to the same bits, refusals, NaN, no host sync."""
+"""The training loop and its checkpoints: bit-identical resumption, refusals, NaN, no host sync."""
 
 import dataclasses
 import json
@@ -92,7 +92,7 @@ def test_changed_identity_is_refused_with_the_difference(task, tmp_path):
         fit(tmp_path, changed, TRAINING, **ALONE)
 
 
-def test_a_damaged_checkpoint_goes_back_to_the_one_before(task, tmp_path, capsys):
+def test_training_resumes_from_the_checkpoint_before_a_damaged_one(task, tmp_path, capsys):
     straight = fit(tmp_path, task, TRAINING, **ALONE)
     want = [(r["kind"], r["step"], r["loss"]) for r in read_metrics(tmp_path) if "loss" in r]
     file = next((tmp_path / "checkpoints" / "20" / "state").glob("ocdbt*/d/*"))
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_goes_back_to_the_one_before(task, tmp_path, capsys
     assert want == [(r["kind"], r["step"], r["loss"]) for r in read_metrics(tmp_path) if "loss" in r]
 
 
-def test_keeping_the_best_of_what_is_not_measured_is_refused_before_the_first_step(task, tmp_path):
+def test_keeping_the_best_by_an_unknown_metric_is_refused_before_the_first_step(task, tmp_path):
     keep = dataclasses.replace(TRAINING, evaluate_every=5, keep=KeepConfig(best="exact_match"))
     with pytest.raises(ValueError, match="the evaluation measures kl"):
         fit(tmp_path, dataclasses.replace(task, evaluate=lambda params: {"kl": 0.5}), keep, **ALONE)
@@ -110,7 +110,7 @@ def test_keeping_the_best_of_what_is_not_measured_is_refused_before_the_first_st
 
 
 def test_the_best_is_restored_by_its_metric(task, tmp_path):
-    scores = iter([0.9, 0.2, 0.1, 0.3, 0.4])  # before the first step, then every five
+    scores = iter([0.9, 0.2, 0.1, 0.3, 0.4])  # at step 0 and then every five
     often = dataclasses.replace(TRAINING, evaluate_every=5, keep=KeepConfig(last=1, best="kl"))
     last = fit(tmp_path, dataclasses.replace(task, evaluate=lambda _: {"kl": next(scores)}), often, **ALONE)
     with Checkpoints(tmp_path) as checkpoints:
@@ -152,11 +152,11 @@ def test_a_teacher_that_emits_nan_is_named(task, tmp_path):
         fit(tmp_path, kd, TRAINING, **ALONE)
 
 
-def test_nothing_is_moved_to_the_devices_or_between_them_implicitly(task, tmp_path, monkeypatch):
+def test_no_transfer_to_or_between_devices_is_implicit(task, tmp_path, monkeypatch):
     seen = []
     original = train._Run.go
 
-    def go(run):  # what a CPU device gives to the host is not copied: no guard would see it
+    def go(run):  # a CPU device shares memory with the host, so no guard sees a transfer to the host
         with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_device("disallow"):
             seen.append(True)
             return original(run)
@@ -166,7 +166,7 @@ def test_nothing_is_moved_to_the_devices_or_between_them_implicitly(task, tmp_pa
     assert seen
 
 
-def test_where_a_dispatch_ends_within_its_call_its_speed_is_its_own(task, tmp_path, monkeypatch):
+def test_a_dispatch_that_ends_within_its_call_is_timed_by_itself(task, tmp_path, monkeypatch):
     now, original = [0.0], train._Run.go
 
     def go(run):
@@ -179,7 +179,7 @@ def test_where_a_dispatch_ends_within_its_call_its_speed_is_its_own(task, tmp_pa
 
     monkeypatch.setattr(train._Run, "go", go)
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when a client is made, and by what records
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when the client is created
     try:
         fit(tmp_path, task, dataclasses.replace(TRAINING, save_every=20), **ALONE)
     finally:
@@ -203,7 +203,7 @@ def test_teacher_is_not_in_the_checkpoint(task, tmp_path):
     assert "params" in stored and "opt_state" in stored and "teacher" not in stored
 
 
-def test_sigterm_saves_and_can_go_on(task, tmp_path):
+def test_sigterm_saves_and_the_run_resumes(task, tmp_path):
     def ask(params):
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
@@ -223,18 +223,18 @@ SMALL = """
 """.split()
 
 
-ONE_DEVICE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and programs that are compiled in less time
+ONE_DEVICE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # the optimization level that compiles faster
 
 
 def script(name: str, *arguments: str):
-    """Run a script in a process of its own, with one device."""
+    """Runs a script in a separate process with one device."""
     environment = os.environ | ONE_DEVICE
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
 
 
 def here(name: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
-    """Run a script in this process, which saves the seconds of its imports: its exit code, stdout and stderr."""
+    """Runs a script in this process, without the cost of imports; returns exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     code = 0
@@ -253,7 +253,7 @@ def finished(tmp_path_factory):
     return run, done.stdout
 
 
-def test_the_student_of_a_run_is_read_by_its_folder(finished, tmp_path):
+def test_the_student_is_loaded_from_its_run_folder(finished, tmp_path):
     run, _ = finished
     student = open_run(run)[1]["student"]
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
@@ -267,7 +267,7 @@ def test_the_student_of_a_run_is_read_by_its_folder(finished, tmp_path):
         distill.load(tmp_path)
 
 
-def test_distill_writes_what_is_promised(finished):
+def test_distill_writes_the_documented_files(finished):
     run, printed = finished
     summary = json.loads((run / "summary.json").read_text())
     assert {"teacher", "student", "baseline", "gap_closed", "agreement", "seconds"} <= summary.keys()
@@ -275,7 +275,7 @@ def test_distill_writes_what_is_promised(finished):
     assert (run / "config.json").exists() and (run / "evaluation.json").exists()
 
 
-def test_evaluate_report_generate(finished, monkeypatch, capsys):
+def test_the_scripts_evaluate_report_and_generate_read_a_run_folder(finished, monkeypatch, capsys):
     run, _ = finished
     before = json.loads((run / "evaluation.json").read_text())
     assert script("evaluate", "--run", str(run)).returncode == 0
@@ -293,8 +293,8 @@ def test_evaluate_report_generate(finished, monkeypatch, capsys):
     assert code == 2 and "no checkpoint measured by 'kl'" in error
 
 
-def test_kill_minus_nine_then_the_same_bits(finished, tmp_path):
-    # A killed process may leave half an entry: its compile cache is its own, with links to what is compiled already.
+def test_a_killed_run_resumes_to_bit_identical_weights(finished, tmp_path):
+    # A killed process may leave a truncated entry, so it gets a separate compile cache with links to existing entries.
     cache = shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "cache", copy_function=os.symlink)
     straight = survival.Run(finished[0], SMALL, ONE_DEVICE | {"JAX_COMPILATION_CACHE_DIR": str(cache)})
     hit, equal = survival.kills(1, tmp_path, straight, np.random.default_rng(0))
@@ -326,20 +326,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_message_and_exit_2(case, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_message_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
     arguments, expected = BAD[case]
     code, _, error = here("distill", ["--run", str(tmp_path / "run"), *arguments], monkeypatch, capsys)
     assert code == 2 and expected in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("name", ["evaluate", "report", "generate"])
-def test_unreadable_run_folder(name, tmp_path, monkeypatch, capsys):
+def test_an_unreadable_run_folder_is_an_error(name, tmp_path, monkeypatch, capsys):
     arguments = ["--run", str(tmp_path / "none"), *(["1+1="] if name == "generate" else [])]
     code, _, error = here(name, arguments, monkeypatch, capsys)
     assert code == 2 and str(tmp_path) in error and "Traceback" not in error
 
 
-def test_compiled_programs_are_kept_and_found_again(tmp_path):
+def test_compiled_programs_are_cached_on_disk_and_reused(tmp_path):
     code = "from distill import cli; cli.set_up_jax(); import jax; jax.jit(lambda x: x * 2 + 1)(1.0)"
     environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
@@ -347,7 +347,7 @@ def test_compiled_programs_are_kept_and_found_again(tmp_path):
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
         kept.append({file: file.stat().st_mtime_ns for file in (tmp_path / "distill" / "xla").glob("*-cache")})
-    assert kept[0] and kept[0] == kept[1]  # a program compiled again would have been written again
+    assert kept[0] and kept[0] == kept[1]  # recompiling would write the file again
 
 
 def test_changed_config_is_refused_by_the_script(finished, monkeypatch, capsys):

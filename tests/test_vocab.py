@@ -35,10 +35,10 @@ def divergence(request):
 # ---- one tokenizer, embeddings padded to different numbers of rows
 
 
-def test_equal_vocabularies_are_fine_and_silent(caplog):
+def test_equal_vocabularies_pass_without_a_message(caplog):
     tokens = tokens_of("<pad> <eos> a b c")
     with caplog.at_level(logging.INFO, logger="distill"):
-        alignment = align(tokens, dict(reversed(tokens.items())), 5, 5)  # the order of a dict says nothing
+        alignment = align(tokens, dict(reversed(tokens.items())), 5, 5)  # the order of a dict is irrelevant
     assert alignment == Alignment(5, 5, 5) and not caplog.records
     student, teacher = logits_of(5, 0), logits_of(5, 1)
     matched = alignment.match(student, teacher)
@@ -46,7 +46,7 @@ def test_equal_vocabularies_are_fine_and_silent(caplog):
 
 
 @pytest.mark.parametrize(("student_rows", "teacher_rows"), [(12, 16), (16, 12), (16, 16), (10, 12)])
-def test_padded_rows_carry_no_probability_on_either_side(divergence, student_rows, teacher_rows):
+def test_padded_rows_have_no_probability_on_either_side(divergence, student_rows, teacher_rows):
     """Fault: one tokenizer with different padding is refused."""
     alignment = Alignment(WORDS, student_rows, teacher_rows)
     student, teacher = logits_of(student_rows, 0), logits_of(teacher_rows, 1)
@@ -82,7 +82,7 @@ def test_garbage_in_padded_rows_changes_nothing(divergence):
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_padding_is_said_in_one_line(caplog):
+def test_padding_is_logged_in_one_line(caplog):
     tokens = {f"t{i}": i for i in range(20)}
     with caplog.at_level(logging.INFO, logger="distill"):
         assert align(tokens, tokens, 24, 32) == Alignment(20, 24, 32)
@@ -91,7 +91,7 @@ def test_padding_is_said_in_one_line(caplog):
     assert all(text in record.getMessage() for text in ("below 20", "4 of the student's 24", "12 of the teacher's 32"))
 
 
-def test_sizes_of_qwen():
+def test_the_sizes_of_qwen_are_aligned():
     """Fault: one tokenizer with different padding is refused."""
     tokens = {f"t{i}": i for i in range(151_665)}
     assert align(tokens, tokens, 151_936, 152_064).vocab_size == 151_665
@@ -122,17 +122,17 @@ def test_zero_logits_would_not_score_0(divergence):
     np.testing.assert_allclose(masked, 0.0, atol=1e-6)
 
 
-def test_mask_needs_that_many_rows():
+def test_the_mask_needs_as_many_rows_as_tokens():
     with pytest.raises(ValueError, match=r"3 rows.*vocab_size=4"):
         mask_padding(jnp.zeros(3), 4)
     with pytest.raises(ValueError, match=r"teacher logits have 5 rows; expected 6"):
         Alignment(4, 4, 6).match(jnp.zeros(4), jnp.zeros(5))
 
 
-# ---- as many ids, other meanings
+# ---- equal sizes, different tokens
 
 
-def test_equal_size_but_another_map_is_refused_naming_ids():
+def test_equal_sizes_with_another_map_are_refused_with_the_ids():
     """Fault: vocabularies of equal size but another map are accepted."""
     with pytest.raises(ValueError) as error:
         align(tokens_of("<pad> a b c d"), tokens_of("<pad> a c b d"), 8, 8)
@@ -165,26 +165,26 @@ def test_tokens_without_a_row_are_refused():
         align({}, {}, 3, 4)
 
 
-# ---- tokenizers as they come
+# ---- tokenizers of other libraries
 
 
-def trained(words: str, *added: str) -> Tokenizer:
+def trained(text: str, *added: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<pad>"], show_progress=False)
-    tokenizer.train_from_iterator([words], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     tokenizer.add_tokens([AddedToken(token, special=True) for token in added])
     return tokenizer
 
 
 def test_tokenizers_with_added_tokens():
-    words = "the cat sat on the mat while the other cat sat on the hat"
-    one, other = trained(words, "<eos>", "<user>"), trained(words, "<eos>", "<user>")
+    text = "the cat sat on the mat while the other cat sat on the hat"
+    one, other = trained(text, "<eos>", "<user>"), trained(text, "<eos>", "<user>")
     tokens = token_ids(one)
     assert tokens["<user>"] == len(tokens) - 1 == one.token_to_id("<user>")
     assert list(tokens.values()) == list(range(one.get_vocab_size()))
     assert align(tokens, token_ids(other), 64, 128).vocab_size == one.get_vocab_size()
-    swapped = token_ids(trained(words, "<user>", "<eos>"))
+    swapped = token_ids(trained(text, "<user>", "<eos>"))
     assert len(swapped) == len(tokens)
     with pytest.raises(ValueError, match=f"2 ids.*: {len(tokens) - 2} is '<eos>' and '<user>'"):
         align(tokens, swapped, 64, 64)
@@ -200,6 +200,6 @@ def test_tokenizers_wrapped_by_transformers():
         align(token_ids(wrapped), token_ids(tokenizer), 64, 64)
 
 
-def test_what_has_no_vocabulary_is_refused():
+def test_an_object_without_a_vocabulary_is_refused():
     with pytest.raises(ValueError, match="str has no get_vocab"):
         token_ids("gpt2")

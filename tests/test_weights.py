@@ -19,7 +19,7 @@ SIZES = {"head_dim": 6, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
 
 
 class Tensors(dict):
-    """A source in memory that counts how many arrays it has given."""
+    """A source in memory that counts the arrays it has returned."""
 
     read = 0
 
@@ -51,7 +51,7 @@ def case():
     return config, table, params, Tensors(disassemble(shapes_of(config), table, params))
 
 
-def test_there_and_back_are_the_same_bits(case):
+def test_a_round_trip_is_bit_identical(case):
     config, table, params, tensors = case
     again = assemble(shapes_of(config), table, tensors)
     assert jax.tree.structure(again) == jax.tree.structure(params)
@@ -59,7 +59,7 @@ def test_there_and_back_are_the_same_bits(case):
     assert tensors.read == len(tensors)  # every tensor once
 
 
-def test_every_layer_and_axis_is_where_pytorch_has_it(case):
+def test_every_layer_and_axis_matches_pytorch(case):
     config, _, params, tensors = case
     x = np.random.default_rng(0).normal(size=config.width)
     for layer in range(config.layers):
@@ -74,7 +74,7 @@ def test_every_layer_and_axis_is_where_pytorch_has_it(case):
 
 
 @pytest.mark.parametrize("kept", [np.float16, jnp.bfloat16], ids=str)
-def test_types_are_kept_or_cast(case, kept):
+def test_dtypes_are_kept_or_cast(case, kept):
     config, table, _, tensors = case
     half = Tensors({name: array.astype(kept) for name, array in tensors.items()})
     as_stored, cast = assemble(shapes_of(config), table, half, dtype=None), assemble(shapes_of(config), table, half)
@@ -85,7 +85,7 @@ def test_types_are_kept_or_cast(case, kept):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), as_stored, cast)
 
 
-def test_of_types_that_differ_between_layers_the_first_is_kept(case):
+def test_if_dtypes_differ_between_layers_the_first_is_kept(case):
     config, table, params, tensors = case
     name = "block.1.layers.mlp.up.kernel"
     mixed = Tensors(tensors | {name: tensors[name].astype(np.float16)})
@@ -97,15 +97,15 @@ def test_of_types_that_differ_between_layers_the_first_is_kept(case):
         np.testing.assert_allclose(kernel, params["layers"]["mlp"]["up"]["kernel"], rtol=1e-3)
 
 
-def test_pieces_of_layers_are_the_same_bits_and_every_number_is_told(case):
+def test_loading_in_pieces_is_bit_identical_and_reports_every_element(case):
     config, table, params, tensors = case
     mesh = make_mesh(ParallelConfig(fsdp=2, tensor=2))
-    wanted, told = param_shardings(decoder(config), mesh), []
-    pieces = assemble(shapes_of(config), table, tensors, Place(wanted, told.append, piece=1))  # each layer by itself
+    wanted, reported = param_shardings(decoder(config), mesh), []
+    pieces = assemble(shapes_of(config), table, tensors, Place(wanted, reported.append, piece=1))  # one layer per piece
     jax.tree.map(np.testing.assert_array_equal, pieces, params)
     assert jax.tree.map(lambda leaf: leaf.sharding, pieces) == wanted
-    assert sum(told) == sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert len(told) > len(table) and tensors.read == len(tensors)
+    assert sum(reported) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert len(reported) > len(table) and tensors.read == len(tensors)
 
 
 @pytest.mark.parametrize("change", ["missing", "left over", "shape", "both"])
@@ -129,7 +129,7 @@ def test_tensors_that_do_not_fit_are_named(case, change):
     if change == "left over":
         assemble(shapes_of(config), table, tensors, ignored=[r"block\.\d+\.extra"])
         with pytest.raises(ValueError, match="extra"):
-            assemble(shapes_of(config), table, tensors, ignored=[r"block\.\d+"])  # matched whole
+            assemble(shapes_of(config), table, tensors, ignored=[r"block\.\d+"])  # the whole message
 
 
 def test_long_lists_are_cut(case):

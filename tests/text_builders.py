@@ -1,4 +1,4 @@
-"""Small tokenizers made on the spot, and files to read."""
+"""Small tokenizers, and files to read."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ CHAT = [
 
 @functools.cache
 def byte_level(bos: bool = False, size: int = 320) -> Tokenizer:
-    """A byte-level BPE; with ``bos`` it puts <s> before every text."""
+    """A byte-level BPE tokenizer; with ``bos`` it prepends <s> to every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,7 +71,7 @@ def sentences(count: int) -> list[str]:
 
 
 def teacher_and_text(folder):
-    """Writes a teacher drawn at random, a tokenizer of 300 tokens with it, and text.txt; returns the folder."""
+    """Writes a random teacher with a tokenizer of 300 tokens, and text.txt; returns the folder."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], show_progress=False)
@@ -83,7 +83,7 @@ def teacher_and_text(folder):
 
 
 def text_config(folder, **changes) -> TextConfig:
-    """Two of the three layers learn from FOLDER's teacher on its text, on one device."""
+    """Configuration of a student with two of the teacher's three layers, on FOLDER's text, on one device."""
     values = {
         "teacher": str(folder / "teacher"),
         "data": TextDataConfig(source=str(folder / "text.txt"), separator="\n\n", length=24, heldout_fraction=0.2),

@@ -1,4 +1,4 @@
-"""Every family of encoders beside transformers: states, logits, gradients, folders that both open: ``make parity``.
+"""Every family of encoders against transformers: states, logits, gradients, folders that both open: ``make parity``.
 
 ``python tests/parity/encoders.py`` writes what ``tests/test_encoder_families.py`` compares with, where it has changed.
 """
@@ -62,7 +62,7 @@ CASES = {
 
 
 def build(name: str, folder: Path) -> None:
-    """Writes the folder of a case with transformers: every parameter drawn, none zero or one."""
+    """Writes the folder of a case with transformers: with random parameters, none exactly 0 or 1."""
     kind, cls, options = CASES[name]
     nothing = {"vocab_size": VOCAB, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     config = transformers.AutoConfig.for_model(kind, **(nothing | options))

@@ -1,4 +1,4 @@
-"""Every family beside transformers: logits, gradients, and folders that both open. Needs PyTorch: ``make parity``.
+"""Every family against transformers: logits, gradients, and folders that both open. Needs PyTorch: ``make parity``.
 
 ``python tests/parity/families.py`` writes what ``tests/test_families.py`` compares with, where it has changed.
 """
@@ -36,7 +36,7 @@ OTHERWISE = {
     "gpt_neox": ("num_key_value_heads", "head_dim", "rms_norm_eps"),
     "gpt2": tuple(key for key in SIZES if key != "vocab_size" and not key.endswith("_id")),
 }
-"""Sizes that a family has not, or calls otherwise."""
+"""Sizes that a family lacks, or names differently."""
 SHORT = {"rope_theta": 60.0, "original_max_position_embeddings": 12}  # so that 16 tokens are a long text
 
 
@@ -140,7 +140,7 @@ EXPERTS = {
 
 
 def build(name: str, folder: Path) -> None:
-    """Writes the folder of a case with transformers: every parameter drawn, none zero or one."""
+    """Writes the folder of a case with transformers: with random parameters, none exactly 0 or 1."""
     kind, options = CASES[name]
     torch.manual_seed(0)
     sizes = {key: value for key, value in SIZES.items() if key not in OTHERWISE.get(kind, ())}
@@ -208,7 +208,7 @@ def theirs(folder: Path) -> dict[str, np.ndarray]:
 
 
 def of_experts(tensors: dict[str, np.ndarray], module: str, names: dict[str, str]) -> dict[str, np.ndarray]:
-    """Tensors by their names in files, where each expert's matrices are tensors of their own."""
+    """Tensors by their names in files, where each expert's matrices are separate tensors."""
     result = {}
     for key, value in tensors.items():
         layer, found, kind = key.partition(".mlp.experts.")

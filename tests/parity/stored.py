@@ -1,4 +1,4 @@
-"""What transformers said, kept beside the weights it said it of: written anew where it is missing or differs."""
+"""Values of transformers, stored with their weights; rewritten where they are missing or differ."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ Results = dict[str, np.ndarray]
 
 
 def agrees(folder: Path, results: Results) -> bool:
-    """Whether what is stored is the same but for rounding."""
+    """Whether stored values are equal up to rounding."""
     with np.load(folder / "theirs.npz") as file:
         return file.keys() == results.keys() and all(
             file[key].shape == value.shape and np.allclose(file[key], value, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""A distilled student as transformers opens it: logits and tokens are ours.
+"""A distilled student opened by transformers has our logits and tokens.
 
 python -m pytest -n 0 tests/parity/students.py -W default
 STUDENT=runs/smollm2_text/student_hf python -m pytest -n 0 tests/parity/students.py -W default
@@ -24,7 +24,7 @@ TEXT = "the cat sat on a mat and saw that the dog ran to it while no one was at 
 
 @pytest.fixture(scope="module")
 def student(request, tmp_path_factory) -> Path:
-    """The folder of a real student, or of one that is distilled here in seconds."""
+    """Folder of a given student, or of one that is distilled here in seconds."""
     if "STUDENT" in os.environ:
         return Path(os.environ["STUDENT"])
     run = tmp_path_factory.mktemp("student")
