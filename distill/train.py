@@ -108,8 +108,11 @@ def fit(
     update = optimizer(training.optimizer, training.steps)
     wrapping = _wrap(task, training, update, parallel_config)
     _agree(task, training)
+    identity = _identity(task, training)
     with lock(run), resumed(run, training.keep) as checkpoints, _stop_signal() as stop:
-        state, step = _start(run, checkpoints, task, training, update, wrapping)
+        if checkpoints.latest is not None:
+            refuse_changes(run, checkpoints.meta()["identity"], identity)
+        state, step = _start(checkpoints, task, training, update, wrapping)
         if step == training.steps:
             return wrapping.fetch_state(state).params
         writer = Writer(run, step, log.tensorboard)
@@ -127,6 +130,7 @@ def fit(
                 recorder=recorder,
                 profile=profile,
                 stop=stop,
+                identity=identity,
                 state=state,
                 step=step,
             ).go()
@@ -215,12 +219,11 @@ def _identity(task: Task, training: TrainingConfig) -> dict[str, Any]:
     return task.identity | {"fit": known}
 
 
-def _start(run: Path, checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):
+def _start(checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):
     """The state to go on from: the newest checkpoint if there is one, else freshly drawn."""
     if checkpoints.latest is None:
         key = jax.random.key(training.seed)
         return parallel.draw_state(task.student, update, key, wrapping, task.params), 0
-    refuse_changes(run, checkpoints.meta()["identity"], _identity(task, training))
     state = checkpoints.restore(parallel.abstract_state(task.student, update, wrapping))
     return (state if wrapping.places is not None else wrapping.place_state(state)), checkpoints.latest
 
@@ -245,6 +248,7 @@ class _Run:
     recorder: "_Recorder"
     profile: Profile
     stop: dict[str, bool]
+    identity: dict[str, Any]
     state: TrainState
     step: int
     """Steps that were sent to the devices."""
@@ -300,7 +304,7 @@ class _Run:
     def save(self) -> None:
         """Starts to write a checkpoint; a state whose loss is not finite is never saved."""
         self.recorder.record()
-        meta = {"identity": _identity(self.task, self.training), "next_batch": self.step}
+        meta = {"identity": self.identity, "next_batch": self.step}
         measured = self.recorder.measured.get(self.step)
         self.checkpoints.save(self.step, self.wrapping.fetch_state(self.state), meta, measured)
 
