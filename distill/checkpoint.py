@@ -5,13 +5,13 @@ fingerprints of teacher, tokenizer and data. The order of a resume:
 
 1. take the lock of the run folder (a second process in it is refused);
 2. find the newest complete checkpoint (what a kill left half-written is ignored) whose files have the hashes noted
-   when it was written; damaged ones are said on stderr and renamed ``N.damaged``, the one before is used;
+   when it was written. A damaged checkpoint is reported on stderr and renamed ``N.damaged``; the previous one is used;
 3. compare its ``meta`` with what is asked for now: any difference is refused, with the list of differences;
 4. read the state onto the devices; cut ``metrics.jsonl`` back to the checkpoint's step;
 5. go on with batch ``meta.next_batch``, which equals the step: batch k is a pure function of k.
 
-Orbax alone reads most flipped bits of large arrays as other numbers, without a word, and notices damage elsewhere only
-in what it happens to read. Hence the hashes, ``N/sha256.json``.
+Orbax alone reads most flipped bits of large arrays as other numbers, silently, and notices damage elsewhere only in
+what it happens to read. Hence the hashes, ``N/sha256.json``.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ from distill.devices import processes
 from distill.shapes import Params
 
 MAY_CHANGE = frozenset({"keep", "on_nan", "skips_in_a_row", "data_timeout", "remat"})
-"""Fields of ``TrainingConfig`` with which a run may go on changed, as it may on other devices: what it learns is the
-same. One that stopped at a NaN may go on skipping."""
+"""Fields of ``TrainingConfig`` that may differ when a run resumes, as its devices may: the result does not depend on
+them. A run that stopped at a NaN may resume with skipping."""
 
 BETTER = {"exact_match": "max", "agreement": "max", "kl": "min", "nll": "min", "perplexity": "min"}
 """Metric of an evaluation → which of its values is the best."""
@@ -179,7 +179,7 @@ class Checkpoints:
         return None if self._checkpointer.latest is None else self._checkpointer.latest.step
 
     def trust_latest(self) -> None:
-        """The caller's word that the newest checkpoint was looked at: it is not hashed again."""
+        """The caller guarantees that the newest checkpoint is sound: it is not hashed again."""
         self._sound |= set() if self.latest is None else {self.latest}
 
     def best(self, metric: str) -> int:
@@ -272,7 +272,7 @@ def resumed(run: Path, keep: KeepConfig = KeepConfig()) -> Checkpoints:
 
 
 def drop_damaged(run: Path) -> None:
-    """Renames damaged checkpoints newer than the newest sound one to ``N.damaged`` and says so on stderr.
+    """Rename damaged checkpoints newer than the newest sound one to ``N.damaged`` and report them on stderr.
 
     Raises ValueError, nothing renamed, when there are checkpoints and none is sound.
     """
@@ -280,8 +280,8 @@ def drop_damaged(run: Path) -> None:
     usable = processes.from_first(lambda: _drop_damaged(path))  # one looks and renames, all go on from there
     if not usable:
         raise ValueError(
-            f"{path}: every checkpoint is damaged (said above why). Restore one from a copy, or remove {path.parent} "
-            "to start anew."
+            f"{path}: every checkpoint is damaged (the reasons stand above). Restore one from a copy, or remove "
+            f"{path.parent} to start anew."
         )
 
 

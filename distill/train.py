@@ -1,7 +1,7 @@
 """The loop: data → step → metrics → evaluate → checkpoint.
 
-Nothing in it waits for the device but reading the metrics of the dispatch BEFORE the one just sent, so the device is
-never idle; evaluation and saving are the only other meeting points.
+The loop reads the metrics of the dispatch BEFORE the one it has just sent, so the device is never idle. Evaluation and
+saving are the only other points at which it waits.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """All of a training that is not a number: who learns what, from whom."""
+    """All of a training that is not a number: student, objective, examples and teacher."""
 
     student: Model
     terms: Sequence[Term]
@@ -84,15 +84,15 @@ def fit(
     log: LogConfig = LogConfig(),
     label: str = "student",
 ) -> Params:
-    """Trains, or goes on training, in a run folder; returns the final parameters (what is learnt of them).
+    """Train in a run folder, or resume there; returns the final values of the parameters that are learnt.
 
     Args:
-      run: the run folder; checkpoints and metrics.jsonl live there.
-      task: what is learnt.
+      run: the run folder, with checkpoints and metrics.jsonl.
+      task: student, objective, examples and teacher.
       training: steps, batch, optimizer, seed.
       parallel_config: how the devices are used.
       log: what is shown and written.
-      label: in the progress line.
+      label: name of the training in the progress line.
 
     Raises:
       ValueError: the folder holds a run with another identity, is in use, or the disk is full.
@@ -115,7 +115,7 @@ def fit(
         profile = Profile(run / "profile" if log.profile else None)
         with contextlib.closing(writer), contextlib.closing(feed), contextlib.closing(profile), progress:
             recorder = _Recorder(writer, progress, training, task, feed, _devices_of(state))
-            run_ = _Run(
+            state = _Run(
                 task=task,
                 training=training,
                 wrapping=wrapping,
@@ -126,8 +126,7 @@ def fit(
                 stop=stop,
                 state=state,
                 step=step,
-            )
-            state = run_.go()
+            ).go()
         return wrapping.fetch_state(state).params
 
 
@@ -143,7 +142,7 @@ def lower(
       task: of arrays, or of ``jax.ShapeDtypeStruct``.
       training: as for ``fit``.
       parallel_config: as for ``fit``.
-      devices: that it will run on, which may be of a machine that is not here (``plan.py``); None: those there are.
+      devices: of the machine it will run on, which need not be attached (``plan.py``); None: the attached ones.
 
     Returns:
       ``(lowered, state, frozen)``; on a mesh the shapes say how they lie on it.

@@ -1,8 +1,8 @@
-"""Two vocabularies side by side: whether student and teacher mean the same word by the same id.
+"""Alignment of two vocabularies: whether an id is the same token for student and teacher.
 
-Equal maps are fine. The rows of an embedding are often more than there are tokens (Qwen 2.5: 151 665 tokens, 151 936
-rows in the small models and 152 064 in the large), so equal maps may come with logits of different widths: the rows
-that name no token are masked on both sides. Different maps are refused.
+Equal maps are accepted. An embedding often has more rows than there are tokens (Qwen 2.5: 151 665 tokens, 151 936
+rows in the small models and 152 064 in the large), so equal maps may have logits of different widths. Rows without a
+token are masked on both sides. Different maps are refused.
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ import jax.numpy as jnp
 from distill.shapes import Logits
 
 NAMED = 5
-"""How many differing ids an error names."""
+"""Differing ids that an error names."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """What ``align`` found: ids below ``vocab_size`` carry probability, rows from there on do not."""
+    """Result of ``align``: ids below ``vocab_size`` have probability, later rows do not."""
 
     vocab_size: int
     student_rows: int
     teacher_rows: int
 
     def match(self, student_logits: Logits, teacher_logits: Logits) -> tuple[Logits, Logits]:
-        """Both logits with padded rows at −inf, cut to the smaller number of rows; as they are if nothing is padded.
+        """Both logits with padded rows at −inf, cut to the smaller number of rows; unchanged without padding.
 
         Example:
           >>> student, teacher = Alignment(2, 3, 4).match(jnp.zeros(3), jnp.zeros(4))
@@ -47,13 +47,13 @@ class Alignment:
 def align(
     student_tokens: dict[str, int], teacher_tokens: dict[str, int], student_rows: int, teacher_rows: int
 ) -> Alignment:
-    """Checks that two vocabularies are one, and says how many of their rows carry probability.
+    """Checks that two vocabularies are equal, and returns how many of their rows have probability.
 
     Args:
-      student_tokens: token → id, as ``token_ids`` gives it.
-      teacher_tokens: of the teacher.
+      student_tokens: token → id, from ``token_ids``.
+      teacher_tokens: the same of the teacher.
       student_rows: width of the student's logits: the ids with a row in its head.
-      teacher_rows: of the teacher.
+      teacher_rows: the same of the teacher.
 
     Returns:
       An ``Alignment``. If rows are padded on either side, one line is logged.
@@ -97,7 +97,7 @@ and teacher's token). Distil into a student with the teacher's tokenizer, or cho
 def mask_padding(logits: Logits, vocab_size: int) -> Logits:
     """Logits with rows ≥ ``vocab_size`` at −inf: no probability, no gradient. Unchanged if there are none.
 
-    Zero logits would not do: exp(0) is as much as many a real word has.
+    Zero logits would leave padding a probability: exp(0) is more than many tokens have.
 
     Raises:
       ValueError: fewer rows than ``vocab_size``.
@@ -135,7 +135,7 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def _difference(student_tokens: dict[str, int], teacher_tokens: dict[str, int]) -> str:
-    """What an error says of two maps that differ: the first ids, how many, and what to do."""
+    """Message for two maps that differ: the first ids, their number, and what to do."""
     student, teacher = _by_id(student_tokens), _by_id(teacher_tokens)
     ids = [i for i in sorted(student.keys() | teacher.keys()) if student.get(i) != teacher.get(i)]
     named = ", ".join(f"{i} is {student.get(i, 'nothing')} and {teacher.get(i, 'nothing')}" for i in ids[:NAMED])

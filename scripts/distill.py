@@ -17,7 +17,9 @@ from distill import cli
 def main(argv: Sequence[str]) -> None:
     """Parses, runs, prints."""
     options, config = cli.parse_config(__doc__, argv)
-    cli.set_up_jax(keep=getattr(config, "kind", "addition") != "addition")
+    from distill.experiments import kinds
+
+    cli.set_up_jax(keep=kinds.kind_of(config).large_steps)
     from distill.experiments import runner
 
     runner.print_summary(runner.run_experiment(config, options.run), options.run)

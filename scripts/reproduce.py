@@ -7,10 +7,8 @@ python scripts/reproduce.py golden              # a published model on two texts
 python scripts/reproduce.py smollm2             # distilled on text, three seeds: an hour and a half
 """
 
-import importlib
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +16,6 @@ peers = str(Path(__file__).parent / "peers")
 sys.path[0] = str(Path(__file__).parents[1])  # not scripts/, whose distill.py would hide the package
 
 from distill import cli
-
-SECTIONS = {"smollm2": "text"}
-"""What is reproduced → the module of that section, where it has another name."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,20 +29,20 @@ def main(argv: Sequence[str]) -> None:
         os.environ.setdefault("NPROC", "1")  # threads of XLA on a CPU, here and in the workers
     cli.set_up_jax(keep=known.what == "smollm2")
     from distill.config import load_config
+    from distill.reproduce import addition, conformance, golden, survival, text
 
-    section = importlib.import_module(f"distill.reproduce.{SECTIONS.get(known.what, known.what)}")
-    if known.what == "conformance":
-        section.run(peers)
-    elif known.what == "golden":
-        print(*section.smollm2(), sep="\n")
-    elif known.what == "survival":
-        with tempfile.TemporaryDirectory() as folder:
-            print(*section.section(Path(folder), known.page), sep="\n")
-    elif known.what == "smollm2":
-        section.text(load_config("smollm2_text"), known.run or Path("runs/smollm2_seeds"), known.page)
-    else:
-        run = known.run or Path("runs/addition_arms")
-        section.addition(load_config("addition_arms"), run, known.page, cli.set_up_jax)
+    def run(name: str) -> Path:
+        return known.run or Path("runs") / name
+
+    {
+        "addition": lambda: addition.addition(
+            load_config("addition_arms"), run("addition_arms"), known.page, cli.set_up_jax
+        ),
+        "survival": lambda: survival.section(known.page),
+        "conformance": lambda: conformance.run(peers),
+        "golden": lambda: print(*golden.smollm2(), sep="\n"),
+        "smollm2": lambda: text.text(load_config("smollm2_text"), run("smollm2_seeds"), known.page),
+    }[known.what]()
     if known.what in ("addition", "smollm2"):
         print(f"written: {known.page}")
 

@@ -75,6 +75,7 @@ def main(folder: Path) -> None:
     import jax
     import numpy as np
 
+    from distill.data import stream
     from distill.parallel import ParallelConfig
 
     if "ENDLESS" in os.environ:
@@ -97,7 +98,11 @@ def main(folder: Path) -> None:
     }
     (folder / f"process{index}.json").write_text(json.dumps(seen))
     print("said by process", index)
+    read, batch = [], stream.StreamLoader.batch
+    stream.StreamLoader.batch = lambda self, k: read.append(batch(self, k)) or read[-1]
     learn_text(folder, ParallelConfig(fsdp=2), streaming=True)
+    rows = [int(one.mask.any(axis=1).sum()) for one in read]
+    (folder / f"process{index}_rows.json").write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

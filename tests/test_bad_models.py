@@ -34,7 +34,7 @@ TESTS = Path(__file__).parent
 HELD = {
     "several files without an index": "folder.several_files_without_an_index_are_refused",
     "a tensor left over": "weights.tensors_that_do_not_fit_are_named",
-    "offline and not in the cache": "folder.offline_a_name_is_read_from_the_cache",
+    "offline and not in the cache": "folder.offline_a_name_is_read_from_the_cache_and_one_that_is_not_there_is_named",
     "a GGUF key the decoder lacks": "gguf.what_the_decoder_lacks_is_named",
     "a quantisation that cannot be undone": "gguf.a_quantisation_that_cannot_be_undone_is_named",
     "the package gguf is missing": "gguf.the_package_is_named_when_it_is_missing",

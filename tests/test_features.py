@@ -16,7 +16,8 @@ from distill.data import addition
 from distill.experiments import runner
 from distill.experiments.addition.config import Config, Recipe
 from distill.experiments.addition.measure import network
-from distill.experiments.addition.run import World, student_arm, transfer_set
+from distill.experiments.addition.run import World, student_arm
+from distill.experiments.addition.student import transfer_set
 from distill.experiments.folder import Trained, restore
 from distill.features import (
     FeatureConfig,
@@ -334,7 +335,7 @@ def test_sequence_level_distillation_is_cross_entropy_on_the_teachers_answers():
     recipe = Recipe(DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16))
     objective = ObjectiveConfig(kd_weight=0.0, task_weight=1.0)
     config = Config(data=data, teacher=recipe, student=recipe, objective=objective)
-    sides, model = addition.load(data), network(recipe)
+    sides, model = addition.load(data), network(recipe.model)
     teacher = Trained(model, random_params(model, seed=3))
     examples = transfer_set(config, sides, teacher)
     prompts = examples.prompts(data)
@@ -365,11 +366,11 @@ def test_an_experiment_with_features_sequence_means_and_padded_vocabularies(tmp_
         parallel=ParallelConfig(backend="one_device"),
         log=LogConfig(progress=False),
     )
-    teacher = network(config.teacher)
+    teacher = network(config.teacher.model)
     trained = Trained(teacher, teacher.init(jax.random.key(1)))
     sides = addition.load(config.data)
     student = runner.train(student_arm(World(config, tmp_path, sides), trained), config)
-    again = restore(network(config.student), tmp_path)
+    again = restore(network(config.student.model), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, student.params, again.params)
     assert student.model.vocab_size == 14
     with pytest.raises(ValueError, match="hidden_weight: 1.0 → 0.0"):

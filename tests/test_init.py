@@ -19,8 +19,9 @@ from distill.experiments.folder import Trained
 from distill.metrics import read_metrics
 from distill.models import DecoderConfig, decoder
 from distill.parallel import ParallelConfig
-from distill.students.cut import Importance, importance, like, spread, student_from
-from distill.students.start import StartConfig
+from distill.students.config import StartConfig
+from distill.students.cut import Importance, importance, like, student_from
+from distill.students.layers import spread
 from distill.training import LogConfig, TrainingConfig
 
 CONFIG = tiny(
@@ -249,7 +250,7 @@ def experiment(**options):
 
 def test_an_experiment_starts_from_its_teacher(tmp_path):
     config = experiment()
-    teacher = Trained(network(config.teacher), random_params(network(config.teacher)))
+    teacher = Trained(network(config.teacher.model), random_params(network(config.teacher.model)))
     sides = addition.load(config.data)
 
     def distil(config, run):

@@ -21,7 +21,7 @@ from distill.models import DecoderConfig
 from distill.parallel import ParallelConfig, make_mesh
 from distill.planning import plan, roofline
 from distill.planning.hlo import Collective, collectives
-from distill.students.start import StartConfig
+from distill.students.config import StartConfig
 from distill.train import lower
 from distill.training import TrainingConfig
 
@@ -292,7 +292,15 @@ def test_people_read_the_same_numbers(values, capsys):
 def test_what_does_not_fit_is_told_what_to_change(config, monkeypatch, capsys):
     topology = parse_topology("gpu:8")
     small = topology._replace(chip=topology.chip._replace(memory=1e3))
-    part = {"parameters": 100, "optimizer": 200, "teacher": 300, "data": 5, "temporary": 10_000, "total": 10_605}
+    part = {
+        "parameters": 100,
+        "optimizer": 200,
+        "teacher": 300,
+        "data": 5,
+        "evaluation": 0,
+        "temporary": 10_000,
+        "total": 10_605,
+    }
     totals = iter([10_605, 5_000, 900])
     monkeypatch.setattr(
         plan, "compile_step", lambda config, *_: _program(part | {"total": next(totals)}, seen.append(config))

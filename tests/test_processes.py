@@ -91,7 +91,7 @@ def test_nobody_is_waited_for_without_end(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "index", lambda: 1)
     monkeypatch.setattr(global_state, "client", Silent())
-    with pytest.raises(TimeoutError, match=r"process 0 said nothing for 3 s \(.* 3000 ms"):
+    with pytest.raises(TimeoutError, match=r"process 0 sent nothing for 3 s \(.* 3000 ms"):
         processes.from_first(lambda: 1, seconds=3.0)
     with pytest.raises(TimeoutError, match=r"not all 2 processes came to: data, in 3 s \(.* 3000 ms"):
         processes.meet("data", seconds=3.0)
@@ -179,6 +179,8 @@ def test_two_processes_distil_on_text_what_one_does(pair, tmp_path):
     learn_text(tmp_path, ParallelConfig(backend="one_device"))
     together, one = (distill.load(folder / "text" / "student_hf")[1] for folder in (pair, tmp_path))
     assert distance(jax.tree.leaves(together), jax.tree.leaves(one)) < 1e-6
+    read = [json.loads((pair / f"process{index}_rows.json").read_text()) for index in (0, 1)]
+    assert set(read[0]) == set(read[1]) == {4} and len(read[0]) >= 2  # of eight rows each process reads its own
 
 
 def test_what_the_two_processes_exchange(pair):

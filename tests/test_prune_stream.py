@@ -124,14 +124,18 @@ def test_rows_from_the_disk_come_in_the_order_of_the_loader(stored):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_order_does_not_depend_on_the_number_of_processes(stored, processes):
     _, source = stored
-    parts = [StreamLoader(source, 6, 1, process_index=i, process_count=processes) for i in range(processes)]
+    places = np.arange(6).reshape(processes, -1)
+    parts = [StreamLoader(source, 6, 1, own=own) for own in places]
     for k in (0, 7):
-        together = np.concatenate([part.batch(k).inputs for part in parts])
-        np.testing.assert_array_equal(together, StreamLoader(source, 6, 1).batch(k).inputs)
+        whole = StreamLoader(source, 6, 1).batch(k)
+        for own, part in zip(places, parts, strict=True):
+            mine = part.batch(k)
+            jax.tree.map(lambda a, b, own=own: np.testing.assert_array_equal(a[own], b[own]), mine, whole)
+            assert not np.delete(mine.mask, own, axis=0).any() and mine.inputs.shape == whole.inputs.shape
 
 
 def test_bad_streams_are_refused(stored):
     with pytest.raises(ValueError, match="0 rows in batches of 2"):
         StreamLoader([], 2, 0)
-    with pytest.raises(ValueError, match="process 0 of 4, batch_size=6"):
-        StreamLoader(stored[1], 6, 0, process_count=4)
+    with pytest.raises(ValueError, match=r"places \[5, 6\]; expected some of 0 … 5"):
+        StreamLoader(stored[1], 6, 0, own=np.array([5, 6]))

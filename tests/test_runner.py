@@ -151,6 +151,8 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     assert fingerprints.of_files(tmp_path / "a") == first and len(hashed) == 6
     distill.save(tmp_path / "a", model, random_params(model, 3))
     assert fingerprints.of_files(tmp_path / "a") not in (first, other) and len(hashed) > 6
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b" / "config.json"))  # cannot be a folder: nothing is kept
+    assert fingerprints.of_files(tmp_path / "b") == other
     with pytest.raises(FileNotFoundError, match="no weights"):
         fingerprints.of_files(tmp_path / "cache")
 
@@ -187,3 +189,19 @@ def test_the_summary_is_printed_with_its_labels(finished, capsys):
     runner.print_summary(summary, run)
     shown = capsys.readouterr().out
     assert "baseline (alone, 20 labels)" in shown and " ms" in shown and "student 1.0x smaller" in shown
+
+
+# ---- on a mesh
+
+
+def test_a_run_on_a_mesh_is_measured_there_as_on_one_device(tmp_path):
+    alone = text_config(teacher_and_text(tmp_path), arms=(), heldout_rows=9)
+    spread = dataclasses.replace(alone, parallel=ParallelConfig(fsdp=2))
+    one, eight = (runner.run_experiment(config, tmp_path / f"run{i}") for i, config in enumerate((alone, spread)))
+    for name in ("teacher", "student", "start"):
+        keys = one[name].keys() & {"kl", "nll", "agreement"}
+        assert len(keys) >= 1
+        assert {key: eight[name][key] for key in keys} == pytest.approx({key: one[name][key] for key in keys}, rel=1e-4)
+    again = runner.evaluate_folder(tmp_path / "run1")  # parameters as they are read back
+    assert again["student"]["kl"] == pytest.approx(eight["student"]["kl"], rel=1e-5)
+    assert runner.answer(tmp_path / "run1", ["the cat"]) == runner.answer(tmp_path / "run0", ["the cat"])

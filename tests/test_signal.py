@@ -14,7 +14,8 @@ from distill.data import addition
 from distill.data.loader import Loader
 from distill.experiments.addition.config import Config, Recipe
 from distill.experiments.addition.measure import network
-from distill.experiments.addition.run import World, distillation, started
+from distill.experiments.addition.run import World, distillation
+from distill.experiments.addition.student import started
 from distill.experiments.folder import Trained
 from distill.models import DecoderConfig
 from distill.objective import ObjectiveConfig, terms_of
@@ -137,7 +138,7 @@ def test_a_configuration_trains_on_stored_tokens_as_the_loss_by_hand(tmp_path, c
         parallel=ParallelConfig(backend="one_device"),
         log=LogConfig(progress=False),
     )
-    teacher = network(asked.teacher)
+    teacher = network(asked.teacher.model)
     teacher = Trained(teacher, random_params(teacher, 3))
     sides = addition.load(asked.data)
     work = distillation(World(asked, tmp_path, sides), teacher, lambda: started(asked, teacher, sides["train"]))

@@ -276,7 +276,7 @@ def test_what_cannot_be_is_refused():
     for function in (losses.logit_mse, losses.pearson):
         with pytest.raises(ValueError, match=f"{function.__name__} has no form with a tail"):
             losses.sparse(function, student, targets)
-    with pytest.raises(ValueError, match="3 words are stored of a vocabulary of 2"):
+    with pytest.raises(ValueError, match="3 tokens are stored of a vocabulary of 2"):
         losses.sparse(losses.forward_kl, student[:, :2], targets)
     with pytest.raises(ValueError, match="k=13; expected 1 ≤ k ≤ 12"):
         losses.top_k_targets(teacher, 13)

@@ -8,8 +8,9 @@ import pytest
 from builders import random_params, tiny
 
 from distill.models import decoder
-from distill.students.cut import CHOICES
-from distill.students.start import StartConfig, outline, start
+from distill.students.config import StartConfig
+from distill.students.layers import CHOICES
+from distill.students.start import outline, start
 
 BIG, SMALL = tiny(layers=4), tiny(layers=2, head_dim=2)
 TEACHER = decoder(BIG)

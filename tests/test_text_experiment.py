@@ -23,7 +23,8 @@ from distill.models import DecoderConfig, decoder
 from distill.reports.text import write_report
 from distill.reproduce import text as reproduce
 from distill.reproduce.page import write_section
-from distill.students.start import Start, StartConfig
+from distill.students.config import StartConfig
+from distill.students.start import Start
 from distill.tokenizer import TextTokenizer
 from distill.weights.published import read
 

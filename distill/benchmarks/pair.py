@@ -83,7 +83,7 @@ def _line(case: str, command: list[str], task: dict[str, Any]) -> str:
 
 def _models(task: dict[str, Any]) -> tuple[Any, Any]:
     """Student and teacher, which is None where there is none."""
-    from distill.models import decoder
+    from distill.models.decoder import decoder
     from distill.planning.architectures import architecture
 
     names = (task["student"], task["teacher"])

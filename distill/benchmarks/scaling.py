@@ -27,7 +27,9 @@ from distill.benchmarks.rounds import spread
 from distill.config import write_json
 from distill.data.loader import Loader
 from distill.devices import processes
-from distill.models import DecoderConfig, Model, decoder
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
+from distill.models.model import Model
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import ParallelConfig, Wrapping

@@ -47,7 +47,7 @@ _FIND = "import importlib.util as u, sys; sys.exit(' '.join(n for n in sys.argv[
 
 def flops(vocab: int) -> float:
     """FLOPs of one step's matrix products: the teacher's forward pass, three of the student's; causal scores halved."""
-    from distill.models import DecoderConfig
+    from distill.models.config import DecoderConfig
 
     def one(layers: int, width: int) -> float:
         sizes = {"layers": layers, "width": width, "heads": width // 64, "feed_forward": 3 * width}

@@ -17,7 +17,8 @@ from distill.batch import Batch
 from distill.benchmarks.rounds import Run, in_turn, ratio, speed, spread
 from distill.data import addition
 from distill.data.loader import Loader
-from distill.models import DecoderConfig, decoder
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.state import init_state

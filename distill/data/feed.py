@@ -57,7 +57,7 @@ class Ahead:
       ahead: dispatches kept ready, on the devices.
 
     Example:
-      >>> from distill.data.loader import shift
+      >>> from distill.batch import shift
       >>> batch = lambda k: shift(np.full((2, 5), k), np.ones((2, 5), bool))
       >>> feed = Ahead(batch, range(0, 6, 3), lambda batches: batches, timeout=9.0)
       >>> _, batches = feed(3)

@@ -52,6 +52,7 @@ class Loader:
       ValueError: no examples, or a batch size below 1.
 
     Example:
+      >>> from distill.batch import shift
       >>> tokens = np.arange(8).reshape(4, 2)
       >>> loader = Loader(shift(tokens, np.ones_like(tokens)), batch_size=2, seed=0)
       >>> bool((loader.batch(5).inputs == loader.batch(5).inputs).all())

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from distill.batch import Batch
@@ -26,37 +27,37 @@ class StreamLoader:
         the fields of ``Rows``: what ``open_rows`` gives.
       batch_size: global batch B.
       seed: of the order.
-      process_index: which of the processes this is.
-      process_count: how many there are; each reads its own part of every batch.
+      own: places in a batch whose rows are read, those that lie on this process's devices; the others are zeros.
+        None: all.
 
     Raises:
-      ValueError: no rows, a batch size that the processes do not divide, or a process that is none of them.
+      ValueError: no rows, or places outside the batch.
     """
 
-    def __init__(
-        self, source: Sequence[Any], batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1
-    ):
+    def __init__(self, source: Sequence[Any], batch_size: int, seed: int, *, own: np.ndarray | None = None):
         if not len(source) or batch_size < 1:
             raise ValueError(f"StreamLoader: {len(source)} rows in batches of {batch_size}; expected ≥ 1 of both.")
-        if not 0 <= process_index < process_count or batch_size % process_count:
-            raise ValueError(
-                f"StreamLoader: process {process_index} of {process_count}, batch_size={batch_size}; expected a "
-                "process below their number, and a number that divides the batch."
-            )
+        if own is not None and not ((own >= 0) & (own < batch_size)).all():
+            raise ValueError(f"StreamLoader: places {own.tolist()}; expected some of 0 … {batch_size - 1}.")
         self.source, self.batch_size, self.seed = source, batch_size, seed
-        part = batch_size // process_count
-        self._part = slice(process_index * part, (process_index + 1) * part)
+        self._own = own
 
     def rows(self, k: int) -> np.ndarray:
         """Numbers ``[B]`` of the rows of batch k, of all processes."""
         return rows_of(len(self.source), self.batch_size, self.seed, k, 1)[0]
 
     def batch(self, k: int) -> Batch:
-        """This process's part of batch k, ``[B / processes, L]``; together they are batch k."""
-        return self._read(k).batch()
+        """Batch k, ``[B, L]``."""
+        numbers = self.rows(k)
+        if self._own is None:
+            return as_rows(self.source.__getitems__(numbers.tolist())).batch()
+        own = as_rows(self.source.__getitems__(numbers[self._own].tolist()))
+        return jax.tree.map(self._in_its_place, own).batch()
 
-    def _read(self, k: int) -> Rows:
-        return as_rows(self.source.__getitems__(self.rows(k)[self._part].tolist()))
+    def _in_its_place(self, own: np.ndarray) -> np.ndarray:
+        whole = np.zeros((self.batch_size, *own.shape[1:]), own.dtype)
+        whole[self._own] = own
+        return whole
 
 
 def open_rows(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
-    """What makers say of a chip; nothing here is measured."""
+    """A chip by its data sheet; nothing here is measured."""
 
     name: str
     flops: float
@@ -17,13 +17,13 @@ class Chip(NamedTuple):
     memory: float
     """Bytes."""
     bandwidth: float
-    """Of the memory, bytes/s."""
+    """Of the memory, in bytes/s."""
     links: float
-    """Bytes/s that a chip can send to its neighbours, all its links together."""
+    """Bytes/s to its neighbours over all links together."""
     dollars: float
-    """An hour of one, on demand."""
+    """Price of an hour, on demand."""
     dimensions: int
-    """Of the torus its slices are cut from; 0: a number of them in one machine."""
+    """Dimensions of the torus of its slices; 0: several chips in one machine."""
 
 
 CHIPS = {
@@ -84,7 +84,7 @@ def parse_topology(name: str) -> Topology:
 
 
 def prepare_jax(topology: Topology) -> None:
-    """Before JAX computes anything: nothing may wait for an accelerator, and there are CPU devices enough."""
+    """Sets JAX up to compile for a slice without an accelerator; call it before JAX computes anything."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -93,9 +93,9 @@ def prepare_jax(topology: Topology) -> None:
 
 
 def devices_of(topology: Topology) -> Sequence[Any]:
-    """Devices to lower a program for; none of them need be here.
+    """Devices to lower a program for; none of them need to be attached.
 
-    Of a TPU, those the compiler for TPUs describes; of GPUs, as many CPU devices in their place.
+    For a TPU they are those that the TPU compiler describes, for GPUs the same number of CPU devices.
 
     Raises:
       ValueError: that compiler is missing, knows no such slice, or JAX has been started with fewer CPU devices.

@@ -1,4 +1,4 @@
-"""Processes: one program on several machines, or several times on one, over one global mesh, by ``jax.distributed``.
+"""Processes: one program on several machines, or several times on one, with one global mesh (``jax.distributed``).
 
 Every process runs the same command. Which one it is comes from the environment:
 
@@ -9,8 +9,8 @@ anything else                   ``JAX_COORDINATOR_ADDRESS=HOST:PORT`` (process 0
                                 ``JAX_NUM_PROCESSES``, ``JAX_PROCESS_ID``
 ==============================  =====================================================================================
 
-``JAX_NUM_PROCESSES=1`` means one process, whatever the machine says. Process 0 writes; the others only compute.
-A process that dies ends the others: they miss its heartbeat (``HEARTBEAT_SECONDS``), say so, and exit with an error.
+``JAX_NUM_PROCESSES=1`` means one process on any machine. Process 0 writes; the others only compute. A process that dies
+ends the others: they miss its heartbeat (``HEARTBEAT_SECONDS``), report it, and exit with an error.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HEARTBEAT_SECONDS = 30
-"""A process that has not been heard for so long is lost."""
+"""Time without a heartbeat after which a process is lost."""
 START_SECONDS = 300
-"""How long processes wait for each other at the start; ``JAX_START_SECONDS`` says otherwise."""
+"""Time that processes wait for each other at the start; ``JAX_START_SECONDS`` overrides it."""
 MEETING_SECONDS = 1800
-"""How long processes wait for each other later; a lost one is noticed by its heartbeat long before."""
+"""Time that processes wait for each other later; the heartbeat reports a lost one long before."""
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -38,7 +38,7 @@ _dispatches = itertools.count()
 
 
 class Start(NamedTuple):
-    """Arguments of ``jax.distributed.initialize``; what is None is found out by JAX."""
+    """Arguments of ``jax.distributed.initialize``; JAX finds those that are None."""
 
     coordinator_address: str | None = None
     num_processes: int | None = None
@@ -47,7 +47,7 @@ class Start(NamedTuple):
 
 
 def settings(environment: Mapping[str, str], on_tpu: bool = False) -> Start | None:
-    """How this process is to be joined with others; None: it is the only one.
+    """How this process joins the others; None for a single process.
 
     Args:
       environment: its variables.
@@ -93,7 +93,7 @@ def _number(name: str, text: str) -> int:
 
 
 def _devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
-    """All GPUs of a node, for the one task on it; JAX gives a Slurm task one device unless told otherwise."""
+    """All GPUs of a node for its one task; by default JAX gives a Slurm task one device."""
     one_task = environment["SLURM_NTASKS"] == environment.get("SLURM_NNODES")
     gpus = environment.get("SLURM_GPUS_ON_NODE", "")
     if not one_task or not gpus.isdigit() or "JAX_LOCAL_DEVICE_IDS" in environment:
@@ -102,10 +102,10 @@ def _devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def start() -> None:
-    """Joins this process with the others, before any array is made; does nothing where it is the only one.
+    """Joins this process with the others; call it before any array is made. A no-op for a single process.
 
-    From then on processes other than 0 print nothing on stdout. Ends the process, with a message and exit code 1, when
-    the others do not come within ``START_SECONDS``.
+    Afterwards processes other than 0 print nothing on stdout. The process exits with a message and code 1 if the others
+    do not come within ``START_SECONDS``.
 
     Raises:
       ValueError: as ``settings``.
@@ -137,7 +137,7 @@ def start() -> None:
 
 
 def _has_tpu() -> bool:
-    """Whether there are TPU chips here, for JAX to ask about the slice they belong to."""
+    """Whether this machine has TPU chips, so that JAX can ask about their slice."""
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
     places = (*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*"))
     return "tpu" in wanted and bool(places) and bool(os.environ.get("TPU_WORKER_HOSTNAMES") or _has_libtpu())
@@ -163,7 +163,7 @@ def _nobody_came(found: Start, seconds: int) -> None:
 
 
 def abort(code: int, message: str) -> None:
-    """Ends this process at once. An orderly exit would wait for processes that wait for this one."""
+    """Exits immediately. An orderly exit would wait for processes that wait for this one."""
     print(message, file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
         sys.stdout.flush()
@@ -173,25 +173,25 @@ def abort(code: int, message: str) -> None:
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     import jax
 
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this is; 0 writes."""
+    """Index of this process; process 0 writes."""
     import jax
 
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def from_first(make: Callable[[], Any], *, seconds: float = MEETING_SECONDS) -> Any:
-    """What process 0 makes, on every process: a value that JSON can hold. The others wait for it.
+    """Runs ``make`` on process 0 and returns its value, which JSON can hold, on every process.
 
     Raises:
       ValueError: on every process, what ``make`` raised on process 0 (there, with its own class).
-      TimeoutError: process 0 said nothing for so long.
+      TimeoutError: process 0 sent nothing for ``seconds``.
     """
     if count() == 1:
         return make()
@@ -200,12 +200,12 @@ def from_first(make: Callable[[], Any], *, seconds: float = MEETING_SECONDS) -> 
     client, key = global_state.client, f"distill/from_first/{next(_numbers)}"
     if index():
         try:
-            said = json.loads(client.blocking_key_value_get(key, round(seconds * 1000)))
+            sent = json.loads(client.blocking_key_value_get(key, round(seconds * 1000)))
         except Exception as error:
-            raise TimeoutError(f"process 0 said nothing for {seconds:.0f} s ({error}); see its log.") from error
-        if "error" in said:
-            raise ValueError(said["error"])
-        return said["value"]
+            raise TimeoutError(f"process 0 sent nothing for {seconds:.0f} s ({error}); see its log.") from error
+        if "error" in sent:
+            raise ValueError(sent["error"])
+        return sent["value"]
     try:
         value = make()
     except Exception as error:
@@ -216,10 +216,10 @@ def from_first(make: Callable[[], Any], *, seconds: float = MEETING_SECONDS) -> 
 
 
 def meet(what: str, *, seconds: float = MEETING_SECONDS) -> None:
-    """Waits until every process is here.
+    """Barrier: waits until every process has called it.
 
     Raises:
-      TimeoutError: some did not come for so long.
+      TimeoutError: a process did not come within ``seconds``.
     """
     if count() == 1:
         return
@@ -239,7 +239,7 @@ def agree(what: str, value: str) -> None:
 
 @contextlib.contextmanager
 def first_goes_first(what: str) -> Iterator[None]:
-    """Process 0 does it while the others wait; then they do it, and find it done where the folder is a shared one."""
+    """Runs the block on process 0 first, then on the others, which find its files in a shared folder."""
     if index():
         meet(what)
     yield
@@ -248,7 +248,7 @@ def first_goes_first(what: str) -> Iterator[None]:
 
 
 def asked_to_stop() -> bool:
-    """Whether some process got SIGTERM; True at the same call on all. Each has to call it equally often."""
+    """Whether a process got SIGTERM; True at the same call on all, so all must call it equally often."""
     if count() == 1:
         return False
     from jax.experimental import multihost_utils
@@ -257,7 +257,7 @@ def asked_to_stop() -> bool:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays as numpy, whole, on every process, wherever their parts lie."""
+    """Whole arrays in numpy on every process; gathers shards of other processes."""
     import jax
     import numpy as np
 
@@ -274,7 +274,7 @@ def fetch(tree: Any) -> Any:
 
 
 def spread(tree: Any, shardings: Any) -> Any:
-    """``jax.device_put`` for shardings over the devices of all processes; each process hands over its own parts only.
+    """``jax.device_put`` for shardings over the devices of all processes; each process places its shards.
 
     Args:
       tree: arrays whose values are equal on all processes, or which already lie on all devices.
@@ -298,7 +298,7 @@ def spread(tree: Any, shardings: Any) -> Any:
 
 
 def everywhere() -> Any:
-    """The sharding of what each process holds whole: on its devices, or on the first one where it is alone."""
+    """The sharding of a replicated array: on all devices, or on the first one of a single process."""
     import jax
     import numpy as np
 
@@ -309,7 +309,7 @@ def everywhere() -> Any:
 
 
 def shared(tree: Any) -> Any:
-    """Arrays that each process made for itself, equal on all, as arrays of all; others stay what they are."""
+    """Turns arrays that are equal on all processes into replicated global arrays; global ones are unchanged."""
     import jax
 
     if count() == 1:

@@ -1,7 +1,7 @@
-"""Where the time of a training goes: a trace that XProf and TensorBoard open, and a table of its parts.
+"""Profiling of a training: a trace that XProf and TensorBoard open, and a table of its parts.
 
-A few dispatches after the first (which compiles) are traced. Every operation the devices report is counted with its own
-time, without that of the operations inside it, and belongs to a part of the step by its name in the compiled program.
+The trace covers a few dispatches after the first, which compiles. Every operation of a device counts with its self
+time, and its name in the compiled program assigns it to a part of the step.
 """
 
 import collections
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 DISPATCHES = 3
-"""Traced at most; fewer where an evaluation comes before."""
+"""Dispatches that are traced; fewer if an evaluation comes before."""
 
 PARTS = {
     "optimizer": r"\boptimizer\b",
@@ -23,7 +23,7 @@ PARTS = {
     "student, backward": r"transpose\(",
     "student, forward": r"jvp\(|student",
 }
-"""Part → what the name of its operations holds; the first that fits."""
+"""Part → pattern of the names of its operations; the first match counts."""
 
 
 class Event(NamedTuple):
@@ -38,7 +38,7 @@ class Profile:
     """Traces a few dispatches of a loop.
 
     Args:
-      folder: the trace is written here; None: nothing is traced.
+      folder: of the trace; None: nothing is traced.
 
     Example::
 
@@ -53,7 +53,7 @@ class Profile:
         self.folder, self._seen, self._tracing, self._text = folder, 0, False, ""
 
     def before(self, steps: Any, arguments: tuple) -> None:
-        """Begins to trace, unless this is the first dispatch."""
+        """Starts the trace at the second dispatch."""
         if self.folder is not None and self._seen == 1:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments)
             self._text = steps.lower(*shapes).compile().as_text()  # from the cache of compiled programs
@@ -61,12 +61,12 @@ class Profile:
             self._tracing = True
 
     def after(self, results: Any, last: bool, batches: int) -> None:
-        """Prints the table once enough is traced.
+        """Prints the table when the trace is complete.
 
         Args:
           results: of the dispatch.
-          last: something else than a dispatch comes next.
-          batches: in a dispatch.
+          last: whether something else than a dispatch comes next.
+          batches: number of batches in a dispatch.
         """
         self._seen += 1
         if not self._tracing or not (last or self._seen == DISPATCHES + 1):
@@ -78,7 +78,7 @@ class Profile:
         print(*table(events_of(traces[-1]), names_of(self._text), steps, self.folder), sep="\n")
 
     def close(self) -> None:
-        """Ends a trace that was begun."""
+        """Stops a running trace."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
@@ -96,7 +96,7 @@ def names_of(program: str) -> dict[str, str]:
 
 
 def part_of(name: str) -> str:
-    """Which of ``PARTS`` an operation belongs to, or ``"rest"``.
+    """The part of ``PARTS`` of an operation, or ``"rest"``.
 
     Example:
       >>> part_of("jit(f)/while/body/transpose(jvp(student))/dot_general"), part_of("jit(f)/while/body/gather")
@@ -125,7 +125,7 @@ def _operations(line: Any) -> list[Event]:
 
 
 def own_times(events: Iterable[Event]) -> dict[str, float]:
-    """Name → nanoseconds in all, without those of events inside an event (a loop holds its body).
+    """Name → self time in nanoseconds, without that of nested events (a loop contains its body).
 
     Example:
       >>> own_times([Event("while", 0, 10), Event("dot", 1, 4), Event("dot", 5, 9)])
@@ -144,9 +144,9 @@ def own_times(events: Iterable[Event]) -> dict[str, float]:
 
 
 def table(streams: list[list[Event]], names: dict[str, str], steps: int, folder: Path) -> list[str]:
-    """Lines: milliseconds of a step in each part, in nothing, and in the five operations that take most.
+    """Lines: milliseconds of a step in each part, in gaps, and in the five longest operations.
 
-    Times are of the busiest stream, so that they add up; where a CPU has several threads, the others help it.
+    Times are of the busiest stream, so that they add up; other threads of a CPU work beside it.
     """
     if not streams:
         return [f"{folder}: no operation of a device in the trace; open it with XProf."]

@@ -1,4 +1,4 @@
-"""How fast training is, in floating-point operations: those the models need, whatever a program does for them."""
+"""Training speed in floating-point operations that the models need, however a program computes them."""
 
 import jax
 
@@ -15,11 +15,11 @@ KINDS = {
     "NVIDIA H100 80GB": "h100",
     "NVIDIA H200": "h100",
 }
-"""How ``device_kind`` begins → the chip of ``chips.py`` with its FLOP/s; the longest beginning counts."""
+"""Prefix of ``device_kind`` → chip of ``chips.py`` with its FLOP/s; the longest prefix counts."""
 
 
 def peak(kind: str) -> float | None:
-    """bfloat16 FLOP/s of one device at most, as its maker states it; None where nobody does (CPUs).
+    """Peak bfloat16 FLOP/s of one device by its data sheet; None where there is none (CPUs).
 
     Example:
       >>> peak("NVIDIA H100 80GB HBM3"), peak("cpu")
@@ -32,12 +32,11 @@ def peak(kind: str) -> float | None:
 def flops_per_token(student: Model, teacher: Model | None, length: int) -> float | None:
     """FLOPs of a train step per token: three forward passes of the student, one of the teacher.
 
-    A student of which only a part is learnt (``Model.base``) has no gradients for the rest: two forward passes' worth.
-    Nothing is counted twice that is computed twice (rematerialisation). None for networks that do not say what they
-    cost.
+    A student with a frozen part (``Model.base``) has no gradients for it and counts two forward passes. Rematerialised
+    operations count once. None for networks whose configuration has no ``flops_per_token``.
 
     Args:
-      student: what is trained.
+      student: the model that is trained.
       teacher: where it is evaluated in the step.
       length: tokens of a row.
     """
@@ -54,7 +53,7 @@ def utilisation(flops_per_second: float, devices: int) -> dict[str, float]:
 
 
 def shown_share(share: float) -> str:
-    """As per cent; what one decimal rounds to nothing is said to be less than it.
+    """A percentage with one decimal; shares that round to 0 are shown as less than 0.1 %.
 
     Example:
       >>> shown_share(0.453), shown_share(0.00002)

@@ -31,7 +31,7 @@ def logits_on(model: Model, params: Params, batch: Batch) -> np.ndarray:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In float64."""
+    """Log-probabilities in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 

@@ -1,4 +1,4 @@
-"""What the stages of an experiment cost: FLOPs, seconds, CPU-seconds and, on a CPU, modelled energy."""
+"""Cost of the stages of an experiment: FLOPs, seconds, CPU-seconds and, on a CPU, modelled energy."""
 
 import contextlib
 import json
@@ -71,6 +71,6 @@ def _spent(started: tuple[float, float]) -> dict[str, Any]:
 
 
 def _changed(folder: Path) -> int | None:
-    """When a training last wrote its metrics; None where it has not begun."""
+    """Time at which a training last wrote its metrics; None where it has not begun."""
     file = folder / "metrics.jsonl"
     return file.stat().st_mtime_ns if file.exists() else None

@@ -3,6 +3,7 @@
 A fingerprint stands in the identity of a run, which must not go on with another teacher.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -42,8 +43,9 @@ def _of_files(path: Path) -> str:
     marks = {file: f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files}
     new = {mark: _sha256(file) for file, mark in marks.items() if mark not in known}
     if new:
-        write_json(cache, known | new)
         known |= new
+        with contextlib.suppress(OSError):  # a home that cannot be written, or another run that writes it now
+            write_json(cache, known)
     parts = [f"{file.name if path.is_dir() else ''} {known[mark]}" for file, mark in marks.items()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -39,7 +39,7 @@ def restore(model: Model, run: Path, best: str | None = None) -> Trained:
 
 
 def identity(config: Any, *parts: str, **more: Any) -> dict[str, Any]:
-    """What may not change when a training goes on: parts of the configuration, and fingerprints."""
+    """Parts of the configuration and fingerprints that may not change when a training goes on."""
     everything = to_dict(config)
     return {part: everything[part] for part in parts} | more
 

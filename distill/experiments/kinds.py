@@ -11,23 +11,25 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """Two modules, imported when they are needed."""
+    """Two modules, imported when they are needed, and what a script must know before it starts JAX."""
 
     experiment: str
     """What is the kind's own of a run; ``runner.py`` lists its functions."""
     report: str
     """Has ``write_report(runs)``; imports no jax."""
+    large_steps: bool = True
+    """Whether a step is so large that a process on a CPU keeps freed memory between steps (``backend.keep_memory``)."""
 
 
 KINDS = {
-    "addition": Kind("distill.experiments.addition.run", "distill.reports.addition"),
+    "addition": Kind("distill.experiments.addition.run", "distill.reports.addition", large_steps=False),
     "sentences": Kind("distill.experiments.sentences.run", "distill.reports.sentences"),
     "text": Kind("distill.experiments.text.run", "distill.reports.text"),
 }
 
 
-def experiment_of(config: Any) -> ModuleType:
-    """The module of a configuration's kind.
+def kind_of(config: Any) -> Kind:
+    """The kind of a configuration.
 
     Raises:
       ValueError: a configuration that is no experiment.
@@ -38,7 +40,16 @@ def experiment_of(config: Any) -> ModuleType:
             f"a {type(config).__name__} is no experiment that can be run so; expected a configuration of kind "
             f"{', '.join(KINDS)}. Several seeds and arms: scripts/reproduce.py."
         )
-    return importlib.import_module(KINDS[kind].experiment)
+    return KINDS[kind]
+
+
+def experiment_of(config: Any) -> ModuleType:
+    """The module of a configuration's kind.
+
+    Raises:
+      ValueError: a configuration that is no experiment.
+    """
+    return importlib.import_module(kind_of(config).experiment)
 
 
 def experiment_in(run: Path) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What a student learns beside its own parameters, and the terms of its objective."""
+"""A student with what it learns beside its own parameters, and the terms of its objective."""
 
 import jax
 

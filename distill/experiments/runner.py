@@ -46,7 +46,7 @@ from distill.weights.folder import STUDENT, save
 
 
 class Look(NamedTuple):
-    """What preflight looks at."""
+    """Models and text that preflight checks."""
 
     student: Side
     """The student before its first step."""
@@ -57,14 +57,14 @@ class Look(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What it takes to train an arm."""
+    """Everything needed to train an arm."""
 
     flops: float | None
     """Of the whole training; None: not known."""
     task: Task | None = None
     training: TrainingConfig | None = None
     look: Callable[[], Look] | None = None
-    """What preflight looks at before the first step; None: no preflight."""
+    """Makes what preflight checks before the first step; None: no preflight."""
     plan: bool = False
     """Whether preflight compares the memory of the step with that of the device."""
     learn: Callable[[], Params] | None = None
@@ -111,7 +111,7 @@ def run_experiment(config: Any, run: Path) -> dict[str, Any]:
 
 
 def train(arm: Arm, config: Any) -> Trained:
-    """An arm, trained or, where it is finished, read; also exported.
+    """Trains an arm, or reads it where it is finished, and exports it.
 
     Args:
       arm: what is trained.
@@ -133,7 +133,7 @@ def train(arm: Arm, config: Any) -> Trained:
 
 
 def look_before(arm: Arm, work: Work, config: Any) -> None:
-    """Preflight of an arm that has not begun; prints the checks, writes FOLDER/preflight.json."""
+    """Checks an arm that has not begun (``preflight``); prints the checks, writes FOLDER/preflight.json."""
     plan = None
     if work.plan and config.parallel.backend != "pmap":
         plan = memory_plan(*lower(work.task, work.training, config.parallel))
@@ -210,7 +210,7 @@ def _evaluate(
 
 
 def answer(run: Path, prompts: list[str], best: str | None = None) -> list[dict[str, str]]:
-    """What the models of a run folder answer, as rows of a table; ``best`` as for ``open_run``."""
+    """Answers of the models of a run folder, as rows of a table; ``best`` as for ``open_run``."""
     kind = kinds.experiment_in(run)
     world, trained, _ = _open(kind, run, best)
     return kind.write(world, trained, prompts)

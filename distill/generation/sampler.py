@@ -1,4 +1,4 @@
-"""Writing text: prefill, then one token at a time with a key/value cache."""
+"""Generation: prefill, then one token at a time with a key/value cache."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from distill.shapes import Array, Int, Params
 def greedy(
     model: Model, params: Params, prompts: Int[Array, "B L"], *, max_new_tokens: int, eos_id: int, pad_id: int = 0
 ) -> Int[Array, "B T"]:
-    """The most likely next token, again and again, until ``eos_id`` or ``max_new_tokens``.
+    """Greedy decoding: the most likely next token until ``eos_id`` or ``max_new_tokens``.
 
-    The model reads only what it wrote itself, never the true answer. Stops early when every row has finished.
+    It stops early when every row has finished.
 
     Args:
       model: with a cache (``init_cache``).

@@ -14,10 +14,10 @@ from distill.shapes import Logits, Nats, Scalar
 def adaptive_kl(student_logits: Logits, teacher_logits: Logits, *, mu: float = 0.5, temperature: Scalar = 1.0) -> Nats:
     """Adaptive KL: g_head/(g_head+g_tail)·KL(P‖Q) + g_tail/(g_head+g_tail)·KL(Q‖P), with gaps g = Σ |P_v − Q_v|.
 
-    AKL (arXiv 2404.02657). The teacher's words are sorted by probability; a word belongs to the head while the mass up
-    to and including it is ≤ μ, and the first word always does; the tail is the rest. This is the rule of the public
-    implementations (``cumsum > mu`` is the tail), which leaves the word that crosses μ in the tail. As there, the
-    weights carry no gradient. Where both gaps are 0 the weights are ½ (there 0 is divided by 0). Words with equal
+    AKL (arXiv 2404.02657). The teacher's tokens are sorted by probability; a token is of the head while the mass up
+    to and including it is ≤ μ, and the first token always does; the tail is the rest. This is the rule of the public
+    implementations (``cumsum > mu`` is the tail), which leaves the token that crosses μ in the tail. As there, the
+    weights carry no gradient. Where both gaps are 0 the weights are ½ (there 0 is divided by 0). Tokens with equal
     logits are sorted by their ids.
 
     Args:
@@ -27,7 +27,7 @@ def adaptive_kl(student_logits: Logits, teacher_logits: Logits, *, mu: float = 0
       temperature: T > 0 divides both logits, in the weights too.
 
     Returns:
-      ``[...]`` nats, float32; +inf where one side alone rules a word out.
+      ``[...]`` nats, float32; +inf where one side alone rules a token out.
 
     Raises:
       ValueError: mu outside (0, 1).
@@ -67,8 +67,8 @@ def entropy_aware_kl(student_logits: Logits, teacher_logits: Logits, *, temperat
     Cover where the teacher is uncertain (h = 1: ``forward_kl``), imitate where it is confident (h = 0:
     ``reverse_kl``). The idea is that of entropy-aware on-policy distillation (arXiv 2603.07079), which *adds* the
     forward to the reverse KL where the entropy is high; this is a smooth mixture without a threshold, and so not that
-    paper's loss to the letter. V counts the words the teacher does not rule out, so padding the vocabulary changes
-    nothing; with one such word h = 0. h carries no gradient, and is that of P at the temperature of the loss.
+    paper's loss to the letter. V counts the tokens the teacher does not rule out, so padding the vocabulary changes
+    nothing; with one such token h = 0. h carries no gradient, and is that of P at the temperature of the loss.
 
     Args:
       student_logits: ``[..., V]``.
@@ -76,7 +76,7 @@ def entropy_aware_kl(student_logits: Logits, teacher_logits: Logits, *, temperat
       temperature: T > 0 divides both logits, in h too.
 
     Returns:
-      ``[...]`` nats, float32; +inf where one side alone rules a word out that counts.
+      ``[...]`` nats, float32; +inf where one side alone rules a token out that counts.
 
     Example:
       >>> student, teacher = jnp.log(jnp.array([0.75, 0.25])), jnp.zeros(2)  # h = 1: the forward KL
@@ -86,8 +86,8 @@ def entropy_aware_kl(student_logits: Logits, teacher_logits: Logits, *, temperat
     log_p, log_q = _log_probs(teacher_logits, temperature), _log_probs(student_logits, temperature)
     possible = log_p != -jnp.inf
     entropy = -jnp.sum(jnp.where(possible, jnp.exp(log_p) * jnp.where(possible, log_p, 0.0), 0.0), axis=-1)
-    words = jnp.sum(possible, axis=-1)
-    share = jnp.where(words > 1, entropy / jnp.log(jnp.maximum(words, 2).astype(jnp.float32)), 0.0)
+    tokens = jnp.sum(possible, axis=-1)
+    share = jnp.where(tokens > 1, entropy / jnp.log(jnp.maximum(tokens, 2).astype(jnp.float32)), 0.0)
     share = jax.lax.stop_gradient(jnp.clip(share, 0.0, 1.0))
     return _mix(share, _kl(log_p, log_q), _kl(log_q, log_p))
 

@@ -4,7 +4,7 @@ Conventions, the same for every function here:
 
 * ``student_logits, teacher_logits`` in that order, any shape ``[..., V]``; the result has shape ``[...]``, in float32.
 * P is the teacher's distribution ``softmax(teacher_logits / temperature)``, Q the student's.
-* Logits of any float type are read as float32. A logit of −inf is a word that cannot occur, and 0·log 0 = 0.
+* Logits of any float type are read as float32. A logit of −inf is a token that cannot occur, and 0·log 0 = 0.
 * No averaging, and no factor T²: both belong to the objective (``distill/objective.py``).
 * Gradients flow to both arguments. The train step freezes the teacher; a loss has no business to.
 """
@@ -23,9 +23,9 @@ def _log_probs(logits: Logits, temperature: Scalar) -> Logits:
 
 
 def _kl(log_p: Logits, log_q: Logits) -> Nats:
-    """Σ_v p·(log p − log q) over the words where p > 0; selected before computing, so −inf never meets 0.
+    """Σ_v p·(log p − log q) over the tokens where p > 0; selected before computing, so −inf never meets 0.
 
-    A word where only q = 0 makes the sum +inf, and has no gradient.
+    A token where only q = 0 makes the sum +inf, and has no gradient.
     """
     support = log_p != -jnp.inf  # a NaN is kept: it must be seen
     missing = support & (log_q == -jnp.inf)
@@ -41,13 +41,13 @@ def _kl_of_logits(a: Logits, b: Logits) -> Nats:
     """KL(P‖Q) of P = softmax(a) and Q = softmax(b), the greatest of each being 0.
 
     Its derivative is written down, Σ_v (Q_v − P_v) db_v + P_v (a_v − b_v − Σ_w P_w (a_w − b_w)) da_v, so that every
-    exponential is taken once; the chain through both log-softmaxes is half a dozen passes over the words.
+    exponential is taken once; the chain through both log-softmaxes is half a dozen passes over the tokens.
     """
     return _kl_and_probs(a, b)[0]
 
 
 def _kl_and_probs(a: Logits, b: Logits) -> tuple[Nats, Array, Array, Array]:
-    """Σ_v P_v (a_v − b_v) + log Σ e^b − log Σ e^a; P and Q; and a − b, 0 at words that are impossible in P."""
+    """Σ_v P_v (a_v − b_v) + log Σ e^b − log Σ e^a; P and Q; and a − b, 0 at tokens that are impossible in P."""
     exp_a, exp_b = jnp.exp(a), jnp.exp(b)
     sum_a, sum_b = (jnp.sum(x, axis=-1, keepdims=True) for x in (exp_a, exp_b))
     difference = jnp.where(a == -jnp.inf, 0.0, a - b)
@@ -57,7 +57,7 @@ def _kl_and_probs(a: Logits, b: Logits) -> tuple[Nats, Array, Array, Array]:
 
 
 def _derivative_of_kl(primals, tangents):
-    """Infinite words have none: those of −inf in a or b."""
+    """Infinite tokens have none: those of −inf in a or b."""
     (a, b), (da, db) = primals, tangents
     nats, p, q, difference = _kl_and_probs(a, b)
     change = jnp.zeros_like(nats)
@@ -82,7 +82,7 @@ def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: S
     """Forward KL, teacher first: KL(P‖Q) = Σ_v P_v (log P_v − log Q_v). Mode covering.
 
     The soft-target loss of Hinton et al. (arXiv 1503.02531), less the teacher's entropy, so that 0 means equal.
-    Differs from ``reverse_kl`` in whose words are weighed: here the teacher's.
+    Differs from ``reverse_kl`` in whose tokens are weighed: here the teacher's.
 
     Args:
       student_logits: ``[..., V]``.
@@ -90,7 +90,7 @@ def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: S
       temperature: T > 0 divides both logits.
 
     Returns:
-      ``[...]`` nats, float32, ≥ 0 up to rounding; +inf where the student gives 0 to a word of the teacher.
+      ``[...]`` nats, float32, ≥ 0 up to rounding; +inf where the student gives 0 to a token of the teacher.
 
     Example:
       >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.75, 0.25]))
@@ -111,7 +111,7 @@ def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: S
       temperature: T > 0 divides both logits.
 
     Returns:
-      ``[...]`` nats, float32, ≥ 0 up to rounding; +inf where the teacher gives 0 to a word of the student.
+      ``[...]`` nats, float32, ≥ 0 up to rounding; +inf where the teacher gives 0 to a token of the student.
 
     Example:
       >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.75, 0.25]))
@@ -235,8 +235,8 @@ def _skewed_kl(name: str, log_a: Logits, log_b: Logits, alpha: float) -> Nats:
 def total_variation(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
     """Total variation distance: ½ Σ_v |P_v − Q_v|, in [0, 1] (a share of mass, not nats).
 
-    One of the losses of f-DISTILL (arXiv 2307.15190). Symmetric, and no word can make it infinite. Where P_v = Q_v the
-    gradient of the word is taken as 0. By Pinsker's inequality 2·TV² ≤ ``forward_kl``.
+    One of the losses of f-DISTILL (arXiv 2307.15190). Symmetric, and no token can make it infinite. Where P_v = Q_v the
+    gradient of the token is taken as 0. By Pinsker's inequality 2·TV² ≤ ``forward_kl``.
 
     Args:
       student_logits: ``[..., V]``.
@@ -267,7 +267,7 @@ def jeffreys(student_logits: Logits, teacher_logits: Logits, *, temperature: Sca
       temperature: T > 0 divides both logits.
 
     Returns:
-      ``[...]`` nats, float32; +inf where one side alone rules a word out.
+      ``[...]`` nats, float32; +inf where one side alone rules a token out.
 
     Example:
       >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.75, 0.25]))
@@ -305,7 +305,7 @@ def alpha_beta(
       temperature: T > 0 divides both logits.
 
     Returns:
-      ``[...]`` float32, ≥ 0. A word both rule out adds nothing; one that one side alone rules out adds +inf unless
+      ``[...]`` float32, ≥ 0. A token both rule out adds nothing; one that one side alone rules out adds +inf unless
       its own power and α+β are positive. A ratio that float32 cannot hold counts as +inf, without a gradient.
 
     Raises:
@@ -361,7 +361,7 @@ def renyi(student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.5,
     """Rényi divergence of order α: 1/(α−1) · log Σ_v P_v^α Q_v^(1−α). α = 1 is ``forward_kl``.
 
     A monotone function of ``alpha_divergence`` (arXiv 1206.2459), in nats at every order and growing with it; for
-    α < 1 it is infinite only where P and Q share no word. α = ½ is symmetric: −2·log Σ√(PQ).
+    α < 1 it is infinite only where P and Q share no token. α = ½ is symmetric: −2·log Σ√(PQ).
 
     Args:
       student_logits: ``[..., V]``.
@@ -370,7 +370,7 @@ def renyi(student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.5,
       temperature: T > 0 divides both logits.
 
     Returns:
-      ``[...]`` nats, float32, ≥ 0; for α ≥ 1 +inf where the student gives 0 to a word of the teacher.
+      ``[...]`` nats, float32, ≥ 0; for α ≥ 1 +inf where the student gives 0 to a token of the teacher.
 
     Raises:
       ValueError: alpha not a positive finite number, or nearer to 0 or 1 than 0.001 without being 1.
@@ -416,7 +416,7 @@ def _check_order(name: str, alpha: float, above: float) -> None:
 
 
 def _alpha_beta(log_p: Logits, log_q: Logits, alpha: float, beta: float) -> Nats:
-    """The α-β divergence of log-probabilities, word by word from the side of the larger probability."""
+    """The α-β divergence of log-probabilities, token by token from the side of the larger probability."""
     has_p, has_q = log_p != -jnp.inf, log_q != -jnp.inf
     both = has_p & has_q
     p, q = jnp.where(both, log_p, 0.0), jnp.where(both, log_q, 0.0)
@@ -431,14 +431,14 @@ def _alpha_beta(log_p: Logits, log_q: Logits, alpha: float, beta: float) -> Nats
 
 
 def _alone(log_own: Logits, where: Array, other_power: float, total: float) -> Array:
-    """The term of a word only one side can say: own^(α+β)/(other power · (α+β)), if both are positive, else +inf."""
+    """The term of a token only one side can say: own^(α+β)/(other power · (α+β)), if both are positive, else +inf."""
     if other_power <= 0.0 or total <= 0.0:
         return jnp.where(where, jnp.inf, 0.0)
     return jnp.where(where, jnp.exp(total * jnp.where(where, log_own, 0.0)) / (other_power * total), 0.0)
 
 
 def _term(high: Array, ratio: Array, u: float, v: float) -> Array:
-    """One word's term from its larger log-probability (power u) and ratio = log(smaller/larger) ≤ 0 (power v).
+    """One token's term from its larger log-probability (power u) and ratio = log(smaller/larger) ≤ 0 (power v).
 
     With s = u+v:  exp(s·high) · [expm1(s·ratio)/s − expm1(v·ratio)/v] / u, or the limit of it where s, v or u is 0.
     """
@@ -464,7 +464,7 @@ def _scaled_expm1(weight: Array, ratio: Array, power: float) -> Array:
 
 
 def _masked_logsumexp(values: Logits, mask: Array) -> Nats:
-    """log Σ exp over the words of the mask, −inf (without a gradient) where there is none."""
+    """log Σ exp over the tokens of the mask, −inf (without a gradient) where there is none."""
     anything = jnp.any(mask, axis=-1)
     kept = jnp.where(mask, values, -jnp.inf)
     return jnp.where(anything, jax.nn.logsumexp(jnp.where(anything[..., None], kept, 0.0), axis=-1), -jnp.inf)

@@ -1,6 +1,6 @@
 """Any per-position loss from hidden states and heads, with nothing of size ``[tokens, V]`` ever alive.
 
-A loss over words needs the logits of one token at a time. So tokens are taken ``chunk_size`` at a time, and while the
+A loss over tokens needs the logits of one token at a time. So tokens are taken ``chunk_size`` at a time, and while the
 logits ``S, T [chunk, V]`` of a chunk are there, so are the gradients:
 
     S = h·W,  T = h'·W'                                   logits of student and teacher
@@ -8,7 +8,7 @@ logits ``S, T [chunk, V]`` of a chunk are there, so are the gradients:
     ∂h = G·Wᵀ,  ∂W += hᵀ·G                                accumulated in float32
 
 All of it happens in the forward pass (a custom VJP keeps ∂h and ∂W, both as large as what they are gradients of), so
-no logit is computed twice: 6·D + 2·D' operations per token and word, the least there is. Recomputing the logits in the
+no logit is computed twice: 6·D + 2·D' operations per token and token, the least there is. Recomputing the logits in the
 backward pass (``jax.checkpoint``, chunked losses of other libraries) costs 8·D + 4·D'.
 
 Matrix products want a whole chunk; what lies between them, the loss and its gradient, is a dozen passes over the logits
@@ -89,8 +89,8 @@ def chunked(
       >>> float(weight), bool(jnp.allclose(total, 6 * loss(*logits, 0)[0, 0]))
       (6.0, True)
     """
-    hidden, head = student[0], student[1].words()
-    teachers = tuple((states, head.words()) for states, head in _pairs(teacher))
+    hidden, head = student[0], student[1].unpadded()
+    teachers = tuple((states, head.unpadded()) for states, head in _pairs(teacher))
     _check(student, _pairs(teacher), inputs, mask, chunk_size)
     platform = backend.platform_of(mesh)
     of_tokens = (*token_axes, "sequence")
@@ -170,17 +170,17 @@ def _on_mesh(how: _How, mesh: Mesh, places: Sequence[tuple[str, ...]], teachers:
 def _check(student: Side, teachers: Sequence[Side], inputs: Any, mask: Mask, chunk_size: int | None) -> None:
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunked: chunk_size={chunk_size}; expected at least 1, or None.")
-    vocabulary = student[1].words().kernel.shape[1]
+    vocabulary = student[1].unpadded().kernel.shape[1]
     for name, (hidden, head) in (("student", student), *(("teacher", teacher) for teacher in teachers)):
         if hidden.shape[:-1] != mask.shape or hidden.shape[-1] != head.kernel.shape[0]:
             raise ValueError(
                 f"chunked: hidden states {hidden.shape} of the {name} with a head {head.kernel.shape} and a mask "
                 f"{mask.shape}; expected hidden [*mask, D] and a kernel [D, V]."
             )
-        if head.words().kernel.shape[1] != vocabulary:
+        if head.unpadded().kernel.shape[1] != vocabulary:
             raise ValueError(
                 f"chunked: the student's vocabulary has {vocabulary} tokens, the teacher's "
-                f"{head.words().kernel.shape[1]}; set vocab_size of both heads to the ids they share "
+                f"{head.unpadded().kernel.shape[1]}; set vocab_size of both heads to the ids they share "
                 "(distill/vocab.py)."
             )
     for leaf in jax.tree.leaves(inputs):
@@ -261,7 +261,7 @@ def _total(how: _How, hidden: Array, head: Head, teachers: tuple, inputs: Any, m
         h, *rest, _ = chunks.at(0)
         return _sums(how, head, *rest)(product(h, kernel), head.bias)
 
-    return jax.lax.fori_loop(0, chunks.number, chunk, _zeros(zero))
+    return jax.lax.fori_loop(0, chunks.number, chunk, _zeros(jax.eval_shape(zero)))
 
 
 def _forward(how: _How, hidden: Array, head: Head, teachers: tuple, inputs: Any, mask: Array):
@@ -272,12 +272,24 @@ def _forward(how: _How, hidden: Array, head: Head, teachers: tuple, inputs: Any,
         total, by_hidden, by_kernel = carry
         h, *rest, index = chunks.at(i)
         logits = product(h, kernel)
-        if how.rows == how.size:
+
+        def rows(j, carry):
+            """Rows of turn j: their gradients take the place of their logits."""
+            total, logits, row_block = carry  # carried apart: XLA would copy logits that it reads and writes
+            own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, j * how.rows, how.rows), rest)
+            nats, pullback, aux = jax.vjp(_sums(how, head, *own), row_block, head.bias, has_aux=True)
+            gradient, by_bias = pullback(jnp.float32(1.0))
+            logits = jax.lax.dynamic_update_slice_in_dim(logits, gradient, j * how.rows, axis=0)
+            next_block = jax.lax.dynamic_slice_in_dim(logits, (j + 1) * how.rows, how.rows)
+            return _add(total, ((nats, aux), by_bias)), logits, next_block
+
+        if how.rows < how.size:
+            turns, first = how.size // how.rows, jax.lax.dynamic_slice_in_dim(logits, 0, how.rows)
+            total, gradient, _ = jax.lax.fori_loop(0, turns, rows, (total, logits, first))
+        else:
             nats, pullback, aux = jax.vjp(_sums(how, head, *rest), logits, head.bias, has_aux=True)
             gradient, by_bias = pullback(jnp.float32(1.0))
             total = _add(total, ((nats, aux), by_bias))
-        else:
-            total, gradient = _in_their_place(how, head, total, logits, rest)
         gradient = gradient.astype(hidden.dtype)
         by_h = jnp.einsum("nv,dv->nd", gradient, kernel, preferred_element_type=jnp.float32)
         by_hidden = by_hidden.at[index].set(by_h.astype(hidden.dtype), mode="drop", unique_indices=True)
@@ -291,28 +303,10 @@ def _forward(how: _How, hidden: Array, head: Head, teachers: tuple, inputs: Any,
         total = _sums(how, head, *rest)(product(h, kernel), head.bias), bias
         return total, hidden, head.kernel.astype(jnp.float32)
 
-    carry = jax.lax.fori_loop(0, chunks.number, chunk, _zeros(zero))
+    carry = jax.lax.fori_loop(0, chunks.number, chunk, _zeros(jax.eval_shape(zero)))
     (sums, by_bias), by_hidden, by_kernel = carry
     gradient = head.replace(kernel=by_kernel, bias=by_bias)
     return sums, (by_hidden, gradient, jax.tree.map(lambda x: x[:0], head))
-
-
-def _in_their_place(how: _How, head: Head, total: Any, logits: Array, inputs: Any):
-    """``total`` and the gradients of a chunk, which take the place of the student's logits, some rows at a time."""
-
-    def at(i, x):
-        return jax.lax.dynamic_slice_in_dim(x, i * how.rows, how.rows)
-
-    def rows(i, carry):
-        """``row_block``, the logits of turn i, is carried apart: XLA would copy logits that it reads and writes."""
-        total, logits, row_block = carry
-        own = jax.tree.map(functools.partial(at, i), inputs)
-        nats, pullback, aux = jax.vjp(_sums(how, head, *own), row_block, head.bias, has_aux=True)
-        gradient, by_bias = pullback(jnp.float32(1.0))
-        logits = jax.lax.dynamic_update_slice_in_dim(logits, gradient, i * how.rows, axis=0)
-        return _add(total, ((nats, aux), by_bias)), logits, at(i + 1, logits)
-
-    return jax.lax.fori_loop(0, how.size // how.rows, rows, (total, logits, at(0, logits)))[:2]
 
 
 def _backward(how: _How, kept, cotangent):
@@ -329,6 +323,5 @@ def _add(a, b):
     return jax.tree.map(jnp.add, a, b)
 
 
-def _zeros(function):
-    """Zeros of the shapes of what a function returns, which is never computed."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function))
+def _zeros(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

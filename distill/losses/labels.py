@@ -38,8 +38,8 @@ def cross_entropy(student_logits: Logits, labels: Labels, *, label_smoothing: fl
     high = jax.lax.stop_gradient(jnp.max(whole, axis=-1))
     logits = whole - high[..., None]  # before anything is subtracted, or large logits cost the nats their digits
     log_z = jnp.log(jnp.sum(jnp.exp(logits), axis=-1))  # one of the terms is 1
-    index = labels.astype(jnp.int32)  # of eight bits, say, could not hold the number of words
-    index = jnp.where(index < 0, logits.shape[-1], index)  # a negative label must not wrap round to a real word
+    index = labels.astype(jnp.int32)  # of eight bits, say, could not hold the number of tokens
+    index = jnp.where(index < 0, logits.shape[-1], index)  # a negative label must not wrap round to a real token
     # picked from the logits as they came: from ``logits``, XLA would write all of them down to pick one
     nats = log_z - (_pick(whole, index) - high)
     if label_smoothing:
@@ -49,7 +49,7 @@ def cross_entropy(student_logits: Logits, labels: Labels, *, label_smoothing: fl
 
 @jax.custom_jvp
 def _pick(x, index):
-    """``x[..., index]``, NaN beyond the last word; as a derivative a comparison with every word.
+    """``x[..., index]``, NaN beyond the last token; as a derivative a comparison with every token.
 
     The derivative of a gather is a scatter, which XLA fuses with nothing: every gradient would be written once more.
     """

@@ -15,15 +15,15 @@ def logit_mse(student_logits: Logits, teacher_logits: Logits, *, temperature: Sc
 
     The limit of T²·``forward_kl`` at high temperatures is exactly T² times this (Hinton et al., arXiv 1503.02531,
     section 2.1; compared with the KL in arXiv 2105.08919). Without the means, a constant added to all logits, which
-    changes no probability, would cost. The sum over words is *divided by their number*; Kim et al. sum and have no ½.
+    changes no probability, would cost. The sum over tokens is *divided by their number*; Kim et al. sum and have no ½.
 
     Args:
-      student_logits: ``[..., V]``. Words that are −inf on either side are left out of means, sum and number.
+      student_logits: ``[..., V]``. Tokens that are −inf on either side are left out of means, sum and number.
       teacher_logits: ``[..., V]``.
       temperature: T > 0 divides both logits.
 
     Returns:
-      ``[...]`` float32, ≥ 0; 0 where no word is left.
+      ``[...]`` float32, ≥ 0; 0 where no token is left.
 
     Example:
       >>> student, teacher = jnp.array([5.0, 5.0, -jnp.inf]), jnp.array([1.0, -1.0, -jnp.inf])
@@ -42,14 +42,14 @@ def logit_mse(student_logits: Logits, teacher_logits: Logits, *, temperature: Sc
 
 
 def pearson(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
-    """1 − Pearson's correlation of P and Q over the words of a position: the inter-class relation of DIST.
+    """1 − Pearson's correlation of P and Q over the tokens of a position: the inter-class relation of DIST.
 
     DIST (arXiv 2205.10536). Only the relation matters, not the size: Q = aP + b costs nothing. The paper's second half,
-    the intra-class relation, correlates over the *batch* for every word; a function of one position cannot, so it is
+    the intra-class relation, correlates over the *batch* for every token; a function of one position cannot, so it is
     left out here. Computed as ½·|p̂ − q̂|² of the centred unit vectors, which keeps its digits where P ≈ Q.
 
     Args:
-      student_logits: ``[..., V]``. Words that are −inf on both sides are left out of the means.
+      student_logits: ``[..., V]``. Tokens that are −inf on both sides are left out of the means.
       teacher_logits: ``[..., V]``.
       temperature: T > 0 divides both logits.
 

@@ -1,12 +1,12 @@
-"""Divergences from a few stored words of the teacher instead of all its logits.
+"""Divergences from a few stored tokens of the teacher instead of all its logits.
 
 Two kinds of stored target, two kinds of exactness:
 
-* ``SparseTargets``: the K most probable words with their log-probabilities. With one more class, the *tail*, that
-  holds all other words on both sides, the divergence is exact for these K+1 classes: never negative, a lower bound of
+* ``SparseTargets``: the K most probable tokens with their log-probabilities. With one more class, the *tail*, that
+  holds all other tokens on both sides, the divergence is exact for these K+1 classes: never negative, a lower bound of
   the full one (data processing) for every f-divergence, and mass the student puts off the support is paid for.
   Without the tail, a truncated sum can be negative, and renormalising lets that mass go unseen.
-* ``SampledTargets``: words drawn from the teacher, with counts. The mean over draws of the gradient is that of the
+* ``SampledTargets``: tokens drawn from the teacher, with counts. The mean over draws of the gradient is that of the
   full forward KL (arXiv 2503.16870), whatever the number of draws.
 
 Targets remember the temperature they were stored at, a Python number that ``jit`` treats as static.
@@ -32,12 +32,12 @@ Leaf = Any  # an array or None, or what JAX puts in its place while it transform
 @partial(jax.tree_util.register_dataclass, data_fields=("ids", "log_probs", "log_tail"), meta_fields=("temperature",))
 @dataclass(frozen=True)
 class SparseTargets:
-    """Stored words of a teacher: their ids and log-probabilities at a temperature, and the mass of all others.
+    """Stored tokens of a teacher: their ids and log-probabilities at a temperature, and the mass of all others.
 
     Attributes:
       ids: ``[..., K]`` integers in [0, V), different from each other within a position.
-      log_probs: ``[..., K]`` log P of these words among *all* words, not among the K. −inf: the slot is not used.
-      log_tail: ``[...]`` log of the mass of the words not stored, or None: then log(1 − Σ P), which float32 resolves
+      log_probs: ``[..., K]`` log P of these tokens among *all* tokens, not among the K. −inf: the slot is not used.
+      log_tail: ``[...]`` log of the mass of the tokens not stored, or None: then log(1 − Σ P), which float32 resolves
         down to 1e-7; what is smaller is rounding, or −inf, which makes a reverse KL +inf. Better stored.
       temperature: the T of the softmax the log-probabilities come from.
 
@@ -55,12 +55,12 @@ class SparseTargets:
 @partial(jax.tree_util.register_dataclass, data_fields=("ids", "counts", "log_probs"), meta_fields=("temperature",))
 @dataclass(frozen=True)
 class SampledTargets:
-    """Words drawn from a teacher, each with the number of times it was drawn.
+    """Tokens drawn from a teacher, each with the number of times it was drawn.
 
     Attributes:
       ids: ``[..., K]`` integers in [0, V).
       counts: ``[..., K]`` how often; 0: the slot is not used. Their sum N may differ by position, and must not be 0.
-      log_probs: ``[..., K]`` log P of the words, or None: only ``sampled_forward_kl`` needs them.
+      log_probs: ``[..., K]`` log P of the tokens, or None: only ``sampled_forward_kl`` needs them.
       temperature: the T of the distribution they were drawn from.
 
     Example:
@@ -81,6 +81,10 @@ class DenseTargets:
 
     Attributes:
       logits: ``[..., V]``, at temperature 1.
+
+    Example:
+      >>> logits_of(DenseTargets(jnp.array([0.5, 0.25]))).tolist()
+      [0.5, 0.25]
     """
 
     logits: Leaf
@@ -93,13 +97,22 @@ class HiddenTargets:
 
     Attributes:
       hidden: ``[..., D]``, as the teacher's head wants them.
+
+    Example:
+      >>> HiddenTargets(jnp.zeros((2, 8))).hidden.shape
+      (2, 8)
     """
 
     hidden: Leaf
 
 
 def logits_of(targets: Any) -> Logits | None:
-    """The teacher's logits, where the targets hold all of them, else None."""
+    """The teacher's logits, where the targets hold all of them, else None.
+
+    Example:
+      >>> logits_of(None), logits_of(DenseTargets(jnp.zeros(3))).shape
+      (None, (3,))
+    """
     return targets.logits if isinstance(targets, DenseTargets) else None
 
 
@@ -153,11 +166,11 @@ def from_targets(
 
 
 def top_k_targets(teacher_logits: Logits, k: int, *, temperature: float = 1.0) -> SparseTargets:
-    """The teacher's k most probable words with their log-probabilities, and the exact mass of the rest.
+    """The teacher's k most probable tokens with their log-probabilities, and the exact mass of the rest.
 
     Args:
       teacher_logits: ``[..., V]``.
-      k: words to keep, 1 ≤ k ≤ V.
+      k: tokens to keep, 1 ≤ k ≤ V.
       temperature: T > 0 divides the logits; it is stored with the targets.
 
     Returns:
@@ -173,7 +186,7 @@ def top_k_targets(teacher_logits: Logits, k: int, *, temperature: float = 1.0) -
     """
     vocab = teacher_logits.shape[-1]
     if not 1 <= k <= vocab:
-        raise ValueError(f"top_k_targets: k={k}; expected 1 ≤ k ≤ {vocab}, the number of words.")
+        raise ValueError(f"top_k_targets: k={k}; expected 1 ≤ k ≤ {vocab}, the number of tokens.")
     log_p = _log_probs(teacher_logits, temperature)
     _, ids = jax.lax.top_k(log_p, k)
     kept, log_tail = _kept_and_tail(log_p, ids, jnp.ones(ids.shape, bool))
@@ -188,12 +201,12 @@ def sparse(
     temperature: float = 1.0,
     **options: float,
 ) -> Nats:
-    """Any divergence between the K stored words and the tail, on both sides: exact for these K+1 classes.
+    """Any divergence between the K stored tokens and the tail, on both sides: exact for these K+1 classes.
 
     ``divergence(student, teacher, **options)`` gets K+1 log-probabilities as logits. Teacher: the stored ones, and
-    that of the tail. Student: log Q gathered at the ids, and the log-sum over exactly the words that are not stored.
+    that of the tail. Student: log Q gathered at the ids, and the log-sum over exactly the tokens that are not stored.
     For the f-divergences (the KLs, skewed, generalised Jensen–Shannon, total variation, Jeffreys, α) and ``renyi`` the
-    result is a lower bound of the full divergence, with equality where the tail holds one word or none, or where
+    result is a lower bound of the full divergence, with equality where the tail holds one token or none, or where
     P/Q is constant on it. For ``alpha_beta`` with α+β ≠ 1, ``adaptive_kl``, ``entropy_aware_kl`` and ``taid`` it is the
     divergence of the K+1 classes and bounds nothing.
 
@@ -201,7 +214,7 @@ def sparse(
       divergence: a function of ``distill.losses``, or one like it.
       student_logits: ``[..., V]``.
       targets: stored at the same temperature. An id outside [0, V) is NaN.
-      temperature: T > 0 divides the student's logits, and must be the targets'. If all V words are stored, any T is
+      temperature: T > 0 divides the student's logits, and must be the targets'. If all V tokens are stored, any T is
         exact, and they are brought to it.
       **options: of the divergence.
 
@@ -209,7 +222,7 @@ def sparse(
       ``[...]`` float32, what the divergence returns.
 
     Raises:
-      ValueError: another temperature than the targets', with less than V words; more than V words; or a divergence
+      ValueError: another temperature than the targets', with less than V tokens; more than V tokens; or a divergence
         that compares logits (``logit_mse``, ``pearson``), which has no tail.
 
     Example:
@@ -229,7 +242,7 @@ def sparse(
 
 
 def top_k_forward_kl(student_logits: Logits, teacher_logits: Logits, *, k: int = 8, temperature: float = 1.0) -> Nats:
-    """Forward KL of k+1 classes: the teacher's k most probable words, and a tail bucket for all others.
+    """Forward KL of k+1 classes: the teacher's k most probable tokens, and a tail bucket for all others.
 
     Σ_{v in top k} P_v log(P_v/Q_v) + P_tail log(P_tail/Q_tail), with tails 1 − Σ P and 1 − Σ Q. Never negative, never
     more than ``forward_kl``, and equal to it for k ≥ V−1. What ``sparse(forward_kl, …)`` computes from stored targets,
@@ -238,7 +251,7 @@ def top_k_forward_kl(student_logits: Logits, teacher_logits: Logits, *, k: int =
     Args:
       student_logits: ``[..., V]``.
       teacher_logits: ``[..., V]``.
-      k: words to keep, 1 ≤ k ≤ V.
+      k: tokens to keep, 1 ≤ k ≤ V.
       temperature: T > 0 divides both logits.
 
     Returns:
@@ -257,9 +270,9 @@ def top_k_forward_kl(student_logits: Logits, teacher_logits: Logits, *, k: int =
 
 
 def _kept_and_tail(log_probs: Logits, ids: Ids, used: Array) -> tuple[Kept, Nats]:
-    """Log-probabilities of the used ids (−inf for the others), and of all words that are not among them."""
+    """Log-probabilities of the used ids (−inf for the others), and of all tokens that are not among them."""
     vocab = log_probs.shape[-1]
-    where = jnp.where(ids < 0, vocab, ids)  # a negative id must not wrap round to a real word
+    where = jnp.where(ids < 0, vocab, ids)  # a negative id must not wrap round to a real token
     picked = jnp.take_along_axis(log_probs, where, axis=-1, mode="fill", fill_value=jnp.nan)
     stored = jnp.zeros(log_probs.shape, bool)
     slots = jnp.where(used, where, vocab)
@@ -281,15 +294,15 @@ def _log_of_the_rest(log_probs: Kept) -> Nats:
 
 def _at_temperature(targets: SparseTargets, temperature: float, vocab: int) -> SparseTargets:
     """The targets at another temperature, where that can be done exactly."""
-    words = targets.ids.shape[-1]
-    if words > vocab:
-        raise ValueError(f"sparse: {words} words are stored of a vocabulary of {vocab}; are these another teacher's?")
+    tokens = targets.ids.shape[-1]
+    if tokens > vocab:
+        raise ValueError(f"sparse: {tokens} tokens are stored of a vocabulary of {vocab}; are these another teacher's?")
     if targets.temperature == temperature:
         return targets
-    if words < vocab:
+    if tokens < vocab:
         raise ValueError(
             f"sparse: temperature={temperature}, but the targets were stored at temperature={targets.temperature} with "
-            f"{words} of {vocab} words, and the sum over the others cannot be brought to another temperature; store "
+            f"{tokens} of {vocab} tokens, and the sum over the others cannot be brought to another temperature; store "
             f"them at {temperature}, or use {targets.temperature}."
         )
     log_probs = targets.log_probs.astype(jnp.float32)
@@ -303,11 +316,11 @@ def _at_temperature(targets: SparseTargets, temperature: float, vocab: int) -> S
 def sample_targets(
     key: Array, teacher_logits: Logits, n: int, *, temperature: float = 1.0, method: str = "systematic"
 ) -> SampledTargets:
-    """n draws from the teacher at every position; a word drawn more than once is stored once, with its count.
+    """n draws from the teacher at every position; a token drawn more than once is stored once, with its count.
 
-    Sparse Logit Sampling (arXiv 2503.16870). Either way a word of probability p is drawn n·p times in the mean.
+    Sparse Logit Sampling (arXiv 2503.16870). Either way a token of probability p is drawn n·p times in the mean.
     ``"iid"``: independent draws. ``"systematic"``: the points (i + u)/n, i < n, of one uniform u are looked up in the
-    cumulated probabilities of the words in a random order: a word is then drawn ⌊n·p⌋ or ⌈n·p⌉ times, and the
+    cumulated probabilities of the tokens in a random order: a token is then drawn ⌊n·p⌋ or ⌈n·p⌉ times, and the
     variance is lower at equal size.
 
     Args:
@@ -351,7 +364,7 @@ def _independent(key: Array, log_probs: Array, n: int) -> Array:
 
 
 def _look_up(log_probs: Array, points: Array) -> Array:
-    """The first word whose cumulated probability exceeds the point: always one with probability."""
+    """The first token whose cumulated probability exceeds the point: always one with probability."""
     total = jnp.cumsum(jnp.exp(log_probs))
     below_one = 1.0 - 2.0**-24
     return jnp.searchsorted(total / total[-1], jnp.minimum(points, below_one), side="right").astype(jnp.int32)
@@ -394,7 +407,7 @@ def sampled_cross_entropy(student_logits: Logits, targets: SampledTargets, *, te
 def sampled_forward_kl(student_logits: Logits, targets: SampledTargets, *, temperature: float = 1.0) -> Nats:
     """Σ_k counts_k/N · (log P(id_k) − log Q(id_k)): unbiased for KL(P‖Q), value and gradient.
 
-    An estimate: it is 0 where student and teacher agree on the drawn words, but may be negative for one draw. The
+    An estimate: it is 0 where student and teacher agree on the drawn tokens, but may be negative for one draw. The
     gradient is exactly that of ``sampled_cross_entropy``.
 
     Args:
@@ -423,7 +436,7 @@ def sampled_forward_kl(student_logits: Logits, targets: SampledTargets, *, tempe
 
 
 def _drawn(student_logits: Logits, targets: SampledTargets, temperature: float) -> tuple[Kept, Kept]:
-    """Shares counts/N, and the student's log-probabilities of the drawn words (0 in unused slots)."""
+    """Shares counts/N, and the student's log-probabilities of the drawn tokens (0 in unused slots)."""
     if targets.temperature != temperature:
         raise ValueError(
             f"sampled targets: temperature={temperature}, but they were drawn at temperature={targets.temperature}; "

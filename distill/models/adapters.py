@@ -22,8 +22,7 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
 
     ``apply`` takes ``collect`` if the module's ``__call__`` does, ``remat`` if the module has such a field.
 
-    Parameters declared with ``parameter`` are drawn from ONE stream of normals cut into leaves: one small program
-    whatever the depth (a draw per leaf costs seconds of compilation).
+    Parameters declared with ``parameter`` are drawn from one stream of normals that is cut into leaves.
     """
     specification = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     boxes, structure = jax.tree.flatten(specification, is_leaf=lambda leaf: isinstance(leaf, Parameter))
@@ -33,6 +32,7 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
 
     @jax.jit
     def init(key: Array) -> Params:
+        # One draw for all leaves is one small program at any depth; a draw for each leaf compiles for seconds.
         sizes = [math.prod(box.value.shape) for box in boxes]
         stream = normal(key, (sum(sizes),))
         leaves, start = [], 0

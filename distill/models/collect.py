@@ -1,8 +1,8 @@
-"""Keeping what some layers compute, inside a scan over all of them.
+"""Collecting what some layers compute, inside a scan over all of them.
 
-A scan that returned the states of every layer would hold ``[N, B, L, D]``. Here its carry holds a buffer with one
-slot for each layer that is wanted. Every layer writes, into the slot of the next wanted layer, which writes over it;
-after the last wanted layer the slot is written back as it is. No branch, and every index is known when tracing.
+A scan that returned the states of every layer would hold ``[N, B, L, D]``. Here the carry holds a buffer with one slot
+for each wanted layer. Every layer writes into the slot of the next wanted layer, which overwrites it. After the last
+wanted layer the slot keeps its value. There is no branch, and every index is known when tracing.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ Kept = dict[str, Any]
 
 
 def inside(collect: Collect, layers: int) -> dict[str, tuple[int, ...]]:
-    """The wanted layers, in order, that the scan must keep: the first and last hidden states are there anyway."""
+    """The wanted layers, in order, that the scan must keep; the first and last hidden states are outside it."""
     wanted = {name: tuple(sorted(set(numbers))) for name, numbers in collect.by_name().items()}
     wanted["hidden"] = tuple(n for n in wanted["hidden"] if 0 < n < layers)
     return {name: numbers for name, numbers in wanted.items() if numbers}
@@ -46,7 +46,7 @@ def empty(config: NetworkConfig, collect: Collect, batch: int, length: int, keys
 
 
 def slots_of(collect: Collect, layers: int) -> dict[str, tuple[Array, Array]]:
-    """For each layer, its slot in every buffer and whether it may write there: two arrays ``[N]`` a name."""
+    """Slot of each layer in every buffer, and whether it writes there: two arrays ``[N]`` for each name."""
     numbers, slots = np.arange(1, layers + 1), {}
     for name, wanted in inside(collect, layers).items():
         slot = np.minimum(np.searchsorted(wanted, numbers), len(wanted) - 1)  # the first wanted layer from here on
@@ -55,7 +55,7 @@ def slots_of(collect: Collect, layers: int) -> dict[str, tuple[Array, Array]]:
 
 
 def keep(kept: Kept, values: Kept, slots: dict[str, tuple[Array, Array]]) -> Kept:
-    """The buffers after one layer, with that layer's ``slots``."""
+    """The buffers after one layer; ``slots`` are that layer's."""
 
     def write(buffer: Array, value: Array, slot: Array, writes: Array) -> Array:
         there = jax.lax.dynamic_index_in_dim(buffer, slot, axis=0, keepdims=False)
@@ -69,7 +69,7 @@ def keep(kept: Kept, values: Kept, slots: dict[str, tuple[Array, Array]]) -> Kep
 
 
 def collected(collect: Collect, layers: int, kept: Kept | None, embedded_BLD: Array, last_BLD: Array) -> Kept:
-    """What ``Output.collected`` is: by name, then by layer."""
+    """``Output.collected``: by name, then by layer."""
     result: Kept = {"hidden": {}, "attention": {}, "relations": {}}
     for name, numbers in inside(collect, layers).items():
         for slot, number in enumerate(numbers):

@@ -1,18 +1,32 @@
-"""What a decoder is: its sizes and options."""
+"""Configurations of decoders and encoders: sizes and options."""
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
+
+_SIZES = ("vocab_size", "layers", "width", "heads", "feed_forward")
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that differ from the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in vars(config).items() if value != defaults[name]}
+
+
+def _check_sizes(model: str, fields: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if fields[name] is not None and fields[name] < 1:
+            raise ValueError(f"{model}: {name}={fields[name]}; expected at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary positions are stretched for texts longer than those a model was first trained on (``rope.py``)."""
+    """How rotary positions are scaled for texts longer than those of the first training (``rope.py``)."""
 
     kind: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
-    """``linear``: every pair slower by the factor. ``dynamic``: NTK-aware, by the length of each row. ``llama3``: slow
-    pairs slower by the factor, fast ones kept. ``yarn`` (arXiv 2309.00071): likewise, between other bounds.
-    ``longrope`` (arXiv 2402.13753): every pair slower by a factor of its own, by the length of each row."""
+    """``linear``: the factor slows every pair. ``dynamic``: NTK-aware, by the length of each row. ``llama3``: the
+    factor slows slow pairs, fast ones are kept. ``yarn`` (arXiv 2309.00071): the same between other bounds.
+    ``longrope`` (arXiv 2402.13753): each pair has its factor, by the length of each row."""
     factor: float = 1.0
     original_length: int = 0
     """Length of the first training, in tokens; every kind but ``linear`` needs it."""
@@ -27,16 +41,16 @@ class RopeScaling:
     truncate: bool = True
     """yarn: the bounds are whole numbers of pairs."""
     attention_factor: float | None = None
-    """yarn, longrope: queries and keys are made longer by this; None: 0.1 ln(factor) + 1 for yarn,
+    """yarn, longrope: factor of queries and keys; None: 0.1 ln(factor) + 1 for yarn,
     √(1 + ln(factor) / ln(original_length)) for longrope."""
     short_factors: tuple[float, ...] = ()
-    """longrope: the factor of every pair in rows up to the original length."""
+    """longrope: the factor of each pair in rows up to the original length."""
     long_factors: tuple[float, ...] = ()
-    """longrope: in longer ones."""
+    """longrope: the factor of each pair in longer rows."""
 
     def __post_init__(self):
         if self.kind == "none":
-            if any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
+            if changed(self):
                 raise ValueError(
                     f"rope_scaling: {self} has no kind; expected linear, dynamic, llama3, yarn or longrope."
                 )
@@ -69,8 +83,8 @@ class RopeScaling:
 class DecoderConfig:
     """A causal decoder; by default Llama's: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-    Its options make it Mistral, Qwen, SmolLM, Gemma, Phi-3, OLMo 2, GPT-2 or GPT-NeoX; which family has which is said
-    in ``distill/weights``.
+    Its options make it Mistral, Qwen, SmolLM, Gemma, Phi-3, OLMo 2, GPT-2 or GPT-NeoX; ``distill/weights/families``
+    lists the options of each family.
     """
 
     vocab_size: int = 32_000
@@ -84,20 +98,20 @@ class DecoderConfig:
     """Size of one head, even (rotary turns pairs). None: width / heads."""
     feed_forward: int = 256
     tied: bool = False
-    """The head is the embedding, transposed: vocab_size × width fewer parameters."""
+    """Ties the head to the embedding, transposed: vocab_size × width fewer parameters."""
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm of every head's queries and keys, before the rotation."""
     qk_norm_joint: bool = False
-    """That norm is over all heads together (OLMo 2)."""
+    """Takes that norm over all heads together (OLMo 2)."""
     attention_scalar: float | None = None
     """Scores are q·k / √this; None: the size of a head."""
     attention_softcap: float | None = None
     """Scores s become c · tanh(s / c) (Gemma 2, arXiv 2408.00118)."""
     logit_softcap: float | None = None
-    """Likewise the logits."""
+    """Softcap of the logits."""
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     """``gelu_tanh`` approximates ``gelu`` by a tanh."""
     gated: bool = True
@@ -107,7 +121,7 @@ class DecoderConfig:
     norm_plus_one: bool = False
     """Norms multiply by 1 + scale (Gemma)."""
     norm_place: Literal["before", "after", "around"] = "before"
-    """Of what attention and MLP read; ``after``: of what they add (OLMo 2); ``around``: of both (Gemma)."""
+    """Norms of what attention and MLP read; ``after``: of what they add (OLMo 2); ``around``: of both (Gemma)."""
     parallel: bool = False
     """Attention and MLP of a layer read the same (GPT-NeoX); False: the MLP reads what attention has added too."""
     scaled_embedding: bool = False
@@ -115,44 +129,41 @@ class DecoderConfig:
     positions: Literal["rotary", "learned"] = "rotary"
     """``learned``: a table of ``max_length`` rows is added to the embedding (GPT-2)."""
     rope_fraction: float = 1.0
-    """Part of each head that is rotated: its first numbers."""
+    """Fraction of each head that is rotated: its first numbers."""
     rope_theta_local: float | None = None
-    """Theta in layers with a window, without ``rope_scaling`` (Gemma 3). None: as in the others."""
+    """Theta in layers with a window, without ``rope_scaling`` (Gemma 3). None: ``rope_theta``."""
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
     rope_layers: tuple[bool, ...] = ()
     """For each layer, whether positions rotate its queries and keys. Empty: in all of them."""
     sliding_window: int | None = None
-    """A token sees so many keys, its own among them. None: all before it."""
+    """Number of keys a token sees, itself included. None: all before it."""
     window_layers: tuple[bool, ...] = ()
-    """For each layer, whether it has the window. Empty: all have."""
+    """For each layer, whether it has the window. Empty: all layers have it."""
     experts: int = 0
     """Experts E of every layer, each an MLP of ``feed_forward`` units; 0: one MLP for all tokens."""
     experts_per_token: int = 2
-    """Experts k that a token goes to."""
+    """Experts k to which each token is routed."""
     normalize_experts: bool = True
-    """The weights of a token's experts are divided by their sum."""
+    """Divides the weights of a token's experts by their sum."""
     router_loss_weight: float = 0.0
     """Weight of the load-balancing loss when the model is trained (``losses.load_balancing``)."""
     max_length: int | None = None
-    """Longest text the model is meant for; only learned positions enforce it. It goes from file to file."""
+    """Longest text the model is meant for, kept in files; only learned positions enforce it."""
     norm_epsilon: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "feed_forward"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model: {name}={value}; expected at least 1.")
+        _check_sizes("model", vars(self), (*_SIZES, "kv_heads", "head_dim"))
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"model: width={self.width} is no multiple of heads={self.heads}; set head_dim.")
         if self.heads % self.groups:
             raise ValueError(f"model: heads={self.heads} is no multiple of kv_heads={self.groups}.")
         if self.qk_norm_joint and not self.qk_norm:
             raise ValueError("model: qk_norm_joint without qk_norm.")
-        for name in ("attention_scalar", "attention_softcap", "logit_softcap"):
-            value = getattr(self, name)
+        scalars = {"attention_scalar": self.attention_scalar, "attention_softcap": self.attention_softcap}
+        for name, value in (scalars | {"logit_softcap": self.logit_softcap}).items():
             if value is not None and not value > 0.0:
                 raise ValueError(f"model: {name}={value}; expected above 0, or None.")
         self._check_layers()
@@ -170,8 +181,7 @@ class DecoderConfig:
             raise ValueError("model: experts are gated, by silu, without biases; leave mlp_bias, gated and activation.")
 
     def _check_layers(self) -> None:
-        for name in ("rope_layers", "window_layers"):
-            value = getattr(self, name)
+        for name, value in {"rope_layers": self.rope_layers, "window_layers": self.window_layers}.items():
             if value and len(value) != self.layers:
                 raise ValueError(
                     f"model: {name} has {len(value)} entries; expected one for each of {self.layers} layers."
@@ -183,9 +193,8 @@ class DecoderConfig:
 
     def _check_positions(self) -> None:
         if self.positions == "learned":
-            names = ("rope_scaling", "rope_layers", "rope_fraction", "rope_theta_local")
-            plain = {field.name: field.default for field in dataclasses.fields(self)}
-            if self.max_length is None or any(getattr(self, name) != plain[name] for name in names):
+            rope = {"rope_scaling", "rope_layers", "rope_fraction", "rope_theta_local"}
+            if self.max_length is None or changed(self).keys() & rope:
                 raise ValueError(
                     f"model: learned positions need max_length, got {self.max_length}, and no rope options."
                 )
@@ -217,12 +226,12 @@ class DecoderConfig:
 
     @property
     def rotary_size(self) -> int:
-        """How many numbers of a head rotate."""
+        """Numbers of a head that are rotated."""
         return int(self.key_size * self.rope_fraction)
 
     @property
     def idle_parameters(self) -> int:
-        """Parameters that have no part in what a token becomes: of the experts it does not go to."""
+        """Parameters that a token does not use: of the experts to which it is not routed."""
         idle = self.experts - self.experts_per_token if self.experts else 0
         return 3 * self.layers * idle * self.width * self.feed_forward
 
@@ -246,7 +255,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """What an encoder is: its sizes and options. The defaults are BERT's."""
+    """An encoder; by default BERT."""
 
     vocab_size: int = 30_522
     layers: int = 2
@@ -257,16 +266,16 @@ class EncoderConfig:
     token_types: int = 0
     """Rows of the embedding of token types (sentence A or B); 0: there is none."""
     max_length: int = 512
-    """Rows of the learned positions, and so the longest text; for rotary ones what the model is meant for."""
+    """Longest text: the rows of learned positions; for rotary positions what the model is meant for."""
     norm_place: Literal["post", "pre"] = "post"
     """post: norm(x + f(x)) (arXiv 1810.04805). pre: x + f(norm(x)) and a norm at the end; the first layer's attention
-    follows the norm of the embedding and has none of its own (arXiv 2412.13663)."""
+    follows the norm of the embedding and has no other norm (arXiv 2412.13663)."""
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 160_000.0
     rope_theta_local: float = 10_000.0
-    """Of the layers with a window."""
+    """Theta in layers with a window."""
     sliding_window: int | None = None
-    """Keys this far on either side are seen by the layers of ``window_layers``. None: all keys, by all layers."""
+    """Distance on either side up to which layers of ``window_layers`` see keys. None: all layers see all keys."""
     window_layers: tuple[bool, ...] = ()
     """For each layer, whether it has the window."""
     gated: bool = False
@@ -280,16 +289,14 @@ class EncoderConfig:
     pooler: bool = False
     """BERT's tanh(W · first token + b), for ``bert_pooler``."""
     mlm_head: bool = False
-    """A head that tells masked words: a transform with a norm, then the embedding, transposed, with a bias."""
+    """A head for masked tokens: a transform with a norm, then the embedding, transposed, with a bias."""
     mlm_bias: bool = True
     """The transform of that head has a bias."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "layers", "width", "heads", "feed_forward", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"encoder: {name}={getattr(self, name)}; expected at least 1.")
+        _check_sizes("encoder", vars(self), (*_SIZES, "max_length"))
         if self.token_types < 0:
             raise ValueError(f"encoder: token_types={self.token_types}; expected at least 0.")
         if self.width % self.heads:
@@ -308,7 +315,7 @@ class EncoderConfig:
 
     @property
     def groups(self) -> int:
-        """Number of key/value groups, G: as many as heads."""
+        """Number of key/value groups, G: the number of heads."""
         return self.heads
 
     @property

@@ -18,7 +18,7 @@ from distill.shapes import Array, Params
 
 
 class Decoder(nn.Module):
-    """The network. Use it through ``decoder(config)``."""
+    """A decoder in Linen. Use it through ``decoder(config)``."""
 
     config: DecoderConfig
     remat: str = "none"
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         x_BLD = x_BLD * jnp.asarray(c.width**0.5, c.dtype) if c.scaled_embedding else x_BLD
         if c.positions == "rotary":
             return x_BLD
-        # Beyond the table there is nothing to read: NaN, which is seen, and not the last row.
+        # NaN beyond the table, so that a text that is too long is noticed; the default would repeat the last row.
         return x_BLD + self.position.astype(c.dtype).at[positions_BL].get(mode="fill", fill_value=jnp.nan)
 
     def unembed(self, hidden_BLD: Array) -> Array:
@@ -112,7 +112,7 @@ def _check_length(config: DecoderConfig, length: int) -> None:
 
 
 def _turns(config: DecoderConfig, positions_BL: Array) -> tuple[Turns, ...]:
-    """Rotary positions of all layers, and of those with a window where they have a theta of their own."""
+    """Rotary positions of all layers, and of layers with a window if their theta differs."""
     if config.positions == "learned":
         return ()
     turns = turns_of(config.rotary_size, positions_BL, config.rope_theta, config.rope_scaling)

@@ -1,7 +1,7 @@
-"""The encoder: every token sees all tokens of its segment. Embedding, a scan over stacked layers, and what follows.
+"""The encoder: embedding, a scan over stacked layers, pooler and head. A token sees all tokens of its segment.
 
-Post-norm with learned positions it is a BERT, a DistilBERT or a MiniLM; pre-norm with rotary positions, windows and
-gates a ModernBERT. ``distill/weights/families/encoders.py`` says which options each has.
+With post-norm and learned positions it is a BERT, a DistilBERT or a MiniLM; with pre-norm, rotary positions, windows
+and gates it is a ModernBERT. ``distill/weights/families/encoders.py`` lists the options of each.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def activation(config: EncoderConfig, x: Array) -> Array:
 
 
 class SelfAttention(nn.Module):
-    """Attention of every token to all that ``mask_BLS`` lets it see; ``local``: this layer has the window."""
+    """Attention of every token to the keys of ``mask_BLS``; ``local``: whether this layer has the window."""
 
     config: EncoderConfig
 
@@ -121,11 +121,11 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """An encoder. Use it through ``encoder(config)``."""
+    """An encoder in Linen. Use it through ``encoder(config)``."""
 
     config: EncoderConfig
     remat: str = "none"
-    """Of ``REMAT``: what a layer does not keep is computed again in the backward pass."""
+    """One of ``REMAT``: what a layer does not keep is recomputed in the backward pass."""
 
     def setup(self):
         c, std = self.config, self.config.width**-0.5
@@ -185,7 +185,7 @@ class Encoder(nn.Module):
         )
 
     def unembed(self, hidden_BLD: Array) -> Array:
-        """Logits ``[..., V]`` of masked words; the matmul accumulates in float32."""
+        """Logits ``[..., V]`` of masked tokens; the matmul accumulates in float32."""
         if not self.config.mlm_head:
             raise ValueError("encoder: no head, so no logits; use terms on hidden states, or weights with an MLM head.")
         states_BLD = self.transform_norm(activation(self.config, self.transform(hidden_BLD)))
@@ -221,7 +221,7 @@ def _by_layer(config: EncoderConfig, mask_BLS: Array) -> tuple[tuple[Array, ...]
 def encoder(config: EncoderConfig) -> Model:
     """The pure functions of an encoder with this configuration; ``apply`` also takes ``token_types`` ``[B, L]``.
 
-    Pre-norm layers are stacked, so the first one has an attention norm too, of which nothing comes.
+    The layers are stacked, so the first pre-norm layer has an attention norm too, which is never used.
 
     Example:
       >>> model = encoder(EncoderConfig(vocab_size=14, layers=2, width=8, heads=2, feed_forward=16, max_length=6))
@@ -246,7 +246,7 @@ def pool(hidden_BLD: Array, segments_BL: Array, kind: Literal["mean", "cls"] = "
 
     Args:
       hidden_BLD: hidden states.
-      segments_BL: 0 is padding, which has no part in it; a row without a token gives 0.
+      segments_BL: 0 is padding, which is left out; a row without a token gives 0.
       kind: ``mean``, as MiniLM does, or ``cls``.
 
     Raises:
@@ -266,7 +266,7 @@ def pool(hidden_BLD: Array, segments_BL: Array, kind: Literal["mean", "cls"] = "
 
 
 def embed(model: Model, params: Params, tokens: Array, segments: Array, kind: Literal["mean", "cls"] = "mean") -> Array:
-    """Sentence embeddings of length 1, ``[B, D]`` float32: their products are cosine similarities (arXiv 1908.10084).
+    """Sentence embeddings of norm 1, ``[B, D]`` float32: their products are cosine similarities (arXiv 1908.10084).
 
     Args:
       model: an encoder.
@@ -280,7 +280,7 @@ def embed(model: Model, params: Params, tokens: Array, segments: Array, kind: Li
 
 
 def keep_layers(config: EncoderConfig, params: Params, layers: tuple[int, ...]) -> tuple[EncoderConfig, Params]:
-    """An encoder with some of the layers of another, counted from 0; all else is as it was.
+    """An encoder with some of the layers of another, counted from 0; everything else is unchanged.
 
     Raises:
       ValueError: no layers, layers it has not, or a pre-norm encoder without its first one, which has no norm.

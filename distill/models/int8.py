@@ -1,12 +1,12 @@
-"""Weight-only int8, for teachers: every kernel of the layers as whole numbers and one factor for each output.
+"""Weight-only int8, for teachers: every kernel of the layers as integers and one scale for each output.
 
     s = max |W| / 127 over the inputs of an output,    q = round(W / s),    y = (x · q) · s        (arXiv 2208.07339, 2)
 
-The factors are applied to the product, so that a kernel is never written out in a wider type: numbers up to 127 are
-exact in bfloat16. Embedding, head, norms, biases and routers stay as they are; logits feed the loss.
+The scales multiply the product, so that a kernel is never stored in a wider type: integers up to 127 are exact in
+bfloat16. Embedding, head, norms, biases and routers are not quantised, because logits feed the loss.
 
-The reason for these lines beside ``qwix``, which quantises Linen modules from outside: its arrays refuse the casts with
-which layers here choose their type (0.1.8), and shardings, checkpoints and fingerprints want plain trees of arrays.
+``qwix`` quantises Linen modules from outside, but its arrays refuse the casts with which layers here choose their type
+(0.1.8), and shardings, checkpoints and fingerprints need plain trees of arrays.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from distill.shapes import Array, Params
 
 
 def int8(model: Model) -> Model:
-    """The model whose kernels are ``{"int8": q, "scale": s}``: ``init`` draws and quantises, ``merge`` multiplies out.
+    """The model whose kernels are ``{"int8": q, "scale": s}``: ``init`` draws and quantises, ``merge`` dequantises.
 
     Raises:
       ValueError: not a decoder with whole kernels.
@@ -59,17 +59,17 @@ def quantizer(model: Model) -> Callable[[Any, Array], Any]:
     """``(path, parameter) -> parameter``, quantised where it is a kernel of the layers."""
     names = {}
     for path, axes in jax.tree_util.tree_leaves_with_path(model.axes, is_leaf=lambda node: isinstance(node, tuple)):
-        names[_words(path)] = axes
+        names[_names(path)] = axes
 
     def quantize(path: Any, leaf: Array) -> Any:
-        summed = _summed(path, names[_words(path)])
+        summed = _summed(path, names[_names(path)])
         return leaf if summed is None else _quantized(leaf, summed)
 
     return quantize
 
 
 def held(model: Model, dtype: str) -> tuple[Model, Params]:
-    """The model whose parameters are held as float32, bfloat16, or int8 with the rest in bfloat16; and their shapes."""
+    """The model with parameters in float32, bfloat16, or int8 with the rest in bfloat16; and the parameters' shapes."""
 
     def shapes(key: Array) -> Params:
         wide = jax.tree.map(lambda leaf: leaf.astype("bfloat16" if dtype == "int8" else dtype), model.init(key))
@@ -78,17 +78,17 @@ def held(model: Model, dtype: str) -> tuple[Model, Params]:
     return int8(model) if dtype == "int8" else model, jax.eval_shape(shapes, jax.random.key(0))
 
 
-def _words(path: Any) -> tuple[str, ...]:
+def _names(path: Any) -> tuple[str, ...]:
     return tuple(part if isinstance(part, str) else part.key for part in path)
 
 
 def _summed(path: Any, names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """The axes a kernel is summed over; None: not a kernel of the layers."""
-    words = _words(path)
-    if words[0] != "layers" or words[-1] != "kernel" or words[-2] not in KERNELS:
+    """The input axes of a kernel of the layers; None for other parameters."""
+    keys = _names(path)
+    if keys[0] != "layers" or keys[-1] != "kernel" or keys[-2] not in KERNELS:
         return None
     lead = sum(name in ("layers", "experts") for name in names)
-    return tuple(range(lead, lead + KERNELS[words[-2]]))
+    return tuple(range(lead, lead + KERNELS[keys[-2]]))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -100,7 +100,7 @@ def _quantized(kernel: Array, summed: tuple[int, ...]) -> dict[str, Array]:
 
 
 def _merged(model: Model, params: Params) -> Params:
-    """Plain parameters, the kernels in float32."""
+    """Dequantised parameters, the kernels in float32."""
 
     def one(path: Any, names: tuple[str, ...], leaf: Any) -> Array:
         summed = _summed(path, names)

@@ -1,7 +1,7 @@
 """Mixtures of experts: a router sends each token to k of E feed-forward networks, and no token is dropped.
 
-Tokens are sorted by expert, so that each expert multiplies a block of neighbouring rows: k/E of the work of all experts
-on all tokens, with shapes that do not depend on where tokens go.
+Tokens are sorted by expert, so that each expert multiplies a block of neighbouring rows. That is k/E of the work of all
+experts on all tokens, with shapes that do not depend on the routing.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,14 +19,14 @@ from distill.shapes import Array
 
 
 class Chosen(NamedTuple):
-    """Where tokens go."""
+    """Experts of each token, and their weights."""
 
     experts_TK: Array
-    """The k experts of a token, the most probable first; of two that are equally probable, the lower number first."""
+    """The k experts of a token, the most probable first; ties: the lower number first."""
     weights_TK: Array
-    """What their outputs count."""
+    """Weights of their outputs."""
     probabilities_TE: Array
-    """Of all experts."""
+    """Probabilities of all experts."""
 
 
 def route(x_TD: Array, kernel_DE: Array, experts: int, normalize: bool) -> Chosen:
@@ -43,7 +43,7 @@ def mixture(chosen: Chosen, x_TD: Array, expert: Callable[[Array, Callable[[Arra
     """Σ over a token's k experts of weight · expert(x), ``[T, D]``.
 
     Args:
-      chosen: where tokens go.
+      chosen: from ``route``.
       x_TD: tokens.
       expert: ``expert(rows, multiply) -> rows``, where ``multiply(rows [R, A], kernels [E, A, B]) -> [R, B]`` gives
         each row the kernel of its expert.
@@ -68,7 +68,7 @@ class _Kernel(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         stored = self.get_variable("params", "kernel")
-        if isinstance(stored, Mapping):  # of an expert: whole numbers, and a factor of each output (int8.py)
+        if isinstance(stored, Mapping):  # integers and one scale for each output (int8.py)
             return stored["int8"] * stored["scale"][:, None]
         return self.param("kernel", parameter(self.axes, std=self.shape[-2] ** -0.5), self.shape)
 
@@ -80,7 +80,7 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Array, real_BL: Array) -> tuple[Array, Routing]:
-        """The output, and where the tokens of ``real_BL`` went."""
+        """The output, and the routing of the tokens where ``real_BL``."""
         c = self.config
         x_TD, real_T1 = x_BLD.reshape(-1, c.width), real_BL.reshape(-1, 1).astype(jnp.float32)
         router_DE = _Kernel((c.width, c.experts), ("embed", "experts"), name="router")()

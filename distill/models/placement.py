@@ -1,4 +1,4 @@
-"""Where activations lie on a mesh, said to the compiler where it cannot be left to choose."""
+"""Sharding constraints on activations, where the compiler's choice would be worse."""
 
 import math
 
@@ -8,14 +8,14 @@ from jax.sharding import AxisType, PartitionSpec
 from distill.shapes import Array
 
 ROW_AXES = ("dcn", "data", "fsdp")
-"""Axes of a mesh over which the rows of a batch lie."""
+"""Mesh axes over which the rows of a batch are sharded."""
 
 
 def rows_apart(x_BLD: Array) -> Array:
-    """Rows over their axes of the mesh in context, widths whole; without a mesh, or within pmap, ``x_BLD`` as it is.
+    """Shards rows over their axes of the mesh in context and keeps widths whole; a no-op without a mesh or in pmap.
 
-    Left to itself the compiler may cut the width as the embedding is cut, over fsdp, and then every device of fsdp
-    computes all rows and exchanges activations in place of parameters.
+    Without the constraint the compiler may shard the width like the embedding, over fsdp. Then every device of fsdp
+    computes all rows and exchanges activations instead of parameters.
     """
     mesh = jax.sharding.get_abstract_mesh()
     left = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]

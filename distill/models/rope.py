@@ -1,4 +1,4 @@
-"""Rotary positions and the ways to stretch them beyond the length a model was trained on."""
+"""Rotary positions, and their scaling beyond the length a model was trained on."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from distill.models.config import RopeScaling
 from distill.shapes import Array
 
 PLAIN = RopeScaling()
-"""Not stretched."""
+"""No scaling."""
 
 
 class Turns(NamedTuple):
@@ -27,8 +27,8 @@ def rotate(x_BHLK: Array, turns: Turns) -> Array:
     """Rotary positions (arXiv 2104.09864): turns the pair (i, i + K/2) by its angle, in float32.
 
     Args:
-      x_BHLK: queries or keys. Numbers beyond the K of ``turns`` stay as they are.
-      turns: of their tokens, from ``turns_of``; they are the same for all layers, and computed once.
+      x_BHLK: queries or keys. Numbers beyond the K of ``turns`` are not rotated.
+      turns: of their tokens, from ``turns_of``; computed once for all layers.
     """
     rotated = 2 * turns.cos.shape[-1]
     first, second = jnp.split(x_BHLK[..., :rotated].astype(jnp.float32), 2, axis=-1)
@@ -40,13 +40,13 @@ def rotate(x_BHLK: Array, turns: Turns) -> Array:
 def turns_of(size: int, positions_BL: Array, theta: float, scaling: RopeScaling = PLAIN) -> Turns:
     """The pair (i, i + K/2) turns by position · theta^(−2i/K).
 
-    ``scaling`` slows some pairs down; YaRN and LongRoPE also make queries and keys longer, which is a factor here.
+    ``scaling`` slows some pairs down; YaRN and LongRoPE also scale queries and keys, here by a factor of the turns.
 
     Args:
-      size: K, how many numbers of each head are rotated.
+      size: K, the rotated numbers of each head.
       positions_BL: of the tokens.
       theta: the base.
-      scaling: how positions are stretched.
+      scaling: of the positions.
 
     Example:
       >>> turns_of(8, jnp.array([[0, 1, 2]]), 1e4).cos.shape
@@ -66,14 +66,14 @@ def turns_of(size: int, positions_BL: Array, theta: float, scaling: RopeScaling 
 
 
 def choose(local: Array, turns: Sequence[Turns]) -> Turns:
-    """Of one or two ``Turns`` the last where the bool ``local`` is true, else the first."""
+    """The last of one or two ``Turns`` where ``local`` is True, otherwise the first."""
     if len(turns) == 1:
         return turns[0]
     return jax.tree.map(lambda far, near: jnp.where(local, near, far), *turns)
 
 
 def _by_length(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> Array:
-    """LongRoPE's frequencies ``[B, K/2]``: the long factors in rows beyond the original length; each row by itself."""
+    """LongRoPE's frequencies ``[B, K/2]``: the long factors in rows beyond the original length."""
     plain = theta ** (-np.arange(half) / half)
     short, long = (jnp.asarray(plain / np.array(f), jnp.float32) for f in (scaling.short_factors, scaling.long_factors))
     longer_B = jnp.max(positions_BL, axis=1) + 1 > scaling.original_length
@@ -81,9 +81,9 @@ def _by_length(half: int, positions_BL: Array, theta: float, scaling: RopeScalin
 
 
 def _dynamic(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> Array:
-    """NTK-aware frequencies ``[B, K/2]``: theta grows with a row's length once that is beyond the original one.
+    """NTK-aware frequencies ``[B, K/2]``: theta grows with a row's length beyond the original one.
 
-    A row of its own: what else is in the batch, or on which device, does not matter.
+    Each row depends on its length alone, not on the other rows of the batch.
     """
     length_B = jnp.maximum(jnp.max(positions_BL, axis=1) + 1, scaling.original_length).astype(jnp.float32)
     stretch_B = scaling.factor * length_B / scaling.original_length - (scaling.factor - 1.0)
@@ -92,7 +92,7 @@ def _dynamic(half: int, positions_BL: Array, theta: float, scaling: RopeScaling)
 
 
 def slowed(half: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Radians per position of each pair, ``[K/2]`` float64, for the kinds that do not look at the text's length.
+    """Radians per position of each pair, ``[K/2]`` float64, for the kinds that do not depend on the text's length.
 
     Example:
       >>> slowed(2, 100.0, RopeScaling("linear", factor=4.0)).tolist()
@@ -115,5 +115,5 @@ def slowed(half: int, theta: float, scaling: RopeScaling) -> np.ndarray:
 
 
 def _pair_that_turns(turns: float, half: int, theta: float, scaling: RopeScaling) -> float:
-    """Number (a fraction) of the pair that makes so many turns in a text of the original length."""
+    """Fractional index of the pair that makes ``turns`` turns in a text of the original length."""
     return half * math.log(scaling.original_length / (turns * 2.0 * math.pi)) / math.log(theta)

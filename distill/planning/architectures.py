@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.models import DecoderConfig, EncoderConfig
+from distill.models.config import DecoderConfig, EncoderConfig
 from distill.weights import families, folder, gguf
 
 _LLAMA3 = {

@@ -23,7 +23,8 @@ from distill.evaluation.heldout import rows_at_a_time
 from distill.experiments.learner import learner
 from distill.experiments.preflight import placed_bytes
 from distill.experiments.text.config import TextConfig
-from distill.models import DecoderConfig, decoder
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
 from distill.models.int8 import held
 from distill.models.placement import ROW_AXES
 from distill.parallel import batch_axes, make_mesh
@@ -45,6 +46,8 @@ def abstract_task(config: TextConfig) -> Task:
       FileNotFoundError: the shapes of a model are not known.
       ValueError: an encoder, a student larger than its teacher, or one of factors.
     """
+    if config.signal.kind != "live":
+        raise ValueError("plan: stored targets cannot be planned yet; leave out --signal.kind, for a live teacher.")
     if not config.student.start.plain:
         raise ValueError("plan: a student in factors, or with its teacher's embeddings, cannot be planned yet.")
     teacher, words = _decoder_of(config.teacher, config)

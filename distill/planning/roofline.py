@@ -9,7 +9,7 @@ of memory are the least: every product reads its operands and writes its result 
 from typing import NamedTuple
 
 from distill.devices.chips import Chip
-from distill.models import DecoderConfig
+from distill.models.config import DecoderConfig
 
 LOGIT_BYTES = 30
 """Memory traffic of a chunked head for each token and word: about seven passes over float32 logits."""
@@ -113,7 +113,7 @@ def times(chip: Chip, devices: int, hardware: float, moved: float, sent: float) 
       sent: bytes one sends.
 
     Example:
-      >>> from distill.chips import CHIPS
+      >>> from distill.devices.chips import CHIPS
       >>> values = times(CHIPS["v5e"], 2, hardware=197e12, moved=0.0, sent=20e9)
       >>> values["compute"], values["interconnect"], values["bound"]
       (0.5, 0.1, 'compute')

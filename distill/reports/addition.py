@@ -1,6 +1,6 @@
 """A run folder → tables, plots (PNG) and one self-contained HTML page.
 
-Reading, numbers and figures stand here, words and tables in `addition.html.jinja`. No jax is imported, and matplotlib
+Reading, numbers and figures are here, text and tables in `addition.html.jinja`. No jax is imported, and matplotlib
 only to draw. Every number of the page comes from the run folder; one that is missing or not finite is shown as –.
 """
 

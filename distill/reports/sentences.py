@@ -1,6 +1,6 @@
 """The report of a distilled sentence encoder: a run folder → scores, curves and neighbours on one self-contained page.
 
-Words stand in ``sentences.html.jinja``; page, canvas and numbers are those of ``report.py``. No jax is imported.
+Its text is in ``sentences.html.jinja``; page, canvas and numbers are those of ``page.py``. No jax is imported.
 """
 
 import json

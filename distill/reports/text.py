@@ -1,6 +1,6 @@
 """The report of a distillation on text: a run folder → curves, tables and texts on one self-contained page.
 
-Words stand in ``text.html.jinja``; page, canvas and numbers are those of ``report.py``. No jax is imported.
+Its text is in ``text.html.jinja``; page, canvas and numbers are those of ``page.py``. No jax is imported.
 """
 
 import json

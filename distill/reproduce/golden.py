@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill import fetch, losses
-from distill.models import Model
+from distill.models.model import Model
 from distill.shapes import Params
 from distill.weights.folder import load
 from distill.weights.gguf import GGUFSource

@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,8 @@ from distill.data.loader import Loader
 from distill.experiments import runner
 from distill.losses import DenseTargets
 from distill.metrics import read_metrics
-from distill.models import DecoderConfig, decoder
+from distill.models.config import DecoderConfig
+from distill.models.decoder import decoder
 from distill.objective import ObjectiveConfig, terms_of
 from distill.reproduce.page import made_on, write_section
 from distill.train import Task, fit
@@ -234,9 +236,9 @@ def phase(stacks: str) -> str:
     marks = {
         "save": r'distill/checkpoint\.py", line \d+ in (save|_seal|_settle|__exit__)|orbax/\S+(sav|sync|writ)',
         "compile": r"jax/_src/(compiler|pjit|interpreters/(pxla|mlir|partial_eval)|compilation_cache)\.py",
-        "evaluate": r"distill/(evaluation/|experiments/\w+/measure)|in measure$",
+        "evaluate": r"distill/evaluation/|addition/measure\.py|in measure$",
         "data": r"distill/data/|tensorflow_datasets|array_record",
-        "train": r"in (go|dispatch|train|record)$",
+        "train": r'in (go|record)$|addition/replicas\.py", line \d+ in train$',
     }
     works = "\n".join(thread for thread in stacks.split("\n\n") if "importlib._bootstrap" not in thread)
     found = (name for name, mark in marks.items() if re.search(mark, works, re.M))
@@ -363,9 +365,10 @@ def survive(folder: Path, count: int = 50, overrides: Sequence[str] = SMALL) -> 
     ]
 
 
-def section(folder: Path, page: Path, count: int = 50) -> list[str]:
-    """Kills, failures and resumes; writes their section, returns its lines."""
-    lines = survive(folder, count)
-    made = f"{made_on()}."
-    write_section(page, "\n".join(["## Survival: `python scripts/reproduce.py survival`", "", *lines, made]) + "\n")
-    return lines
+def section(page: Path, count: int = 50) -> None:
+    """Kills, failures and resumes; prints their lines and writes their section."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = survive(Path(folder), count)
+    print(*lines, sep="\n")
+    heading = "## Survival: `python scripts/reproduce.py survival`"
+    write_section(page, "\n".join([heading, "", *lines, f"{made_on()}."]) + "\n")

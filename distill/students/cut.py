@@ -1,12 +1,12 @@
-"""A student from its teacher: some of its layers, heads, feed-forward units and residual dimensions.
+"""Structured pruning: a student with some of its teacher's layers, heads, feed-forward units and residual dimensions.
 
-What to keep is decided by an importance measured on data: how much the loss would change, to first order, if a unit
-were scaled away (arXiv 1906.10771). A unit ``u`` is multiplied by a gate that is 1; then
+An importance measured on data decides what to keep: how much the loss would change, to first order, if a unit were
+scaled to zero (arXiv 1906.10771). A unit ``u`` is multiplied by a gate that is 1; then
 
-    ∂loss/∂gate_u = Σ w · ∂loss/∂w        over the weights w that carry what u gives
+    ∂loss/∂gate_u = Σ w · ∂loss/∂w        over the weights w that read u
 
-so one gradient with respect to the parameters tells it of all units at once, without looking inside the network. Where
-to cut is told by the logical axes of the parameters (``Model.axes``).
+so one gradient with respect to the parameters gives the importance of all units. The logical axes of the parameters
+(``Model.axes``) say where to cut.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import numpy as np
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.shapes import Array, Float, Params
+from distill.students.layers import spread
 
 Loss = Callable[[Params, Any], Array]
 """``(params, batch) -> scalar``."""
@@ -77,74 +78,14 @@ def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Itera
     return jax.tree.map(lambda value: np.asarray(value) / count, total)
 
 
-def _norm_gate(config: DecoderConfig, gate: Params, gradient: Params) -> Array:
-    """The derivative by a gate on what a norm gives, ``[..., D]``, from its scale's and its bias's own."""
-    scale = gate["scale"] + gradient["scale"] if config.norm_plus_one else gate["scale"]
-    return scale + gate["bias"] if "bias" in gate else scale
-
-
 def _plain(axes: Params) -> bool:
-    """Has every layer one MLP, whose units can be chosen? (One of experts has not.)"""
+    """Whether every layer has one MLP, whose units can be chosen; a mixture of experts has not."""
     return axes.get("mlp", {}).get("down", {}).get("kernel") == ("layers", "mlp", "embed")
 
 
 def _by_axis(x: Array, *kept: int) -> Array:
     """Sums over all axes but ``kept``."""
     return x.sum(axis=tuple(axis for axis in range(x.ndim) if axis not in kept))
-
-
-def spread(layers: int, of: int) -> tuple[int, ...]:
-    """``layers`` of ``of`` layers, counted from 0, evenly spread, the first and the last among them.
-
-    Example:
-      >>> spread(4, 10), spread(1, 10)
-      ((0, 3, 6, 9), (0,))
-    """
-    _check_count(layers, of)
-    return tuple(round(i * (of - 1) / max(layers - 1, 1)) for i in range(layers))
-
-
-def every(layers: int, of: int) -> tuple[int, ...]:
-    """Every n-th of ``of`` layers from the first on, n as large as ``layers`` of them allow (arXiv 1910.01108).
-
-    Example:
-      >>> every(3, 6), every(3, 8)
-      ((0, 2, 4), (0, 2, 4))
-    """
-    _check_count(layers, of)
-    return tuple(range(0, of, of // layers))[:layers]
-
-
-def ends(layers: int, of: int) -> tuple[int, ...]:
-    """The first and the last of ``of`` layers, one more of the first if ``layers`` is odd.
-
-    Example:
-      >>> ends(2, 6), ends(3, 6)
-      ((0, 5), (0, 1, 5))
-    """
-    _check_count(layers, of)
-    first = -(-layers // 2)
-    return (*range(first), *range(of - layers + first, of))
-
-
-def first(layers: int, of: int) -> tuple[int, ...]:
-    """The first of ``of`` layers.
-
-    Example:
-      >>> first(2, 6)
-      (0, 1)
-    """
-    _check_count(layers, of)
-    return tuple(range(layers))
-
-
-def _check_count(layers: int, of: int) -> None:
-    if not 1 <= layers <= of:
-        raise ValueError(f"{layers} layers of {of}; expected 1 … {of}.")
-
-
-CHOICES = {"spread": spread, "every": every, "ends": ends, "first": first}
-"""Ways to choose a number of layers."""
 
 
 def like(
@@ -154,7 +95,7 @@ def like(
     measure: Callable[[], Importance],
     layers: Sequence[int] | None = None,
 ) -> tuple[DecoderConfig, Params]:
-    """``student_from`` with the sizes of another configuration; ``measure`` is called if units are chosen by it.
+    """``student_from`` with the sizes of another configuration; ``measure`` is called only if units are dropped.
 
     ``layers`` names those to keep; None: evenly spread.
 
@@ -167,11 +108,11 @@ def like(
     layers = spread(student.layers, config.layers) if layers is None else layers
     small, params = student_from(config, params, layers=layers, measured=measured, **sizes)
     free = ["kv_heads", "head_dim", "dtype"] + ["max_length"] * (config.positions == "rotary")
-    names = [field.name for field in dataclasses.fields(DecoderConfig)]
+    fields, possible = vars(student), vars(small)
     different = [
-        f"{name}={getattr(student, name)} (a part of the teacher has {getattr(small, name)})"
-        for name in names
-        if name not in free and getattr(student, name) != getattr(small, name)
+        f"{name}={fields[name]} (a part of the teacher has {possible[name]})"
+        for name in fields
+        if name not in free and fields[name] != possible[name]
     ]
     if student.key_size != small.key_size:
         different.append(f"head_dim={student.key_size} (the teacher's is {small.key_size})")
@@ -190,21 +131,21 @@ def student_from(
     width: int | None = None,
     measured: Importance | None = None,
 ) -> tuple[DecoderConfig, Params]:
-    """A smaller decoder cut out of a larger one; what is not given stays whole.
+    """A smaller decoder cut out of a larger one; sizes that are not given stay.
 
-    Norms are over what is left of their dimensions; the width of a scaled embedding (Gemma) cannot change.
+    Norms are over the remaining dimensions; the width of a scaled embedding (Gemma) cannot change.
 
     Args:
       config: of the teacher.
       params: of the teacher; not changed.
-      layers: how many, evenly spread with the first and the last among them, or a list of those to keep, from 0.
+      layers: their number, evenly spread with the first and the last included, or a list of those to keep, from 0.
       kv_heads: groups of heads to keep in every layer, each with all its query heads; the most important ones.
       feed_forward: units to keep in every layer, likewise.
       width: residual dimensions to keep, the same everywhere, likewise.
       measured: from ``importance``; needed unless only layers are left out.
 
     Returns:
-      ``(config, params)`` of the student: parameters in the order they had, of the teacher's values.
+      ``(config, params)`` of the student: the teacher's values, in their order.
 
     Raises:
       ValueError: sizes larger than the teacher's, layers it has not, or no ``measured`` where it is needed.
@@ -293,7 +234,7 @@ def _kept(config: DecoderConfig, layers: int | Sequence[int] | None) -> tuple[in
 
 
 def _check_shapes(config: DecoderConfig, params: Params) -> None:
-    """Raises ValueError for a parameter that was not cut as this configuration has it: an option nobody thought of."""
+    """Raises ValueError for a parameter whose shape is not that of this configuration."""
     wanted = jax.eval_shape(decoder(config).init, jax.random.key(0))
     for (path, leaf), want in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True):
         if leaf.shape != want.shape:
@@ -304,7 +245,7 @@ def _check_shapes(config: DecoderConfig, params: Params) -> None:
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the ``count`` largest of every row, in the order they stand in."""
+    """Indices of the ``count`` largest values of every row, ascending."""
     return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
 
 

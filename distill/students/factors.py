@@ -1,7 +1,7 @@
 """Kernels as products of two thin factors: low-rank students, and LoRA.
 
-A kernel is read as a matrix from what it sums over to what it gives, ``W [inputs, outputs]``; ``left [inputs…, r]`` and
-``right [r, outputs…]`` stand for the product ``left · right``, which is never formed (``layers.Projection``):
+A kernel is a matrix ``W [inputs, outputs]``; ``left [inputs…, r]`` and ``right [r, outputs…]`` replace it by the
+product ``left · right``, which is never formed (``layers.Projection``):
 
     low rank   y = (x · left) · right                                  in place of  y = x · W
     LoRA       y = x · W + α/r · (x · lora_left) · lora_right          W frozen    (arXiv 2106.09685)
@@ -55,7 +55,7 @@ def kernels_of(model: Model, names: Sequence[str] = ()) -> list[Kernel]:
 
     Args:
       model: with stacked layers and declared axes, such as ``decoder``.
-      names: of ``KERNELS``; empty: all the model has.
+      names: of ``parameters.KERNELS``; empty: all the model has.
 
     Raises:
       ValueError: a name the model has no kernel of, or a model without any.
@@ -78,7 +78,8 @@ def kernels_of(model: Model, names: Sequence[str] = ()) -> list[Kernel]:
     return [kernel for kernel in found if not names or kernel.path[-1] in names]
 
 
-def _check_rank(rank: int, kernels: Sequence[Kernel]) -> None:
+def check_rank(rank: int, kernels: Sequence[Kernel]) -> None:
+    """Raises ValueError for a rank above the smaller side of one of these kernels."""
     for kernel in kernels:
         most = min(kernel.matrix[1:])
         if not 1 <= rank <= most:
@@ -99,7 +100,7 @@ def factored(model: Model, rank: int, kernels: Sequence[str] = ()) -> Model:
       ValueError: a kernel the model has not, or a rank above its smaller side.
     """
     chosen = kernels_of(model, kernels)
-    _check_rank(rank, chosen)
+    check_rank(rank, chosen)
     whole = {(*kernel.path, "kernel") for kernel in chosen}
     axes = {path: names for path, names in flat(model.axes).items() if path not in whole}
     for kernel in chosen:
@@ -120,7 +121,7 @@ def factored(model: Model, rank: int, kernels: Sequence[str] = ()) -> Model:
         leaves = flat(params)
         for kernel in chosen:
             left, right = leaves.pop((*kernel.path, "left")), leaves.pop((*kernel.path, "right"))
-            leaves[(*kernel.path, "kernel")] = _product(left, right).astype(left.dtype)
+            leaves[(*kernel.path, "kernel")] = product(left, right).astype(left.dtype)
         return nested(leaves)
 
     return dataclasses.replace(model, init=init, axes=nested(axes), merge=merge)
@@ -189,7 +190,7 @@ def _above_zero(weights: np.ndarray) -> np.ndarray:
 
 
 def fisher_rows(model: Model, params: Params, loss: Callable[[Params, Any], Array], batches: Iterable[Any]) -> Params:
-    """What an error in each row of a kernel costs: the root of Σ over the row of E[(∂loss/∂W)²] (arXiv 2207.00112).
+    """Cost of an error in each row of a kernel: the root of Σ over the row of E[(∂loss/∂W)²] (arXiv 2207.00112).
 
     Args:
       model: whose kernels are to be factored.
@@ -198,7 +199,7 @@ def fisher_rows(model: Model, params: Params, loss: Callable[[Params, Any], Arra
       batches: at least one; the square is taken of every batch's gradient.
 
     Returns:
-      ``rows`` ``[N, inputs]`` in the place of every kernel, for ``low_rank``.
+      ``rows`` ``[N, inputs]`` for every kernel, for ``low_rank``.
 
     Raises:
       ValueError: no batches.
@@ -221,9 +222,9 @@ def fisher_rows(model: Model, params: Params, loss: Callable[[Params, Any], Arra
     return nested({(*path, "rows"): np.sqrt(np.asarray(value) / count) for path, value in total.items()})
 
 
-def _product(left: Array, right: Array) -> Array:
+def product(left: Array, right: Array) -> Array:
     """``[N, inputs…, r] · [N, r, outputs…]`` in float32."""
     layers, rank = right.shape[:2]
     matrices = left.reshape(layers, -1, rank), right.reshape(layers, rank, -1)
-    product = jnp.matmul(*(matrix.astype(jnp.float32) for matrix in matrices), precision="highest")
-    return product.reshape(*left.shape[:-1], *right.shape[2:])
+    result = jnp.matmul(*(matrix.astype(jnp.float32) for matrix in matrices), precision="highest")
+    return result.reshape(*left.shape[:-1], *right.shape[2:])

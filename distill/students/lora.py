@@ -1,4 +1,4 @@
-"""Students that learn only a part of their parameters: LoRA, and frozen tables."""
+"""Students with frozen parameters: LoRA, and frozen embeddings or heads."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,25 +10,21 @@ import jax.numpy as jnp
 from distill.models.model import Model
 from distill.models.parameters import normal
 from distill.shapes import Array, Params
-from distill.students.factors import (
-    _check_rank,
-    _product,
-    kernels_of,
-)
+from distill.students.factors import check_rank, kernels_of, product
 from distill.trees import flat, nested
 
 # ---- LoRA
 
 
 def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequence[str] = ()) -> Model:
-    """A model of which only a correction of rank r is learnt; everything else is frozen (arXiv 2106.09685).
+    """A model that learns only a correction of rank r; everything else is frozen (arXiv 2106.09685).
 
         y = x · W + α/r · (x · A) · B        A [inputs, r] normal with deviation 1/√inputs,  B [r, outputs] zero
 
-    ``init`` gives A and B alone (``lora_left`` and ``lora_right`` beside each kernel): they are what a ``TrainState``
-    holds. ``apply``, ``unembed`` and ``head`` take them joined with the parameters of ``model``
-    (``joined(base_params, params)``), as the train step does with ``Frozen``. Where the teacher is the base, both are
-    the same arrays. At the start B = 0 and the model is its base, to the bit.
+    ``init`` returns A and B alone (``lora_left`` and ``lora_right`` beside each kernel): a ``TrainState`` holds only
+    them. ``apply``, ``unembed`` and ``head`` take them joined with the parameters of ``model``
+    (``joined(base_params, params)``), as the train step does with ``Frozen``. A teacher that is the base shares its
+    arrays. At the start B = 0, and the model is bit-identical to its base.
 
     Args:
       model: the base, whose layers use ``Projection``.
@@ -41,6 +37,7 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
 
     Example:
       >>> from distill.models import DecoderConfig, decoder
+      >>> from distill.trees import joined
       >>> base = decoder(DecoderConfig(vocab_size=14, layers=2, width=8, heads=2, feed_forward=16))
       >>> model = lora(base, rank=2, kernels=("query", "value"))
       >>> learnt, frozen = model.init(jax.random.key(1)), base.init(jax.random.key(0))
@@ -51,7 +48,7 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
       True
     """
     chosen = kernels_of(model, kernels)
-    _check_rank(rank, chosen)
+    check_rank(rank, chosen)
     alpha = float(rank) if alpha is None else alpha
     if not alpha > 0.0:
         raise ValueError(f"lora: alpha={alpha}; expected a number above 0.")
@@ -78,7 +75,7 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
     def merge(params: Params) -> Params:
         leaves = flat(scaled(params))
         for kernel in chosen:
-            correction = _product(leaves.pop((*kernel.path, "lora_left")), leaves.pop((*kernel.path, "lora_right")))
+            correction = product(leaves.pop((*kernel.path, "lora_left")), leaves.pop((*kernel.path, "lora_right")))
             whole = leaves[(*kernel.path, "kernel")]
             leaves[(*kernel.path, "kernel")] = (whole.astype(jnp.float32) + correction).astype(whole.dtype)
         return nested(leaves) if model.merge is None else model.merge(nested(leaves))
@@ -92,8 +89,8 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
 def freeze(model: Model, names: Sequence[str]) -> Model:
     """The model with some top-level parameters frozen: ``init`` gives the others, ``apply`` takes all, joined.
 
-    With ``("embedding", "head")`` a student can share these arrays with a teacher of its width: they are neither
-    learnt nor held twice.
+    With ``("embedding", "head")`` a student shares these arrays with a teacher of its width: they are not learnt, and
+    memory holds them once.
 
     Raises:
       ValueError: names the model has no parameters of, or nothing that would be left to learn.

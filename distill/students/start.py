@@ -11,9 +11,8 @@
 ====================  ================================================================================================
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,62 +21,12 @@ from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.models.model import Model
 from distill.shapes import Array, Params
-from distill.students.cut import CHOICES, Importance, importance, like
+from distill.students.config import StartConfig
+from distill.students.cut import Importance, importance, like
 from distill.students.factors import factored, fisher_rows, low_rank
+from distill.students.layers import CHOICES
 from distill.students.lora import freeze, lora
 from distill.trees import joined
-
-
-@dataclasses.dataclass(frozen=True)
-class StartConfig:
-    """Where the student starts (``distill/students/start.py``)."""
-
-    kind: Literal["random", "embeddings", "teacher", "low_rank", "lora"] = "random"
-    choice: Literal[*CHOICES] = "spread"
-    """Which of the teacher's layers are kept: evenly spread with both ends, every n-th, first and last, the first."""
-    layers: tuple[int, ...] = ()
-    """Those to keep, counted from 0, as many as the student has; empty: by ``choice``."""
-    rank: int = 8
-    """Of the factors, for low_rank and lora."""
-    alpha: float = 16.0
-    """lora: the correction counts alpha/rank times."""
-    kernels: tuple[str, ...] = ()
-    """Those with factors (``factors.KERNELS``); empty: all in the layers."""
-    weighted: bool = False
-    """low_rank: rows of a kernel weigh by what an error in them costs on the calibration batches."""
-    share_embeddings: bool = False
-    """Use the teacher's own arrays for embedding and head: not learnt, not held twice. The widths must be equal."""
-
-    def __post_init__(self):
-        if self.rank < 1 or not self.alpha > 0.0:
-            raise ValueError(f"student_start: rank={self.rank}, alpha={self.alpha}; expected rank ≥ 1 and alpha > 0.")
-        read = {"choice": self.cut, "layers": self.cut, "rank": self.factors, "kernels": self.factors}
-        read |= {"alpha": self.kind == "lora", "weighted": self.kind == "low_rank"}
-        read |= {"share_embeddings": self.kind != "lora"}
-        for field in dataclasses.fields(self):
-            value = vars(self)[field.name]
-            if value != field.default and not read.get(field.name, True):
-                raise ValueError(f"student_start: {field.name}={value!r} means nothing with kind={self.kind}.")
-
-    @property
-    def cut(self) -> bool:
-        """Whether the student is cut out of the teacher."""
-        return self.kind in ("teacher", "low_rank", "lora")
-
-    @property
-    def factors(self) -> bool:
-        """Whether kernels are, or are corrected by, products of two factors."""
-        return self.kind in ("low_rank", "lora")
-
-    @property
-    def tables(self) -> bool:
-        """Whether embedding and head are the teacher's."""
-        return self.kind == "embeddings" or self.share_embeddings
-
-    @property
-    def plain(self) -> bool:
-        """Whether what is learnt is all of a plain decoder's parameters."""
-        return not (self.factors or self.share_embeddings)
 
 
 class Calibration(NamedTuple):
@@ -135,6 +84,7 @@ def start(
       ValueError: a student that cannot be made like this from this teacher; names what differs.
 
     Example:
+      >>> import dataclasses
       >>> config = DecoderConfig(vocab_size=14, layers=4, width=8, heads=2, feed_forward=16)
       >>> teacher = decoder(config)
       >>> params, small = teacher.init(jax.random.key(0)), dataclasses.replace(config, layers=2)

@@ -1,7 +1,7 @@
-"""A vocabulary cut down to what a corpus uses: a smaller head, and every text can still be written.
+"""Vocabulary pruning: a smaller head for the tokens a corpus uses; every text can still be encoded.
 
-Of a byte-level BPE the bytes, the special tokens and the tokens a corpus uses most are kept, and with a token
-everything it is merged from: a word whose tokens are all kept is cut as before, any other into smaller tokens.
+The bytes, the special tokens and the most frequent tokens of a byte-level BPE are kept, and with a token everything it
+is merged from. A word whose tokens are all kept is encoded as before, any other by smaller tokens.
 """
 
 import collections
@@ -23,7 +23,7 @@ from distill.tokenizer import TextTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """A smaller tokenizer and where its tokens come from."""
+    """A smaller tokenizer and the old ids of its tokens."""
 
     tokenizer: TextTokenizer
     ids: np.ndarray
@@ -80,7 +80,7 @@ def made_of(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
     while len(parts) > 1:
         rank, at = min((ranks.get(pair, len(ranks) + 1), i) for i, pair in enumerate(itertools.pairwise(parts)))
         if rank > len(ranks):
-            break  # no merges lead to it: it is a token by itself
+            break  # no merges lead to it
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
         seen.add(parts[at])
     return seen
@@ -100,7 +100,7 @@ def _rebuild(tokenizer: TextTokenizer, file: dict[str, Any], merges: list, kept:
 
 
 def _renumbered(value: Any, new: dict[str, int]) -> Any:
-    """What is put around a text, with the new ids of its tokens."""
+    """A post-processor with the new ids of its tokens."""
     if isinstance(value, dict):
         value = {key: _renumbered(inner, new) for key, inner in value.items()}
         return (
@@ -112,7 +112,7 @@ def _renumbered(value: Any, new: dict[str, int]) -> Any:
 
 
 def prune_model(model: Model, params: Params, ids: np.ndarray) -> tuple[Model, Params]:
-    """A decoder with these rows of its embedding and head alone: the logits it gives them are as before.
+    """A decoder with only these rows of its embedding and head; their logits are unchanged.
 
     Args:
       model: a decoder.

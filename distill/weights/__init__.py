@@ -1,4 +1,4 @@
-"""Language models in and out of files: name tables, and the parameters they make."""
+"""Reading and writing weights: name tables of families, safetensors and GGUF files."""
 
 from distill.weights.folder import STUDENT, load, read_config, save
 

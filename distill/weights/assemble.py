@@ -1,4 +1,4 @@
-"""From named tensors to parameters and back, by a table: one row for each parameter, whatever the file."""
+"""Conversion between named tensors and parameters by a name table."""
 
 import functools
 import re
@@ -26,8 +26,7 @@ def assemble(
 ) -> Params:
     """The parameters of a network from named tensors: nested dicts, layers stacked.
 
-    Tensors are read one at a time; beside what is placed already, the host holds a few layers of one parameter
-    (``place.PIECE``).
+    Tensors are read one at a time. The host holds a few layers of one parameter (``place.PIECE``).
 
     Args:
       shapes: of every parameter (``networks.shapes_of``).
@@ -35,7 +34,7 @@ def assemble(
       source: the tensors.
       place: puts parameters onto their devices; None: onto the default one.
       dtype: of the parameters; None: as in the source (the first layer's, for a stacked one).
-      ignored: regular expressions of names (matched whole) that a source may have and nobody needs.
+      ignored: regular expressions of names (matched whole) of tensors that are not needed.
 
     Raises:
       ValueError: names that are missing or left over, a tensor of another shape, a table that does not fit.
@@ -101,7 +100,7 @@ def _beside(table: Table, shapes: Shapes) -> dict[ParameterPath, list[Shape]]:
 
 
 def _wanted(table: Table, shapes: Shapes) -> list[str]:
-    """The names a file must have; a table that lacks a parameter or names a tensor twice is an error."""
+    """The names a file must have. Raises ValueError for a table that lacks a parameter or names a tensor twice."""
     if table.keys() != shapes.keys():
         wrong = sorted("/".join(path) for path in table.keys() ^ shapes.keys())
         raise ValueError(f"the name table does not fit this decoder; only one of them has {_some(wrong)}.")
@@ -131,7 +130,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 
 def _read(names: list, one: Callable[[str, Shape], np.ndarray], shape: Shape, dtype: Any, first: int, last: int):
-    """Layers first … last − 1, stacked; without layers, the one tensor."""
+    """Layers first … last − 1, stacked; or the one tensor of a parameter without layers."""
     if not names[0][1]:
         return np.ascontiguousarray(one(names[0][0], shape), dtype)
     each, stacked = len(names) // shape[0], None

@@ -33,7 +33,7 @@ from distill.weights.safetensors import SafetensorsSource, is_weights, write
 from distill.weights.table import Completed, Opened, Renamed
 
 STUDENT = "student_hf"
-"""Where a run folder holds its student, as ``save`` writes it."""
+"""Name of the folder in a run folder that holds the student, as ``save`` writes it."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,10 +46,10 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "generation_config.json",
 )
-"""What is copied with a tokenizer."""
+"""Files that are copied with a tokenizer."""
 
 _OF_TOKENIZER = {"chat_template.jinja", "special_tokens_map.json"}
-"""What a ``TextTokenizer`` replaces even if it writes none."""
+"""Files that a ``TextTokenizer`` replaces even if it writes none."""
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -70,8 +70,8 @@ def load(
       path_or_name: a folder with ``config.json`` and safetensors, a run folder (its student), a ``.gguf`` file, or a
         name on the hub such as ``"Qwen/Qwen3-0.6B"``, downloaded once and kept in the hub's cache
         (``HF_HUB_OFFLINE=1``: from there only).
-      dtype: of the parameters; None: as in the files; ``int8``: kernels of a decoder's layers as ``models.int8`` holds
-        them, one after the other as they are read, all else bfloat16.
+      dtype: of the parameters; None: as in the files; ``int8``: kernels of a decoder's layers quantised as
+        in ``models.int8`` one after the other as they are read, everything else bfloat16.
       activations: type of activations and matmul operands.
       sharding: ``model -> tree of shardings`` like the parameters, such as
         ``lambda model: param_shardings(model, mesh)``; each parameter goes onto its devices as it is read.
@@ -83,7 +83,7 @@ def load(
     Raises:
       FileNotFoundError: neither a path nor on the hub, or offline and not in the cache.
       ValueError: a family, an option or a file that is not supported, named; a tensor with NaN or infinity; a folder
-        whose ``config.json`` asks for code of its own, which is never run.
+        whose ``config.json`` names code, which is never run.
 
     Example::
 
@@ -101,6 +101,8 @@ def load(
             shapes, (_, table, source, ignored) = shapes_of(opened.config), opened
             return held, assemble(shapes, table, source, place, dtype=stored, ignored=ignored)
     except ValueError as error:
+        if str(error).startswith(str(path_or_name)):
+            raise
         raise ValueError(f"{path_or_name}: {error}") from error
 
 
@@ -121,7 +123,7 @@ def _opened(path_or_name: str | Path, revision: str | None, activations: Literal
 
 
 def located(path: str | Path) -> Path:
-    """Where the files are: in the folder itself, or in ``STUDENT`` where it is a run folder.
+    """The folder or file of the weights: ``path`` itself, or ``STUDENT`` of a run folder.
 
     Raises:
       ValueError: a run folder whose student is not there yet.
@@ -213,19 +215,19 @@ def save(
 ) -> None:
     """Writes a folder that transformers opens: ``config.json``, safetensors, and the tokenizer's files.
 
-    Tensors keep their types: ``load(folder, dtype=None)`` gives the same bits. Of several processes each has to call
-    it, and the first writes. What a folder held of an earlier save is replaced, all at once when everything is written;
-    other files stay. A save that fails or is killed leaves the folder as it was: until then the new files are in
-    ``.NAME.partial`` beside it. A kill between the two renames at the end leaves the old files in ``.NAME.before``;
-    ``load(folder)`` and the next ``save`` find them there.
+    Tensors keep their types: ``load(folder, dtype=None)`` returns the same bits. Every process must call it; the first
+    one writes. Files of an earlier save are replaced together once everything is written; other files stay. A save that
+    fails or is killed leaves the folder unchanged: the new files are written to ``.NAME.partial`` beside it. A kill
+    between the two renames at the end leaves the old files in ``.NAME.before``, where ``load(folder)`` and the next
+    ``save`` find them.
 
     Args:
       folder: made if there is none.
-      model: a decoder or an encoder (``model.config`` says which).
-      params: its parameters; of factors and corrections (``factors.py``) the product is written.
+      model: a decoder or an encoder.
+      params: its parameters; factors and LoRA corrections are multiplied out.
       tokenizer: a ``TextTokenizer``, a folder whose tokenizer files are copied, or an object with
         ``save_pretrained`` or ``to_str`` (of transformers, of tokenizers). None: none.
-      family: the ``model_type`` to save as; None: the first that has all options of this decoder.
+      family: the ``model_type`` to save as; None: the first that has all options of this model.
       shard_bytes: most bytes of one file.
 
     Raises:
@@ -253,7 +255,7 @@ def save(
 
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:
-    """Ids of special tokens, None where not known: left out, transformers would take those of the original model."""
+    """Ids of special tokens, None where unknown: for a missing key transformers would take the original model's id."""
     if isinstance(tokenizer, str | Path):
         file = Path(tokenizer) / "config.json"
         values = json.loads(file.read_text()) if file.is_file() else {}

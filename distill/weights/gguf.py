@@ -1,6 +1,6 @@
-"""Decoders in GGUF files, the format of llama.cpp: configuration, name table and tensors, dequantised as they are read.
+"""Decoders in GGUF files, the format of llama.cpp: configuration, name table and tensors, dequantised when read.
 
-The tokenizer of such a file is built in ``gguf_tokenizer.py``.
+``gguf_tokenizer.py`` builds the tokenizer of such a file.
 """
 
 import re
@@ -16,7 +16,7 @@ from distill.weights.safetensors import refuse_nonfinite
 from distill.weights.table import Opened, Row, Shape, Table, Transform, flat, linear
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Those whose header and tensors are read here."""
+"""Supported values of ``general.architecture``."""
 
 _READ = {
     "block_count",
@@ -37,7 +37,7 @@ _READ = {
 }
 _IRRELEVANT = {"vocab_size"}
 ROPE_FACTORS = "rope_freqs.weight"
-"""How many times slower every pair of a head turns."""
+"""Tensor with the factor by which each pair of a head turns more slowly."""
 _HARMLESS: Mapping[str, Sequence[Any]] = {
     "rope.scaling.finetuned": (False, True),
     "expert_count": (0,),
@@ -45,14 +45,14 @@ _HARMLESS: Mapping[str, Sequence[Any]] = {
     "attention.causal": (True,),
     "tensor_data_layout": ("Meta AI original pth",),
 }
-"""Keys that may stand in a header if they ask for nothing the decoder lacks."""
+"""Keys of a header and the values at which they change nothing."""
 
 
 class GGUFSource:
     """A GGUF file: its header, and its tensors as float32, one at a time.
 
     Args:
-      path: the file; of it only the header is read.
+      path: the file; only its header is read.
 
     Raises:
       ValueError: no GGUF file, a broken one, one of several parts, or the package ``gguf`` is missing.
@@ -78,11 +78,11 @@ class GGUFSource:
             raise ValueError(f"{path}: one of {parts} parts of a model; join them (gguf-split --merge) first.")
 
     def header(self, prefix: str) -> dict[str, Any]:
-        """What the header says under keys that start so, without the prefix."""
+        """Values of the header whose keys have this prefix, by key without the prefix."""
         return {key.removeprefix(prefix): self.value(key) for key in self._fields if key.startswith(prefix)}
 
     def value(self, key: str, default: Any = None) -> Any:
-        """What the header says under a key: a number, text, bool, or a list of them."""
+        """Value of a key of the header: a number, text, bool, or a list of them."""
         return self._fields[key].contents() if key in self._fields else default
 
     def names(self) -> set[str]:
@@ -102,7 +102,7 @@ class GGUFSource:
         from gguf import quants
 
         tensor = self._tensors[name]
-        mapped = tensor.data  # only its type and shape: what is read of the map would stay in memory
+        mapped = tensor.data  # only for its type and shape: pages of the map would stay in memory
         data = np.fromfile(self.path, mapped.dtype, mapped.size, offset=int(tensor.data_offset)).reshape(mapped.shape)
         try:
             array = quants.dequantize(data, tensor.tensor_type)
@@ -185,7 +185,7 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
 
 
 def _scaling(source: GGUFSource, header: Mapping[str, Any], half: int, theta: float) -> RopeScaling:
-    """How positions are stretched: by keys of the header, or as Llama 3.1 does it, by a tensor of factors."""
+    """Scaling of the positions: by keys of the header, or by a tensor of factors (Llama 3.1)."""
     kind = header.get("rope.scaling.type", "linear")  # a factor without a type
     factor = _short(header.get("rope.scaling.factor", 0.0)) or 1.0  # 0: as it was
     if ROPE_FACTORS in source.names():

@@ -19,18 +19,18 @@ _MARKS_AND_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Cut(NamedTuple):
-    """How a text is cut into words before merging."""
+    """Pre-tokenizer: how a text is cut into pieces before merging."""
 
     regex: str | None = None
-    """One match, one word; None: GPT-2's own regular expression."""
+    """Regular expression of a piece; None: GPT-2's."""
     digits: bool = False
-    """Every digit is a word, found before the regular expression is applied."""
+    """Cuts off every digit as a piece before the regular expression is applied."""
     nfc: bool = False
-    """Text is brought to Unicode's composed form first."""
+    """Normalises text to Unicode's composed form (NFC) first."""
     whole_words: bool = False
-    """A word that is in the vocabulary is one token, whatever the merges say."""
+    """A piece that is in the vocabulary is one token, without merging."""
     starts: bool = False
-    """Texts start with the beginning-of-text token unless the file says otherwise."""
+    """Texts start with the beginning-of-text token by default."""
 
 
 CUTS: Mapping[str, Cut] = {
@@ -39,7 +39,7 @@ CUTS: Mapping[str, Cut] = {
     "qwen2": Cut(rf"{_CONTRACTIONS_AND_WORDS}|\p{{N}}|{_MARKS_AND_SPACES}", nfc=True),
     "llama-bpe": Cut(rf"{_CONTRACTIONS_AND_WORDS}|\p{{N}}{{1,3}}|{_MARKS_AND_SPACES}", whole_words=True, starts=True),
 }
-"""By ``tokenizer.ggml.pre``."""
+"""Value of ``tokenizer.ggml.pre`` → pre-tokenizer."""
 
 
 def tokenizer_of(source: GGUFSource) -> "Tokenizer":
@@ -99,7 +99,7 @@ def _cut(source: GGUFSource) -> Cut:
 
 
 def _add_ends(source: GGUFSource, tokenizer: "Tokenizer", tokens: list[str], cut: Cut) -> None:
-    """The beginning- and end-of-text tokens around a text, where the file wants them."""
+    """The beginning- and end-of-text tokens that the file puts around a text."""
     from tokenizers import processors
 
     ids, ends = special_ids(source), {}

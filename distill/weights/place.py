@@ -1,4 +1,4 @@
-"""Parameters onto their devices, a few layers at a time: the host never holds a stacked parameter whole."""
+"""Placing parameters on devices a few layers at a time: the host never holds a whole stacked parameter."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ Read = Callable[[int, int], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where parameters go.
+    """Places parameters on their devices.
 
     Example:
       >>> Place(piece=8)(("layers", "scale"), (3, 2), lambda first, last: np.ones((last - first, 2), np.float32)).shape
@@ -31,15 +31,15 @@ class Place:
     shardings: Params | None = None
     """A sharding for every parameter; None: the default device."""
     advance: Callable[[int], None] = lambda numbers: None
-    """Told how many numbers more are in place."""
+    """Called with the number of values that were placed."""
     piece: int = PIECE
     finish: Callable[[tuple[str, ...], Array], Any] = lambda path, array: array
-    """What is kept of a parameter once it is in place, such as ``models.int8.quantizer``."""
+    """``finish(path, array)`` converts a placed parameter, such as ``models.int8.quantizer``."""
 
     def __call__(self, path: tuple[str, ...], shape: tuple[int, ...], read: Read) -> Any:
-        """The parameter on its devices; every process of several reads all of it and keeps its part.
+        """The parameter on its devices; each process reads all of it and keeps its part.
 
-        What is larger than a piece is made of zeros first, then written layer after layer, in place.
+        A parameter larger than a piece starts as zeros and is written layer after layer, in place.
         """
         sharding = functools.reduce(lambda tree, name: tree[name], path, self.shardings) if self.shardings else None
         layers = self._layers_of_a_piece(path, shape, sharding)
@@ -63,7 +63,7 @@ class Place:
 
 
 def _put(array: np.ndarray, sharding: Any) -> Array:
-    """Also where this process has only some of the devices."""
+    """Places an array; works when devices span processes."""
     if sharding is None:
         return jax.device_put(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,4 +1,4 @@
-"""A published model with its tokenizer, by its path or its name."""
+"""Published models with their tokenizers, by path or name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +29,10 @@ def read(
     activations: Literal["float32", "bfloat16"] = "float32",
     sharding: Callable[[Model], Any] | None = None,
 ) -> Published:
-    """A model and its tokenizer; ids that are no token get no logit.
+    """Reads a model and its tokenizer; ids without a token get no logit.
 
     Args:
-      name: of ``carried.MODELS``, a Hugging Face folder, a run folder (its student), a GGUF file, or a name on the hub.
+      name: of ``fetch.MODELS``, a Hugging Face folder, a run folder (its student), a GGUF file, or a name on the hub.
       dtype: as ``load``.
       activations: as ``load``.
       sharding: as ``load``.
@@ -54,7 +54,7 @@ def read(
 
 
 def located(name: str) -> Path:
-    """Where the files are, fetched if need be."""
+    """The path of the files, downloaded if necessary."""
     if name in fetch.MODELS:
         return fetch.fetch(fetch.MODELS[name])
     path = folder.located(name)

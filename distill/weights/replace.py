@@ -1,4 +1,4 @@
-"""A folder replaced as a whole: what it held stays, to the bit, until all that is new has been written."""
+"""Atomic replacement of a folder: its files stay unchanged until all new ones are written."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def there(folder: Path) -> Path:
-    """The folder; if a kill fell between the two renames of ``replacing``, what it held before.
+    """The folder, or its previous files if a process was killed between the two renames of ``replacing``.
 
     Example:
       >>> there(Path("nowhere"))
@@ -20,15 +20,16 @@ def there(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(folder: Path, size: int, stale: Callable[[str], bool]) -> Iterator[Path]:
-    """Gives an empty folder to write into, which takes the place of ``folder`` when the block ends without an error.
+    """Yields an empty folder that replaces ``folder`` when the block ends without an error.
 
-    It is ``.NAME.partial`` beside ``folder``. At the end it gets the old files that the block has not written and that
-    are not stale (as hard links), ``folder`` becomes ``.NAME.before``, the new one ``folder``, and the old one goes.
+    It is ``.NAME.partial`` beside ``folder``. At the end, old files that the block has not written and that are not
+    stale are linked into it; then ``folder`` is renamed ``.NAME.before``, the new folder is renamed ``folder``, and the
+    old one is deleted.
 
     Args:
       folder: made if there is none.
       size: bytes that will be written, roughly.
-      stale: of the name of an old file: is it left out?
+      stale: whether an old file of this name is dropped.
 
     Raises:
       ValueError: too little room, or a target that cannot be written or renamed; ``folder`` is as it was.
@@ -71,7 +72,7 @@ def _beside(folder: Path, what: str) -> Path:
 
 
 def _empty(partial: Path, size: int) -> None:
-    """Makes the folder, on a disk with room for so many bytes."""
+    """Makes the folder. Raises OSError on a disk with fewer free bytes than ``size``."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     free = shutil.disk_usage(partial).free

@@ -1,4 +1,4 @@
-"""Safetensors files: read one tensor at a time, written in shards. Nothing that unpickles is ever opened."""
+"""Safetensors files: read one tensor at a time, written in shards. Pickled files are never opened."""
 
 import json
 import math
@@ -27,7 +27,7 @@ _EXPONENTS = {
 
 
 class SafetensorsSource:
-    """The tensors of a folder: of the files its index names, or of its one file.
+    """The tensors of a folder: of the files in its index, or of its one file.
 
     Args:
       folder: holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards, or one ``*.safetensors``.
@@ -60,7 +60,7 @@ class SafetensorsSource:
         return set(self._where)
 
     def get(self, name: str) -> np.ndarray:
-        """One tensor, read now, in its own type; the file is not mapped, so nothing else of it is in memory.
+        """One tensor, read now, in the file's type; the file is not mapped, so the rest of it is not in memory.
 
         Raises:
           ValueError: a type that is no float of 16 bits or more, such as a quantised one; NaN or infinity.
@@ -136,14 +136,14 @@ def _only_file(folder: Path) -> str:
 
 
 def is_weights(name: str) -> bool:
-    """Is it the name of a file that ``write`` writes?"""
+    """Whether ``write`` writes a file of this name."""
     return name in (INDEX, SINGLE) or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) is not None
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 5_000_000_000) -> None:
     """Writes tensors as ``model.safetensors``, or as shards with an index if they are larger than ``shard_bytes``.
 
-    One shard is held in memory. Files get their names when all are written.
+    One shard is held in memory. Files are renamed to their names when all are written.
 
     Args:
       folder: exists, without weights.

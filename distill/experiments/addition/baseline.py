@@ -11,8 +11,7 @@ from distill.config import to_dict
 from distill.data.addition import Examples
 from distill.experiments.addition import replicas as arms
 from distill.experiments.addition.config import Config
-from distill.experiments.addition.measure import identity_of, network, token_flops
-from distill.experiments.runner import Work
+from distill.experiments.addition.measure import identity_of, network, row_flops
 from distill.metrics import Writer
 from distill.objective import router_terms, task_term
 from distill.shapes import Params
@@ -33,18 +32,15 @@ def labelled(config: Config, train: Examples, seed: int) -> tuple[Examples, Exam
     return train.take(order[:count]), train.take(order[count : count + validation])
 
 
-def work(config: Config, folder: Path, train: Examples) -> Work:
-    """The sweep, and its FLOPs."""
+def flops(config: Config) -> float:
+    """FLOPs of the sweep."""
     sweep = config.baseline
-    length = config.data.prompt_length + config.data.answer_length - 1
-    tokens = sweep.runs * sweep.steps * sweep.batch_size * length
-    flops = 3 * tokens * token_flops(config.student, config)
-    return Work(flops, learn=lambda: learn(config, folder, train))
+    return 3 * sweep.runs * sweep.steps * sweep.batch_size * row_flops(config.student.model, config.data)
 
 
 def learn(config: Config, folder: Path, train: Examples) -> Params:
     """The best of the sweep, trained or read from its folder; its checkpoint says what was chosen."""
-    model, sweep, seed = network(config.student), config.baseline, config.student.training.seed
+    model, sweep, seed = network(config.student.model), config.baseline, config.student.training.seed
     of_student = {"model": to_dict(config)["student"]["model"], "seed": seed}
     asked = identity_of(config, "data", "baseline", **of_student)
     with lock(folder), resumed(folder) as checkpoints:

@@ -7,7 +7,7 @@ from distill.data.addition import TOKENIZER, AdditionConfig
 from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.parallel import ParallelConfig
-from distill.students.start import StartConfig
+from distill.students.config import StartConfig
 from distill.teacher.signal import SignalConfig, check
 from distill.training import LogConfig, TrainingConfig
 

@@ -12,32 +12,31 @@ import numpy as np
 
 from distill.data.addition import TOKENIZER, AdditionConfig, Examples
 from distill.evaluation.measures import calibration, continued, log_softmax, logits_on, nats_per_token
-from distill.experiments.addition.config import Config, Recipe
 from distill.experiments.folder import identity
+from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.models.model import Model
 from distill.shapes import Params
 
 
-def network(recipe: Recipe) -> Model:
-    """The decoder of a recipe; rows of its embedding that are no token of the tokenizer get no logit."""
-    return decoder(recipe.model).with_vocabulary(TOKENIZER.vocab_size)
+def network(config: DecoderConfig) -> Model:
+    """A decoder for additions; rows of its embedding that are no token of the tokenizer get no logit."""
+    return decoder(config).with_vocabulary(TOKENIZER.vocab_size)
 
 
-def identity_of(config: Config, *parts: str, **more: Any) -> dict[str, Any]:
+def identity_of(config: Any, *parts: str, **more: Any) -> dict[str, Any]:
     """``identity`` of a training on additions: with the tokenizer."""
     return identity(config, *parts, tokenizer=TOKENIZER.fingerprint(), **more)
 
 
-def token_flops(recipe: Recipe, config: Config) -> float:
-    """FLOPs of one forward pass per token."""
-    return recipe.model.flops_per_token(config.data.prompt_length + config.data.answer_length - 1)
+def row_length(config: AdditionConfig) -> int:
+    """Tokens that a model reads of one addition."""
+    return config.prompt_length + config.answer_length - 1
 
 
-def step_flops(recipe: Recipe, config: Config) -> float:
-    """FLOPs of one training step on true answers."""
-    tokens = recipe.training.batch_size * (config.data.prompt_length + config.data.answer_length - 1)
-    return 3 * tokens * token_flops(recipe, config)
+def row_flops(model: DecoderConfig, config: AdditionConfig) -> float:
+    """FLOPs of one forward pass over one addition."""
+    return row_length(config) * model.flops_per_token(row_length(config))
 
 
 def write_answers(model: Model, params: Params, config: AdditionConfig, examples: Examples) -> np.ndarray:

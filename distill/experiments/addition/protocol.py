@@ -111,8 +111,8 @@ def _open_results(config: ProtocolConfig, run: Path) -> dict[str, Any]:
 
 
 def make_worlds(config: ProtocolConfig, run: Path, results: dict[str, Any]) -> list[World]:
-    """Splits and two teachers for every seed; teachers are read from RUN/teachers when they stand there."""
-    model, training = network(config.teacher), config.teacher.training
+    """Splits and two teachers for every seed; teachers are read from RUN/teachers where they are trained."""
+    model, training = network(config.teacher.model), config.teacher.training
     splits = [dataclasses.replace(config.data, split_seed=seed) for seed in range(config.seeds)]
     sides = [{side: addition.encode(split, rows) for side, rows in addition.pairs(split).items()} for split in splits]
     for split, world in zip(splits, sides, strict=True):
@@ -152,7 +152,7 @@ def run_arm(config: ProtocolConfig, worlds: list[World], student: str, arm: str,
     """One arm of one student over all seeds: its row."""
     wall, cpu = time.perf_counter(), time.process_time()
     recipe = config.students[student]
-    model, teacher = network(recipe), network(config.teacher)
+    model, teacher = network(recipe.model), network(config.teacher.model)
     tuned = labels is not None
     train = _train_tuned if tuned else _train_untuned
     params, chosen = train(config, recipe, worlds, arm, labels)
@@ -183,7 +183,7 @@ def transfer(teacher: Model, params: Params, config: AdditionConfig, prompts: Ex
 
 
 def _train_untuned(config: ProtocolConfig, recipe: Recipe, worlds: list[World], arm: str, _: None):
-    model, teacher = network(recipe), network(config.teacher)
+    model, teacher = network(recipe.model), network(config.teacher.model)
 
     def examples(world: World) -> Batch:
         if arm == "skyline":
@@ -204,7 +204,7 @@ def _train_untuned(config: ProtocolConfig, recipe: Recipe, worlds: list[World], 
 
 
 def _train_tuned(config: ProtocolConfig, recipe: Recipe, worlds: list[World], arm: str, labels: int):
-    model, teacher = network(recipe), network(config.teacher)
+    model, teacher = network(recipe.model), network(config.teacher.model)
     sweep, examples, validation = config.sweep, [], []
     for world in worlds:
         order = np.random.default_rng([world.seed, 1]).permutation(len(world.train.tokens))

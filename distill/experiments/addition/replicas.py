@@ -39,7 +39,7 @@ class Replicas(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What all replicas share."""
+    """Settings that all replicas share."""
 
     steps: int
     batch_size: int
@@ -49,7 +49,7 @@ class Schedule:
 
 
 class Outcome(NamedTuple):
-    """What came out of R trainings."""
+    """Results of R trainings."""
 
     params: Params
     """``[R, …]``: of the best point if there was a validation set, else of the end."""

@@ -1,12 +1,14 @@
 """Addition: teacher, student distilled from it, the same student alone, and their comparison (``runner.py``).
 
-RUN/teacher/     a model trained on the labels of the train side
-RUN/             the student, distilled on the train-side prompts
-RUN/baseline/    the student alone on a few labels, the best of a sweep
+    RUN/teacher/     a model trained on the labels of the train side
+    RUN/             the student, distilled on the train-side prompts
+    RUN/baseline/    the student alone on a few labels, the best of a sweep
+
+``replicas.py`` trains many small models side by side, ``protocol.py`` compares more arms over seeds.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill import losses
-from distill.batch import Batch
 from distill.checkpoint import Checkpoints
 from distill.data import addition
 from distill.data.addition import TOKENIZER, Examples
 from distill.evaluation import measures
 from distill.experiments import fingerprints
-from distill.experiments.addition import baseline, measure
+from distill.experiments.addition import baseline, measure, student
 from distill.experiments.addition.config import Config, Recipe
 from distill.experiments.addition.measure import network
 from distill.experiments.folder import Trained, restore
@@ -32,7 +32,7 @@ from distill.features import without_projectors
 from distill.models.model import Model
 from distill.objective import router_terms, task_term
 from distill.shapes import Params
-from distill.students.start import Calibration, Start, outline, start
+from distill.students.start import Start, outline
 from distill.students.vocabulary import prune_model
 from distill.teacher.signal import signal
 from distill.train import Evaluate, Task
@@ -44,7 +44,7 @@ PREFLIGHT_ROWS = 64
 
 
 class World(NamedTuple):
-    """What all arms share."""
+    """Everything that the arms share."""
 
     config: Config
     run: Path
@@ -56,7 +56,7 @@ def prepare(config: Config, run: Path) -> World:
     sides = addition.load(config.data)
     addition.assert_disjoint(config.data, sides["train"], sides["test"])
     baseline.labelled(config, sides["train"], 0)
-    teacher = network(config.teacher)
+    teacher = network(config.teacher.model)
     learner(config.objective, outline(teacher, config.student.model, config.student_start), teacher)
     align(TOKENIZER.ids(), TOKENIZER.ids(), config.student.model.vocab_size, config.teacher.model.vocab_size)
     return World(config, run, sides)
@@ -68,23 +68,20 @@ def arms(world: World, trained: dict[str, Trained]) -> Iterator[Arm]:
     if config.teacher_run is None:
         yield alone(world, config.teacher, run / "teacher", "teacher")
     else:
-        folder, model = Path(config.teacher_run), network(config.teacher)
+        folder, model = Path(config.teacher_run), network(config.teacher.model)
         read = Work(None, learn=lambda: restore(model, folder).params)
-        yield Arm("teacher", "teacher training", folder, model, lambda: read, model)
+        yield Arm("teacher", "teacher training", folder, learns=model, work=lambda: read, model=model)
     yield student_arm(world, trained["teacher"])
-    yield Arm(
-        "baseline",
-        f"baseline sweep ({config.baseline.runs} runs)",
-        run / "baseline",
-        network(config.student),
-        lambda: baseline.work(config, run / "baseline", world.sides["train"]),
-        network(config.student),
-    )
+    title, folder = f"baseline sweep ({config.baseline.runs} runs)", run / "baseline"
+    model = network(config.student.model)
+    learn = functools.partial(baseline.learn, config, folder, world.sides["train"])
+    sweep = Work(baseline.flops(config), learn=learn)
+    yield Arm("baseline", title, folder, learns=model, work=lambda: sweep, model=model)
 
 
 def alone(world: World, recipe: Recipe, folder: Path, role: str) -> Arm:
     """A model on the true answers of the whole train side: a teacher, or a student without one."""
-    config, model = world.config, network(recipe)
+    config, model = world.config, network(recipe.model)
 
     def work() -> Work:
         task = Task(
@@ -94,15 +91,15 @@ def alone(world: World, recipe: Recipe, folder: Path, role: str) -> Arm:
             evaluate=_curve(model, world),
             identity=measure.identity_of(config, "data", role),
         )
-        return Work(recipe.training.steps * measure.step_flops(recipe, config), task, recipe.training)
+        return Work(student.training_flops(recipe, config), task, recipe.training)
 
-    return Arm(role, f"{role} training", folder, model, work, model)
+    return Arm(role, f"{role} training", folder, learns=model, work=work, model=model)
 
 
 def student_arm(world: World, teacher: Trained) -> Arm:
     """The student, from the teacher's soft targets on the transfer set."""
-    config, model = world.config, network(world.config.student)
-    begin = functools.cache(lambda: started(config, teacher, world.sides["train"]))
+    config, model = world.config, network(world.config.student.model)
+    begin = functools.cache(lambda: student.started(config, teacher, world.sides["train"]))
     outlined = outline(teacher.model, config.student.model, config.student_start)
 
     def plain(learnt: Params) -> Params:
@@ -111,23 +108,24 @@ def student_arm(world: World, teacher: Trained) -> Arm:
         return learnt if config.student_start.plain else begin().plain(learnt)
 
     work = functools.partial(distillation, world, teacher, begin)
-    return Arm("student", "student distillation", world.run, outlined, work, model, plain, exported)
+    student_of = {"learns": outlined, "model": model, "plain": plain, "export": exported}
+    return Arm("student", "student distillation", world.run, work=work, **student_of)
 
 
-def exported(student: Trained) -> tuple[Model, Params]:
+def exported(trained: Trained) -> tuple[Model, Params]:
     """The student without the rows of its embedding that are no token."""
-    return prune_model(*student, np.arange(student.model.vocab_size))
+    return prune_model(*trained, np.arange(trained.model.vocab_size))
 
 
-def distillation(world: World, teacher: Trained, begin: Any) -> Work:
-    """What the student learns; ``begin()`` is its ``Start``."""
+def distillation(world: World, teacher: Trained, begin: Callable[[], Start]) -> Work:
+    """Task of the student; ``begin()`` is its ``Start``."""
     config, sides, training = world.config, world.sides, world.config.student.training
     key, stored = jax.random.key(training.seed), config.signal.kind == "stored"
     model, terms = learner(config.objective, begin().model, teacher.model)
-    examples = transfer_set(config, sides, teacher).batch(config.data)
+    examples = student.transfer_set(config, sides, teacher).batch(config.data)
     reads = len(examples.inputs) if stored else training.steps * training.batch_size
-    flops = training.steps * measure.step_flops(config.student, config)
-    flops += reads * examples.inputs.shape[1] * measure.token_flops(config.teacher, config)
+    flops = student.training_flops(config.student, config)
+    flops += reads * measure.row_flops(config.teacher.model, config.data)
     given = signal(config.signal, *teacher, examples, temperature=config.objective.temperature, seed=training.seed)
     parts = ("data", "student", "objective", "answers", "signal", "student_start")
     task = Task(
@@ -145,33 +143,10 @@ def distillation(world: World, teacher: Trained, begin: Any) -> Work:
 
     def look() -> Look:
         few = jax.tree.map(jnp.asarray, sides["test"].take(slice(PREFLIGHT_ROWS)).batch(config.data))
-        student = Side(begin().model, begin().whole(begin().learnt(key)), TOKENIZER)
-        return Look(student, Side(*teacher, TOKENIZER), few)
+        first = Side(begin().model, begin().whole(begin().learnt(key)), TOKENIZER)
+        return Look(first, Side(*teacher, TOKENIZER), few)
 
     return Work(flops, task, training, look)
-
-
-def transfer_set(config: Config, sides: dict[str, Examples], teacher: Trained) -> Examples:
-    """The prompts of the train side with the answers the student is distilled on."""
-    if config.answers == "labels":
-        return sides["train"]
-    written = measure.write_answers(*teacher, config.data, sides["train"])
-    return sides["train"].with_answers(config.data, written)
-
-
-def started(config: Config, teacher: Trained, train: Examples) -> Start:
-    """The student before its first step; importance is measured by the cross-entropy of train-side answers."""
-
-    def loss(model: Model, params: Params, batch: Batch) -> Any:
-        logits = model.logits(params, batch.inputs, positions=batch.positions, segments=batch.segments)
-        return losses.divide(losses.masked_sum(losses.cross_entropy(logits, batch.labels), batch.mask))
-
-    def batches() -> Iterator[Batch]:
-        for rows in np.array_split(np.arange(min(len(train.tokens), 1024)), 8):
-            yield train.take(rows).batch(config.data)
-
-    seed, calibration = config.student.training.seed, Calibration(loss, batches)
-    return start(*teacher, config.student.model, config.student_start, calibration, seed=seed)
 
 
 def _curve(model: Model, world: World) -> Evaluate:
@@ -205,11 +180,11 @@ def summarize(evaluation: dict[str, Any]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         name: {key: evaluation[name][key] for key in keep if key in evaluation[name]} for name in names
     }
-    teacher, student = (evaluation[name]["exact_match"] for name in ("teacher", "student"))
+    best, distilled = (evaluation[name]["exact_match"] for name in ("teacher", "student"))
     if "baseline" in evaluation:
         without = evaluation["baseline"]["exact_match"]
         summary["baseline"]["labels"] = evaluation["baseline"]["labels"]
-        summary["gap_closed"] = (student - without) / (teacher - without) if teacher != without else None
+        summary["gap_closed"] = (distilled - without) / (best - without) if best != without else None
     summary["agreement"] = evaluation["student"]["agreement"]
     summary["seconds"] = sum(row["seconds"] for row in evaluation["ledger"]["rows"])
     return summary
@@ -239,7 +214,7 @@ COLUMNS = {
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """How small the student is, and how much of the gap it closes."""
+    """Size of the student, and the share of the gap that it closes."""
     ratio = summary["teacher"]["parameters"] / summary["student"]["parameters"]
     gap = summary.get("gap_closed")
     closed = "" if gap is None else f", gap closed {gap:.1%}"

@@ -1,4 +1,4 @@
-"""How alike two encoders find the same sentences."""
+"""Similarity of sentence embeddings, as two encoders see it."""
 
 import functools
 

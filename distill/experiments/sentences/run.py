@@ -61,7 +61,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class World:
-    """What both arms share."""
+    """Everything that both arms share."""
 
     config: SentenceConfig
     run: Path
@@ -133,11 +133,12 @@ def arms(world: World, trained: dict[str, Trained]) -> Iterator[Arm]:
         ("control", "control, from random weights", world.run / "random", None, None),
     ):
         work = functools.partial(_work, world, params)
-        yield Arm(name, title, run, student, work, student, without_projectors, export)
+        sides = {"learns": student, "model": student, "plain": without_projectors}
+        yield Arm(name, title, run, work=work, export=export, **sides)
 
 
 def _work(world: World, params: Params | None) -> Work:
-    """What an arm learns; ``params``: where it starts, None: at random."""
+    """Task of an arm; ``params``: where it starts, None: at random."""
     config, teacher, student = world.config, world.teacher, world.student.model
     model = with_projectors(student, projector_shapes(config.features, student, teacher.model))
     terms = sentence_terms(config, student, *teacher) + feature_terms(config.features, student, teacher.model)
@@ -208,7 +209,7 @@ def write(world: World, trained: dict[str, Trained], prompts: list[str]) -> list
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """How many sentences were compared, and what training cost."""
+    """Number of sentences compared, and cost of training."""
     spent = summary["cpu_seconds"]
     lines = [f"beside the teacher, on {summary['held_out']} held-out sentences"]
     return lines if spent is None else [*lines, f"{spent:.0f} CPU-seconds of training"]

@@ -1,4 +1,4 @@
-"""Configuration of a distillation on text (``text_experiment.py``): a published teacher and a student."""
+"""Configuration of a distillation on text: a published teacher and a student."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -7,7 +7,7 @@ from distill.data.text import TextDataConfig
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
-from distill.students.start import StartConfig
+from distill.students.config import StartConfig
 from distill.teacher.signal import SignalConfig, check
 from distill.training import LogConfig, TrainingConfig
 
@@ -24,7 +24,7 @@ class StudentConfig:
     layers: int | None = None
     """Of the teacher's, by ``start.choice``: evenly spread, the first and the last among them."""
     kv_heads: int | None = None
-    """Groups of heads, by importance on text, as are units and dimensions (``models/init.py``)."""
+    """Groups of heads, by importance on text, as are units and dimensions (``students/cut.py``)."""
     feed_forward: int | None = None
     width: int | None = None
     calibration_batches: int = 8
@@ -66,8 +66,8 @@ class TextConfig:
     """Rows to train on stay on the disk and are read ahead of the step, for text larger than memory: the same batches.
     A run may go on either way."""
     vocabulary: int | None = None
-    """Tokens kept of teacher and student, those the text to train on uses most (``prune.py``): a smaller head, and
-    every text can still be written. Nats per token are then of other, shorter tokens. None: all."""
+    """Tokens kept of teacher and student, those the training text uses most (``students/vocabulary.py``): a smaller
+    head, and every text can still be written. Nats per token are then of other, shorter tokens. None: all."""
     student: StudentConfig = StudentConfig(layers=6)
     training: TrainingConfig = TrainingConfig()
     """Of every arm: same batches, same schedule; only equal_time has another number of steps."""
@@ -85,7 +85,7 @@ class TextConfig:
     heldout_rows: int | None = None
     """Rows of held-out text on which models are compared; None: all."""
     curve_rows: int = 8
-    """The first of them are measured for the learning curve."""
+    """The first of them, exactly so many, are measured for the learning curve."""
     prompts: int = 4
     """Held-out documents of which every model continues the beginning."""
     prompt_tokens: int = 24
@@ -123,7 +123,7 @@ def on_slice(
     """A published student distilled on a slice of a pod: forward KL and a little cross-entropy, texts of 4 096 tokens.
 
     Both in bfloat16, the student's parameters and optimizer in float32; its layers are computed twice, since all they
-    compute would not fit. ``scripts/plan.py`` says what each device holds.
+    compute would not fit. ``scripts/plan.py`` prints what each device holds.
     """
     return TextConfig(
         name=name,

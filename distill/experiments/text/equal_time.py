@@ -1,4 +1,4 @@
-"""How long an arm of an experiment on text trained, and how many steps take as long."""
+"""Seconds that an arm of an experiment on text trained, and the number of steps that take as long."""
 
 import json
 from pathlib import Path

@@ -11,7 +11,7 @@ slow step does not count.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,12 @@ def arms(world: World, trained: dict[str, Trained]) -> Iterator[Arm]:
         yield _arm(world, name, NAMES[name], functools.partial(cross_entropy, world, name))
 
 
-def _arm(world: World, name: str, title: str, work: Any) -> Arm:
+def _arm(world: World, name: str, title: str, work: Callable[[], Work]) -> Arm:
     def plain(learnt: Params) -> Params:
         return world.begin.plain(without_projectors(learnt))
 
-    return Arm(name, title, _folder(world, name), world.begin.model, work, world.student, plain)
+    folder = _folder(world, name)
+    return Arm(name, title, folder, learns=world.begin.model, work=work, model=world.student, plain=plain)
 
 
 def _folder(world: World, name: str) -> Path:
@@ -67,7 +68,7 @@ def _folder(world: World, name: str) -> Path:
 
 
 def distillation(world: World) -> Work:
-    """What the distilled student learns, from the soft targets of the teacher."""
+    """Task of the distilled student: the soft targets of the teacher."""
     config, begin, teacher = world.config, world.begin, world.teacher
     model, terms = learner(config.objective, begin.model, teacher.model)
     given = signal(
@@ -95,7 +96,7 @@ def distillation(world: World) -> Work:
 
 
 def cross_entropy(world: World, name: str) -> Work:
-    """What the student learns without a teacher: on the same text, from the same start."""
+    """Task of the student without a teacher: the same text, from the same start."""
     config, begin, training = world.config, world.begin, world.config.training
     if name == "equal_time":
         training = dataclasses.replace(training, steps=equal_steps(config, world.run))
@@ -128,7 +129,7 @@ def _tokens(training: TrainingConfig, config: TextConfig) -> int:
     return training.steps * training.batch_size * config.data.length
 
 
-# ---- what comes of it
+# ---- evaluation
 
 
 def evaluate(world: World, trained: dict[str, Trained]) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def _sizes(model: Model, length: int) -> dict[str, float]:
 
 
 def _written(world: World, model: Model, params: Params) -> dict[str, Any]:
-    """How a model continues the prompts, and how many tokens a second it writes."""
+    """Continuations of the prompts by a model, and how many tokens a second it writes."""
     written = _continued(world, model, params, world.prompts)
     start = time.perf_counter()
     _continued(world, model, params, world.prompts)
@@ -197,7 +198,7 @@ def summarize(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(world: World, trained: dict[str, Trained], prompts: list[str]) -> list[dict[str, str]]:
-    """How teacher and student go on with each prompt."""
+    """Continuations of each prompt by teacher and student."""
     rows = []
     for prompt in prompts:
         ids = np.asarray([[*world.tokenizer.start, *world.tokenizer.encode(prompt)]], np.int32)

@@ -1,4 +1,4 @@
-"""What all arms of an experiment on text share: teacher, tokenizer, the student before its first step, the text."""
+"""Teacher, tokenizer, text and the student before its first step: shared by all arms of an experiment on text."""
 
 import collections
 import dataclasses
@@ -17,6 +17,7 @@ from distill.data import prepared
 from distill.data.loader import Loader
 from distill.data.packing import Rows
 from distill.data.stream import StreamLoader, blocks, open_rows
+from distill.devices import processes
 from distill.evaluation.heldout import Heldout
 from distill.experiments import fingerprints
 from distill.experiments.folder import Trained
@@ -25,9 +26,10 @@ from distill.experiments.text.config import TextConfig
 from distill.models.decoder import decoder
 from distill.models.int8 import int8, quantizer
 from distill.models.model import Model
-from distill.parallel import RULES, make_mesh, param_shardings
+from distill.parallel import RULES, batch_axes, make_mesh, param_shardings
 from distill.shapes import Params
-from distill.students.cut import CHOICES, part_of
+from distill.students.cut import part_of
+from distill.students.layers import CHOICES
 from distill.students.start import Calibration, Start, start
 from distill.students.vocabulary import Pruned, prune_by, prune_model
 from distill.tokenizer import TextTokenizer
@@ -38,7 +40,7 @@ from distill.weights.published import Published
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class World:
-    """What all arms share."""
+    """Everything that the arms share."""
 
     config: TextConfig
     run: Path
@@ -63,7 +65,7 @@ class World:
 
     @property
     def key(self) -> jax.Array:
-        """Of the student's first parameters, where they are drawn."""
+        """Key of the student's first parameters, where they are drawn."""
         return jax.random.key(self.config.training.seed)
 
     @property
@@ -101,7 +103,7 @@ def prepare(config: TextConfig, run: Path) -> World:
         plain = decoder(plain.config).with_vocabulary(plain.vocab_size)
     learner(config.objective, begin.model, network.model)
     heldout = heldout.take(slice(config.heldout_rows))
-    train = loader.examples if isinstance(loader, Loader) else loader.batch
+    train = loader.examples if isinstance(loader, Loader) else _own_part(config, loader).batch
     kept = Heldout(*network, heldout.batch(), _mesh(config))
     return World(config, run, network, tokenizer, begin, plain, train, kept, _prompts(config, heldout))
 
@@ -126,6 +128,17 @@ def _within(teacher: Published, known: TextTokenizer) -> Published:
     except ValueError:
         return teacher  # ``align`` raises, and names the difference
     return Published(teacher.model.with_vocabulary(tokenizer.vocab_size), teacher.params, tokenizer)
+
+
+def _own_part(config: TextConfig, loader: StreamLoader) -> StreamLoader:
+    """The stream, of which a process reads the rows that lie on its devices."""
+    mesh = _mesh(config)
+    if mesh is None or processes.count() == 1:
+        return loader
+    rows, size = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(batch_axes(mesh))), loader.batch_size
+    places = rows.addressable_devices_indices_map((size,)).values()
+    own = np.unique(np.concatenate([np.arange(size)[where] for where in places]))
+    return StreamLoader(loader.source, size, loader.seed, own=own)
 
 
 def _uses(config: TextConfig, tokenizer: TextTokenizer) -> collections.Counter[int]:

@@ -5,9 +5,9 @@ A key of ``config.json`` is used, or known not to matter, or an error with its v
 
 from collections.abc import Callable
 
-from distill.models.config import DecoderConfig, EncoderConfig, NetworkConfig
+from distill.models.config import DecoderConfig, EncoderConfig, NetworkConfig, changed
 from distill.weights.families import encoders, gemma, gpt, llama, moe, relatives
-from distill.weights.families.family import HARMLESS, Family, Json, Keys, changed, chosen
+from distill.weights.families.family import HARMLESS, Family, Json, Keys, chosen
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | relatives.FAMILIES | moe.FAMILIES | gemma.FAMILIES | gpt.FAMILIES
 FAMILIES |= encoders.FAMILIES

@@ -101,7 +101,7 @@ def _family(
 
 
 def _renamed(name: str) -> str:
-    """Norms named as PyTorch does; older files say gamma and beta."""
+    """PyTorch's names of norms; older files have gamma and beta."""
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
@@ -195,7 +195,7 @@ def _modernbert_keys(c: EncoderConfig) -> Json:
 
 
 def _first_norm(c: EncoderConfig) -> dict[str, np.ndarray]:
-    """The attention norm of the first layer: stacked layers have it, nothing comes of it."""
+    """The attention norm of the first layer, which the stacked parameters have and the network never uses."""
     values = {"weight": 1.0, "bias": 0.0} if c.norm_bias else {"weight": 1.0}
     return {f"layers.0.attn_norm.{kind}": np.full(c.width, value, np.float32) for kind, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""What a family of models is, and the keys of ``config.json`` that mean the same in all of them."""
+"""``Family``: what is particular to a ``model_type``, and keys of ``config.json`` that families share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.models.config import DecoderConfig, NetworkConfig
+from distill.models.config import DecoderConfig, NetworkConfig, changed
 from distill.weights.families.rope_json import from_rope_json, to_rope_json
 from distill.weights.table import ParameterPath, Part, Row, Transform, flat, linear, same
 
@@ -16,7 +16,7 @@ _ABSENT = object()
 
 
 class Keys:
-    """A ``config.json`` that remembers which keys were looked at."""
+    """A ``config.json`` that records which keys were read."""
 
     def __init__(self, values: Json, defaults: Json):
         self.values, self.defaults, self.seen = values, defaults, {"model_type"}
@@ -79,7 +79,7 @@ class Family:
     constant: Json = dataclasses.field(default_factory=lambda: {"use_cache": True})
     """Keys that are always written."""
     neutral: Mapping[str, tuple] = dataclasses.field(default_factory=lambda: NEUTRAL)
-    """Keys that mean nothing at these values and something else at any other, unless the family uses them."""
+    """Keys that change nothing at these values and something at any other, unless the family reads them."""
     harmless: frozenset[str] = frozenset()
     """Keys of this family that change no output."""
     ignored: tuple[str, ...] = ()
@@ -122,7 +122,7 @@ HARMLESS = {
     "unsloth_version",
     "use_cache",
 }
-"""Keys that change no logit: what a training drew, a sampler wants, or a program wrote for itself."""
+"""Keys that change no logit: of training, of sampling, or of the program that wrote the file."""
 
 NEUTRAL = {
     "attention_bias": (False,),
@@ -137,7 +137,7 @@ NEUTRAL = {
     "tie_encoder_decoder": (False,),
     "use_sliding_window": (False,),
 }
-"""Keys that mean nothing at these values and something else at any other, unless a family uses them."""
+"""Keys that change nothing at these values and something at any other, unless a family reads them."""
 
 
 UNIVERSAL = ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "feed_forward", "tied", "rope_theta")
@@ -153,12 +153,6 @@ def chosen(config: DecoderConfig) -> Json:
       {'qk_norm': True}
     """
     return {name: value for name, value in changed(config).items() if name not in UNIVERSAL}
-
-
-def changed(config: NetworkConfig) -> Json:
-    """The fields of a configuration that differ from the default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    return {name: value for name, value in vars(config).items() if value != defaults[name]}
 
 
 def only(config: DecoderConfig, *options: str) -> bool:
@@ -250,13 +244,13 @@ def rotary_keys(c: DecoderConfig, *, fraction: bool = False) -> Json:
 
 
 def biases(keys: Keys) -> Json:
-    """One key for the biases of queries, keys, values and the output."""
+    """Biases of queries, keys, values and the output, which share one key."""
     bias = bool(keys.get("attention_bias"))
     return {"qkv_bias": bias, "output_bias": bias}
 
 
 def windows(keys: Keys, used: Any, by_default: Callable[[int], bool]) -> Json:
-    """The windows of ``layer_types``, or those layers have by default.
+    """Windows by the key ``layer_types``, or by default.
 
     Args:
       keys: among them ``sliding_window``.

@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv 2408.00118) and the text models of Gemma 3 (arXiv 2503.19786), also out of a model with images."""
+"""Gemma 2 (arXiv 2408.00118) and the text models of Gemma 3 (arXiv 2503.19786), also as part of a model for images."""
 
 from collections.abc import Callable
 
@@ -50,7 +50,7 @@ def _row(_: DecoderConfig, path: ParameterPath) -> Row:
 
 
 def _common(keys: Keys, windowed: Callable[[int], bool]) -> Json:
-    """What both have."""
+    """Options that both have."""
     keys.neutral("use_bidirectional_attention", False, None)
     given = keys.get("hidden_activation") or "gelu_pytorch_tanh"
     keys.neutral("hidden_act", given)
@@ -132,7 +132,7 @@ _OF_IMAGES |= {f"{token}_token_{kind}" for token in ("boi", "eoi", "image") for 
 
 
 def text_of(values: Json) -> Json:
-    """The ``gemma3_text`` that a ``config.json`` of ``gemma3``, which also sees images, holds.
+    """The ``gemma3_text`` in a ``config.json`` of ``gemma3``, which also reads images.
 
     Raises:
       ValueError: there is none, or a key beside it that is not known.
@@ -153,7 +153,7 @@ def text_of(values: Json) -> Json:
 
 
 def text_name(name: str) -> str:
-    """The name in ``gemma3_text`` of a tensor of ``gemma3``, in either spelling; others stay.
+    """The name in ``gemma3_text`` of a tensor of ``gemma3``, in either spelling; other names are unchanged.
 
     Example:
       >>> text_name("language_model.model.norm.weight"), text_name("model.language_model.norm.weight")
@@ -165,7 +165,7 @@ def text_name(name: str) -> str:
 
 
 OF_IMAGES = (r"(model\.)?vision_tower\..*", r"(model\.)?multi_modal_projector\..*")
-"""Tensors that only images need."""
+"""Tensors that only images use."""
 
 
 FAMILIES: dict[str, Family] = {

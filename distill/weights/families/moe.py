@@ -27,7 +27,7 @@ def _named(names: dict[str, str]) -> Callable[[DecoderConfig, ParameterPath], Ro
 
 
 def _experts(keys: Keys) -> int:
-    """Their number, under either of its names."""
+    """The number of experts, under either key."""
     count, local = keys.get("num_experts"), keys.get("num_local_experts")
     if count is not None and local is not None and count != local:
         raise ValueError(f"config.json: num_experts={count} and num_local_experts={local}; expected one number.")
@@ -60,7 +60,7 @@ def _qwen(keys: Keys) -> Json:
 
 
 def _feed_forward(keys: Keys) -> Json:
-    """Experts in every layer, or in none: layers are stacked, and must be alike."""
+    """Feed-forward width and routing. Layers are stacked, so all have experts, or none."""
     layers, step = keys.get("num_hidden_layers"), keys.get("decoder_sparse_step")
     dense, routing = keys.get("mlp_only_layers") or [], _routing(keys)
     sparse = [bool(routing["experts"]) and n not in dense and (n + 1) % step == 0 for n in range(layers)]

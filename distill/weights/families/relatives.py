@@ -1,4 +1,4 @@
-"""Phi-3 (arXiv 2404.14219), whose files join matrices, and OLMo 2 (arXiv 2501.00656), whose norms stand elsewhere."""
+"""Phi-3 (arXiv 2404.14219), whose files join matrices, and OLMo 2 (arXiv 2501.00656), which normalises outputs."""
 
 from distill.models.config import DecoderConfig
 from distill.weights.families import usual

@@ -1,4 +1,4 @@
-"""The rotary keys of ``config.json``, in either spelling, to ``RopeScaling`` and back."""
+"""Conversion between ``RopeScaling`` and the rotary keys of ``config.json``, in either spelling."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ _KEYS = {
         "long_factor",
     },
 }
-"""``rope_type`` → what may stand beside it."""
+"""``rope_type`` → keys that it may have."""
 
 
 def from_rope_json(
@@ -48,7 +48,7 @@ def from_rope_json(
       theta: the key ``rope_theta``.
       length: ``max_position_embeddings``.
       original: ``original_max_position_embeddings``; None: as in the parameters, or ``length``.
-      fraction: the part of a head that is rotated if the parameters do not say; None: all of it, always.
+      fraction: the rotated part of a head if the parameters do not have it; None: the family always rotates all of it.
 
     Example:
       >>> from_rope_json({"type": "linear", "factor": 2.0}, None, 1e4, 2048, None)["rope_scaling"].factor
@@ -107,7 +107,7 @@ def _scaling(kind: str, given: Json, length: int, original: int | None) -> RopeS
 
 
 def _attention_factor(factor: float, given: Json) -> float | None:
-    """As given, or the quotient of two magnitudes (DeepSeek's spelling), or None: YaRN's own."""
+    """The given factor, or the quotient of two magnitudes (DeepSeek's spelling); None: YaRN's default."""
     if "attention_factor" in given:
         return float(given["attention_factor"])
     mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
@@ -118,7 +118,7 @@ def _attention_factor(factor: float, given: Json) -> float | None:
 
 
 def to_rope_json(theta: float, scaling: RopeScaling) -> Json:
-    """``rope_parameters``; the length that ``dynamic`` looks at is ``max_position_embeddings``, not here."""
+    """``rope_parameters``; the length of ``dynamic`` is the key ``max_position_embeddings``."""
     if scaling.kind == "none":
         return {"rope_theta": theta, "rope_type": "default"}
     rope = {"rope_theta": theta, "rope_type": scaling.kind, "factor": scaling.factor}
