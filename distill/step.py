@@ -103,20 +103,19 @@ def make_train_step(
     """
     listed = terms_at(terms, jnp.int32(0))
     _check(listed, student, teacher)
-    in_chunks = _in_chunks(chunk_size, listed, student, teacher)
     step = _Step(
-        student,
-        terms,
-        optimizer,
-        teacher,
-        micro_batches,
-        axis_name,
-        mesh,
-        chunk_size or None,
-        in_chunks,
-        reduction,
-        remat,
-        skip_not_finite,
+        student=student,
+        terms=terms,
+        optimizer=optimizer,
+        teacher=teacher,
+        micro_batches=micro_batches,
+        axis_name=axis_name,
+        mesh=mesh,
+        chunk_size=chunk_size or None,
+        in_chunks=_in_chunks(chunk_size, listed, student, teacher),
+        reduction=reduction,
+        remat=remat,
+        skip_not_finite=skip_not_finite,
     )
     return functools.partial(_train_step, step)
 
@@ -155,18 +154,9 @@ def _loss_of(
     with jax.named_scope("head"):  # as traces call it (profiling.py)
         if of_head and step.in_chunks:
             rows = View(labels=batch.labels, targets=view.targets, weights=weights)
-            (loss, _), sums = losses.chunked(
-                functools.partial(evaluate, of_head),
-                (sides.of_student.hidden, step.student.head(sides.student_params)),
-                None
-                if sides.of_teacher is None
-                else (sides.of_teacher.hidden, step.teacher.head(sides.teacher_params)),
-                rows,
-                batch.mask,
-                step.chunk_size,
-                mesh=step.mesh,
-                has_aux=True,
-            )
+            per_position = functools.partial(evaluate, of_head)
+            arguments = *_heads(step, sides), rows, batch.mask, step.chunk_size
+            (loss, _), sums = losses.chunked(per_position, *arguments, mesh=step.mesh, has_aux=True)
             pairs = {name: (value, counted) for name, value in sums.items()}
         elif of_head:
             by_rows = backend.as_rows if not any(term.needs.layers for term in of_head) else lambda x: x
@@ -214,6 +204,14 @@ def _forward(
     with jax.named_scope("teacher"):
         of_teacher = None if step.teacher is None else run(step.teacher, teacher_params, "teacher")
     return _Sides(params, of_student, teacher_params, of_teacher)
+
+
+def _heads(step: _Step, sides: _Sides) -> tuple[Any, Any]:
+    """Hidden states and head of the student, and of the teacher or None."""
+    student = sides.of_student.hidden, step.student.head(sides.student_params)
+    if sides.of_teacher is None:
+        return student, None
+    return student, (sides.of_teacher.hidden, step.teacher.head(sides.teacher_params))
 
 
 def _check_targets(teacher: Model | None, targets: Any) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from distill import parallel
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints, fingerprint, lock, refuse_changes, resumed
+from distill.config import to_dict
 from distill.data.feed import Ahead, DataTimeout, InMemory
 from distill.data.loader import Loader
 from distill.devices import backend, processes
@@ -26,13 +27,14 @@ from distill.devices.profiling import Profile
 from distill.devices.speed import flops_per_token, shown_share, utilisation
 from distill.metrics import Writer, averages
 from distill.models.model import Model
-from distill.objective import Term
+from distill.objective import terms_at
 from distill.optim import optimizer
 from distill.parallel import ParallelConfig, Wrapping
 from distill.progress import Progress
 from distill.shapes import Params
 from distill.state import Frozen, TrainState, init_state
 from distill.step import make_train_step
+from distill.term import Terms
 from distill.training import LogConfig, TrainingConfig
 from distill.trees import joined
 
@@ -48,7 +50,7 @@ class Task:
     """All of a training that is not a number: student, objective, examples and teacher."""
 
     student: Model
-    terms: Sequence[Term]
+    terms: Terms
     examples: Batch | Callable[[int], Batch]
     """All examples, kept on the devices; or ``k -> batch k`` for data larger than memory, a pure function that a thread
     calls ahead, such as ``StreamLoader(…).batch`` with the training's batch size and seed."""
@@ -63,7 +65,8 @@ class Task:
     reduction: str = "token_mean"
     """Of every mean (``make_train_step``)."""
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Configuration and fingerprints; a run folder with another identity is refused."""
+    """Configuration and fingerprints; a run folder with another identity is refused. ``fit`` adds what it knows: the
+    training, names and weights of the terms, and the student's shapes."""
 
     @property
     def frozen(self) -> Params | Frozen | None:
@@ -105,8 +108,11 @@ def fit(
     update = optimizer(training.optimizer, training.steps)
     wrapping = _wrap(task, training, update, parallel_config)
     _agree(task, training)
+    identity = _identity(task, training)
     with lock(run), resumed(run, training.keep) as checkpoints, _stop_signal() as stop:
-        state, step = _start(run, checkpoints, task, training, update, wrapping)
+        if checkpoints.latest is not None:
+            refuse_changes(run, checkpoints.meta()["identity"], identity)
+        state, step = _start(checkpoints, task, training, update, wrapping)
         if step == training.steps:
             return wrapping.fetch_state(state).params
         writer = Writer(run, step, log.tensorboard)
@@ -124,6 +130,7 @@ def fit(
                 recorder=recorder,
                 profile=profile,
                 stop=stop,
+                identity=identity,
                 state=state,
                 step=step,
             ).go()
@@ -196,12 +203,27 @@ def _agree(task: Task, training: TrainingConfig) -> None:
         processes.agree("configuration or data", f"{task.identity} {training} {data}")
 
 
-def _start(run: Path, checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):
+def _identity(task: Task, training: TrainingConfig) -> dict[str, Any]:
+    """What must be equal when a run resumes: the task's own identity, and what ``fit`` itself knows of a training.
+
+    The value of a term cannot be compared; its name and its weight, which holds T², can.
+    """
+    shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(task.student.init, jax.random.key(0)))
+    known = {
+        "training": to_dict(training),
+        "terms": {term.name: float(term.weight) for term in terms_at(task.terms, np.int32(0))},
+        "scheduled": callable(task.terms),
+        "reduction": task.reduction,
+        "student": {jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype}" for path, leaf in shapes},
+    }
+    return task.identity | {"fit": known}
+
+
+def _start(checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):
     """The state to go on from: the newest checkpoint if there is one, else freshly drawn."""
     if checkpoints.latest is None:
         key = jax.random.key(training.seed)
         return parallel.draw_state(task.student, update, key, wrapping, task.params), 0
-    refuse_changes(run, checkpoints.meta()["identity"], task.identity)
     state = checkpoints.restore(parallel.abstract_state(task.student, update, wrapping))
     return (state if wrapping.places is not None else wrapping.place_state(state)), checkpoints.latest
 
@@ -226,6 +248,7 @@ class _Run:
     recorder: "_Recorder"
     profile: Profile
     stop: dict[str, bool]
+    identity: dict[str, Any]
     state: TrainState
     step: int
     """Steps that were sent to the devices."""
@@ -281,7 +304,7 @@ class _Run:
     def save(self) -> None:
         """Starts to write a checkpoint; a state whose loss is not finite is never saved."""
         self.recorder.record()
-        meta = {"identity": self.task.identity, "next_batch": self.step}
+        meta = {"identity": self.identity, "next_batch": self.step}
         measured = self.recorder.measured.get(self.step)
         self.checkpoints.save(self.step, self.wrapping.fetch_state(self.state), meta, measured)
 

@@ -84,6 +84,21 @@ def test_a_finished_run_is_not_trained_again(task, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_another_training_in_a_finished_run_is_refused_without_any_identity(task, tmp_path):
+    """``fit`` knows the training, the terms and the shapes; the old parameters are not returned for a new loss."""
+    plain = dataclasses.replace(task, identity={})
+    fit(tmp_path, plain, TRAINING, **ALONE)
+    wider = decoder(dataclasses.replace(MODEL, width=2 * MODEL.width))
+    for changed, training, difference in (
+        (dataclasses.replace(plain, terms=[task_term(0.5)]), TRAINING, r"fit.terms.cross_entropy: 1.0 → 0.5"),
+        (dataclasses.replace(plain, student=wider), TRAINING, r"fit.student"),
+        (plain, dataclasses.replace(TRAINING, seed=3), r"fit.training.seed: 0 → 3"),
+    ):
+        with pytest.raises(ValueError, match=difference):
+            fit(tmp_path, changed, training, **ALONE)
+    fit(tmp_path, plain, dataclasses.replace(TRAINING, on_nan="skip"), **ALONE)  # what is learnt does not depend on it
+
+
 def test_changed_identity_is_refused_with_the_difference(task, tmp_path):
     """Fault: a cache of another teacher, tokenizer, order or data is used."""
     fit(tmp_path, task, TRAINING, **ALONE)
