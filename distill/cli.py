@@ -47,7 +47,8 @@ def parse_config(doc: str, argv: Sequence[str], **extra: Any) -> tuple[argparse.
     from distill.config import load_config
 
     options = parser(doc)
-    options.add_argument("--config", default="addition", help="name in distill/configs, or a .py file")
+    names = "name in distill/configs, or a .py file (default: addition)"
+    options.add_argument("--config", default="addition", help=names)
     options.add_argument("--run", type=Path, help="run folder (default: runs/CONFIG)")
     for name, (default, choices, text) in extra.items():
         options.add_argument(f"--{name}", default=default, choices=choices, help=text)

@@ -418,6 +418,12 @@ def _owned(tree):
     return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), tree)
 
 
+def uses_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> bool:
+    """Whether a run lies on a mesh: asked for, or, with ``auto``, where there are several devices or should be."""
+    several = len(devices or jax.devices()) > 1 or math.prod(config.sizes.values()) > 1
+    return config.backend == "mesh" or (config.backend == "auto" and several)
+
+
 def wrap(
     config: ParallelConfig,
     make_step: Callable[..., TrainStep],
@@ -432,7 +438,7 @@ def wrap(
     """
     backend = config.backend
     if backend == "auto":
-        backend = "mesh" if len(devices or jax.devices()) > 1 else "one_device"
+        backend = "mesh" if uses_mesh(config, devices) else "one_device"
     if processes.count() > 1 and backend != "mesh":
         raise ValueError(f"parallel: backend={backend} with {processes.count()} processes; expected mesh, or auto.")
     if backend == "pmap":

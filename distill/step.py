@@ -20,7 +20,7 @@ from distill import losses
 from distill.batch import Batch
 from distill.devices import backend
 from distill.features import collect_of
-from distill.losses.reduce import Pair, masked_sum
+from distill.losses.reduce import masked_sum
 from distill.models.model import Model
 from distill.models.output import Output, Routing
 from distill.objective import check_terms, evaluate, position_weights, terms_at
@@ -162,11 +162,10 @@ def _loss_of(
             by_rows = backend.as_rows if not any(term.needs.layers for term in of_head) else lambda x: x
             logits, view_of_head, mask = _whole(step, sides, view, weights, by_rows)
             _, values = evaluate(of_head, *logits, view_of_head)
-            pairs = {name: _pair(value, mask, counted) for name, value in values.items()}
+            pairs = _pairs(step, values, mask, counted)
             loss = _total(of_head, pairs)
     _, values = evaluate(others, None, None, view._replace(weights=weights))
-    everywhere = step.global_sum(counted) if any(not value.ndim for value in values.values()) else None
-    pairs |= {name: _pair(value, batch.mask, counted, everywhere) for name, value in values.items()}
+    pairs |= _pairs(step, values, batch.mask, counted)
     loss = loss + _total(others, pairs)
     return loss / jnp.where(weight > 0, weight, 1.0), {"loss": (loss, counted)} | pairs
 
@@ -280,9 +279,12 @@ def _counted(batch: Batch, weights: Array | None) -> Array:
     return jnp.sum(batch.mask if weights is None else weights, dtype=jnp.float32)
 
 
-def _pair(value: Array, mask: Array, counted: Array, everywhere: Array | None = None) -> Pair:
-    """The sum of a term's value and its weight; a scalar is this device's share of one number of the whole batch."""
-    return (masked_sum(value, mask)[0] if value.ndim else value * everywhere), counted
+def _pairs(step: _Step, values: dict[str, Array], mask: Array, counted: Array) -> Metrics:
+    """Sum and weight of every value; a scalar is this device's share of one number of the whole batch."""
+    scalars = any(not value.ndim for value in values.values())
+    everywhere = step.global_sum(counted) if scalars else None
+    sums = {name: masked_sum(value, mask)[0] if value.ndim else value * everywhere for name, value in values.items()}
+    return {name: (value, counted) for name, value in sums.items()}
 
 
 def _total(terms: Sequence[Term], pairs: Metrics) -> Array:

@@ -65,8 +65,8 @@ class Task:
     reduction: str = "token_mean"
     """Of every mean (``make_train_step``)."""
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Configuration and fingerprints; a run folder with another identity is refused. ``fit`` adds what it knows: the
-    training, names and weights of the terms, and the student's shapes."""
+    """Configuration and fingerprints; a run folder with another identity is refused. Empty: what ``fit`` knows, that is
+    the training, names and weights of the terms, and the student's shapes."""
 
     @property
     def frozen(self) -> Params | Frozen | None:
@@ -204,7 +204,7 @@ def _agree(task: Task, training: TrainingConfig) -> None:
 
 
 def _identity(task: Task, training: TrainingConfig) -> dict[str, Any]:
-    """What must be equal when a run resumes: the task's own identity, and what ``fit`` itself knows of a training.
+    """What must be equal when a run resumes: the task's identity, or else what ``fit`` itself knows of a training.
 
     The value of a term cannot be compared; its name and its weight, which holds T², can.
     """
@@ -216,7 +216,7 @@ def _identity(task: Task, training: TrainingConfig) -> dict[str, Any]:
         "reduction": task.reduction,
         "student": {jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype}" for path, leaf in shapes},
     }
-    return task.identity | {"fit": known}
+    return task.identity or {"fit": known}
 
 
 def _start(checkpoints: Checkpoints, task: Task, training: TrainingConfig, update, wrapping: Wrapping):

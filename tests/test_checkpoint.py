@@ -144,12 +144,19 @@ def test_fields_that_may_change_do_not_change_the_identity():
 
 
 def test_a_refused_configuration_does_not_overwrite_that_of_the_run(tmp_path):
-    for seed, error in ((0, None), (1, None), (2, KeyboardInterrupt), (3, Refused)):
-        with contextlib.suppress(KeyboardInterrupt, Refused), configured(tmp_path, SentenceConfig(length=9 + seed)):
+    for seed, error in ((0, None), (1, None), (2, KeyboardInterrupt), (3, Refused), (4, FileNotFoundError)):
+        with (
+            contextlib.suppress(KeyboardInterrupt, Refused, OSError),
+            configured(tmp_path, SentenceConfig(length=9 + seed)),
+        ):
             assert read_config(tmp_path, SentenceConfig).length == 9 + seed
             if error:
                 raise error
         assert read_config(tmp_path, SentenceConfig).length == 9 + min(seed, 2)
+    with contextlib.suppress(ValueError), configured(tmp_path, SentenceConfig(length=20)):
+        (tmp_path / "checkpoints" / "5").mkdir(parents=True)  # something was saved: it is the run's configuration now
+        raise ValueError
+    assert read_config(tmp_path, SentenceConfig).length == 20
     with contextlib.suppress(Refused), configured(tmp_path / "new", SentenceConfig()):
         raise Refused
     assert read_config(tmp_path / "new", SentenceConfig) == SentenceConfig()

@@ -355,6 +355,14 @@ def test_an_indivisible_length_is_refused():
         ParallelConfig(teacher="whole")
 
 
+def test_sharding_that_the_devices_cannot_do_is_refused_on_one_device_too():
+    """``auto`` does not drop what was asked for: fsdp=2 on one device is an error, not a run on one device."""
+    one = jax.devices()[:1]
+    assert not parallel.uses_mesh(ParallelConfig(), one) and parallel.uses_mesh(ParallelConfig(fsdp=2), one)
+    with pytest.raises(ValueError, match="fsdp=2.*does not divide the 1 devices"):
+        parallel.wrap(ParallelConfig(fsdp=2), lambda *_, **__: None, STUDENT, UPDATE, devices=one)
+
+
 @pytest.mark.parametrize(("backend", "devices"), [("auto", 8), ("mesh", 8), ("one_device", 1), ("pmap", 8)])
 def test_wrap_returns_the_configured_backend(backend, devices):
     wrapping = parallel.wrap(ParallelConfig(backend=backend), make_step, STUDENT, UPDATE, TEACHER)

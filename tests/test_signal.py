@@ -12,6 +12,7 @@ from builders import VOCAB, on_device, random_params, tiny_decoder, uneven_batch
 from distill import losses
 from distill.data import addition
 from distill.data.loader import Loader
+from distill.devices.speed import flops_per_token
 from distill.experiments.addition.config import Config, Recipe
 from distill.experiments.addition.measure import network
 from distill.experiments.addition.run import World, distillation
@@ -183,6 +184,14 @@ def test_hidden_states_are_read_by_the_head_alone_on_a_mesh_too(case, tmp_path):
     assert head_alone(STUDENT, random_params(STUDENT))[1].keys() == {"head"}
 
 
+def test_the_head_alone_costs_its_product(case):
+    """Metrics count the FLOPs that a step needs, not those of a teacher that is not in it."""
+    given = signal(SignalConfig("stored", "hidden"), TEACHER, case[1], case[2])
+    student = flops_per_token(STUDENT, None, 6)
+    assert flops_per_token(STUDENT, given.teacher, 6) == student + 2 * TEACHER.config.width * VOCAB
+    assert flops_per_token(STUDENT, TEACHER, 6) > flops_per_token(STUDENT, given.teacher, 6)
+
+
 # ---- mistakes
 
 
@@ -206,6 +215,7 @@ def test_a_signal_that_contradicts_itself_is_refused(options, message):
         (SignalConfig("stored", "top_k"), {"final_temperature": 2.0, "schedule_steps": 5}, "one temperature"),
         (SignalConfig("stored", "sampled"), {"divergence": "reverse_kl"}, "no unbiased estimate"),
         (SignalConfig("stored", "top_k"), {"divergence": "pearson"}, "compares logits"),
+        (SignalConfig("stored", "top_k", k=15), {}, "k=15, but the vocabulary has 14 tokens; set --signal.k"),
     ],
 )
 def test_an_objective_that_the_stored_targets_cannot_serve_is_refused(stored, objective, message):

@@ -46,20 +46,25 @@ def identity(config: Any, *parts: str, **more: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def configured(run: Path, config: Any) -> Iterator[None]:
-    """Writes RUN/config.json for the block; puts the old one back if the block finds that the run is another.
+    """Writes RUN/config.json for the block; puts the old one back if the block fails before it saves anything.
 
-    The scripts that read it must find the configuration that the run was made with (``checkpoint.Refused``).
+    The scripts that read it must find the configuration that the run was made with.
     """
-    file, before = run / "config.json", None
+    file, before, saved = run / "config.json", None, _checkpoints(run)
     with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
         before = json.loads(file.read_text())
     write_config(run, config)
     try:
         yield
-    except Refused:
-        if before is not None:
+    except Exception as error:
+        if before is not None and (isinstance(error, Refused) or _checkpoints(run) == saved):
             write_json(file, before)
         raise
+
+
+def _checkpoints(run: Path) -> set[Path]:
+    """Checkpoints of all arms of a run."""
+    return set(run.glob("checkpoints/[0-9]*")) | set(run.glob("*/checkpoints/[0-9]*"))
 
 
 def write_config(run: Path, config: Any) -> None:

@@ -86,7 +86,7 @@ class Arm:
     learns: Model
     """Model of the learnt parameters, as they are read from a checkpoint."""
     work: Callable[[], Work]
-    """Called when the arm is to be trained, not when it is read."""
+    """Called before ``fit``, which trains the arm or finds it finished, and not where the arm is only read."""
     model: Model
     """The model that is measured and exported."""
     plain: Callable[[Params], Params] = _all

@@ -235,6 +235,12 @@ def _sums(how: _How, head: Head, teacher_logits: Any, inputs: Any, counts: Array
     def sums(s, bias):
         result = how.per_position(head.replace(bias=bias).finish(s), teacher_logits, inputs)
         nats_and_aux = result if how.has_aux else (result, ())
+        for value in jax.tree.leaves(nats_and_aux):
+            if value.shape != counts.shape:
+                raise ValueError(
+                    f"chunked: per_position gave an array {value.shape} for {counts.shape[0]} positions; expected one "
+                    "value a position. A number of the whole batch needs all logits at once: chunk_size=0."
+                )
         return jax.tree.map(lambda x: jnp.sum(jnp.where(counts, x, 0.0), dtype=jnp.float32), nats_and_aux)
 
     return sums

@@ -13,6 +13,7 @@ Live and stored signals go through the same objective (``objective.distillation_
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -92,6 +93,30 @@ def check(config: SignalConfig, objective: ObjectiveConfig) -> None:
         )
 
 
+def check_size(config: SignalConfig, vocab_size: int) -> None:
+    """Refuses more stored tokens than there are.
+
+    Raises:
+      ValueError: k above the vocabulary.
+    """
+    if config.stores("top_k") and config.k > vocab_size:
+        raise ValueError(
+            f"signal: k={config.k}, but the vocabulary has {vocab_size} tokens; set --signal.k to at most {vocab_size}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadAlone:
+    """Configuration of a teacher of which only the head is computed."""
+
+    flops: float
+    """Of a token."""
+
+    def flops_per_token(self, length: int) -> float:
+        """As ``DecoderConfig.flops_per_token``; a head costs the same at any length."""
+        return self.flops
+
+
 class Signal(NamedTuple):
     """What a training needs of its teacher: fields of ``train.Task``."""
 
@@ -120,6 +145,7 @@ def signal(
     """
     if config.kind == "live":
         return Signal(examples, teacher, params)
+    check_size(config, teacher.vocab_size)
     if callable(examples):
         raise ValueError(
             "signal: targets are stored for examples in memory, and these are read from the disk; set --signal.kind "
@@ -180,7 +206,9 @@ def head_alone(model: Model, params: Params) -> tuple[Model, Params]:
         raise ValueError("signal: this teacher is its head alone; it reads stored hidden states.")
 
     axes = None if model.axes is None else part(model.axes)
-    return dataclasses.replace(model, init=lambda key: part(model.init(key)), apply=apply, axes=axes), part(params)
+    config = HeadAlone(2.0 * math.prod(jax.eval_shape(model.head, shapes).kernel.shape))
+    alone = {"init": lambda key: part(model.init(key)), "apply": apply, "axes": axes, "config": config}
+    return dataclasses.replace(model, **alone), part(params)
 
 
 def _reads(model: Model, shapes: Params, name: str) -> bool:

@@ -8,7 +8,7 @@ from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.parallel import ParallelConfig
 from distill.students.config import StartConfig
-from distill.teacher.signal import SignalConfig, check
+from distill.teacher.signal import SignalConfig, check, check_size
 from distill.training import LogConfig, TrainingConfig
 
 
@@ -81,6 +81,7 @@ class Config:
                     f"set --{role}.model.vocab-size {TOKENIZER.vocab_size} (more is padding)."
                 )
         check(self.signal, self.objective)
+        check_size(self.signal, TOKENIZER.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)

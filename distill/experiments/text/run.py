@@ -91,7 +91,9 @@ def distillation(world: World) -> Work:
         row = jax.tree.map(lambda field: jnp.asarray(field[:1, :PREFLIGHT_TOKENS]), world.heldout.batch)
         return Look(Side(world.student, world.first, world.tokenizer), Side(*teacher, world.tokenizer), row)
 
-    flops = _tokens(config.training, config) * flops_per_token(begin.model, teacher.model, config.data.length)
+    flops = _tokens(config.training, config) * flops_per_token(begin.model, given.teacher, config.data.length)
+    if config.signal.kind == "stored":  # the teacher has read every row once
+        flops += given.examples.inputs.size * teacher.model.config.flops_per_token(config.data.length)
     return Work(flops, task, config.training, look, plan=True)
 
 

@@ -26,7 +26,7 @@ from distill.experiments.text.config import TextConfig
 from distill.models.decoder import decoder
 from distill.models.int8 import int8, quantizer
 from distill.models.model import Model
-from distill.parallel import RULES, batch_axes, make_mesh, param_shardings
+from distill.parallel import RULES, batch_axes, make_mesh, param_shardings, uses_mesh
 from distill.shapes import Params
 from distill.students.cut import part_of
 from distill.students.layers import CHOICES
@@ -110,8 +110,7 @@ def prepare(config: TextConfig, run: Path) -> World:
 
 def _mesh(config: TextConfig) -> jax.sharding.Mesh | None:
     """The mesh of the run; None where it has none."""
-    several = config.parallel.backend == "mesh" or (config.parallel.backend == "auto" and jax.device_count() > 1)
-    return make_mesh(config.parallel) if several else None
+    return make_mesh(config.parallel) if uses_mesh(config.parallel) else None
 
 
 def _read(config: TextConfig, name: str, dtype: str, rules: str) -> Published:
