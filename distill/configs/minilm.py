@@ -2,7 +2,7 @@
 
     python scripts/distill.py --config minilm
 
-Hardware: 2 CPU cores, a few CPU minutes including the control. Score: see the table in README.md.
+Hardware: 2 CPU cores, a few CPU minutes including the control. Score: see the table in REPRODUCE.md.
 """
 
 from distill.experiments.sentences.config import SentenceConfig
