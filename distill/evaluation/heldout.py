@@ -22,7 +22,7 @@ ROWS = 8
 
 
 def rows_at_a_time(parts: int) -> int:
-    """Rows measured at a time where so many devices share them.
+    """Rows measured at a time by a number of devices.
 
     Example:
       >>> rows_at_a_time(1), rows_at_a_time(3), rows_at_a_time(64)

@@ -4,7 +4,7 @@ Every stage keeps its result in the run folder and is skipped when it is finishe
 
     RUN/config.json           the configuration, and the kind of experiment
     RUN/preflight.json        what was checked before the first step
-    RUN/checkpoints/          of the student; every other arm has a folder of its own
+    RUN/checkpoints/          of the student; every other arm has its own folder
     RUN/metrics.jsonl         learning curve
     RUN/cost.json             what training cost
     RUN/student_hf/           the student as ``distill.load(RUN)`` and transformers open it

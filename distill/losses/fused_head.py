@@ -163,7 +163,7 @@ def _on_mesh(how: _How, mesh: Mesh, places: Sequence[tuple[str, ...]], teachers:
         return jax.lax.psum(own, axes)
 
     specs = (tokens, everywhere, ((tokens, everywhere),) * teachers, tokens, tokens)
-    # check_vma: a custom VJP and a loop of its own length on every device are beyond that check
+    # check_vma does not know a custom VJP, or a loop whose length differs between devices
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=everywhere, axis_names=set(axes), check_vma=False)
 
 

@@ -85,7 +85,7 @@ class TextConfig:
     heldout_rows: int | None = None
     """Rows of held-out text on which models are compared; None: all."""
     curve_rows: int = 8
-    """The first of them, exactly so many, are measured for the learning curve."""
+    """Number of held-out rows, the first ones, that the learning curve measures."""
     prompts: int = 4
     """Held-out documents of which every model continues the beginning."""
     prompt_tokens: int = 24

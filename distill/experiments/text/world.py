@@ -195,5 +195,5 @@ def _prompts(config: TextConfig, heldout: Rows) -> np.ndarray:
     length = config.prompt_tokens
     whole = heldout.segments[:, length - 1] == 1
     if not whole.any():
-        raise ValueError(f"prompt_tokens={length}: no held-out row begins with so many tokens of one document.")
+        raise ValueError(f"prompt_tokens={length}: no held-out row begins with {length} tokens of one document.")
     return heldout.tokens[whole][: config.prompts, :length].astype(np.int32)
