@@ -35,6 +35,7 @@ import numpy as np
 
 from distill.config import differences, write_json
 from distill.devices import processes
+from distill.errors import MissingFile, UserError
 from distill.shapes import Params
 
 MAY_CHANGE = frozenset({"keep", "on_nan", "skips_in_a_row", "data_timeout", "remat"})
@@ -63,10 +64,10 @@ class KeepConfig:
 
     def __post_init__(self):
         if self.last < 1 or self.every < 0:
-            raise ValueError(f"keep: last={self.last}, every={self.every}; expected last ≥ 1 and every ≥ 0.")
+            raise UserError(f"keep: last={self.last}, every={self.every}; expected last ≥ 1 and every ≥ 0.")
         if self.best is not None and self.best not in BETTER and self.best.partition(":")[0] not in ("max", "min"):
             near = ", ".join(difflib.get_close_matches(self.best, BETTER) or BETTER)
-            raise ValueError(f"keep: best={self.best!r}; expected {near}, or max:NAME or min:NAME for another metric.")
+            raise UserError(f"keep: best={self.best!r}; expected {near}, or max:NAME or min:NAME for another metric.")
 
     @property
     def metric(self) -> str:
@@ -100,7 +101,7 @@ def lock(run: Path) -> Iterator[None]:
 
     Of several processes the first holds it for all, and all have to see the same folder.
 
-    Raises ValueError when another run holds it, or a process does not see it.
+    Raises UserError when another run holds it, or a process does not see it.
     """
     with contextlib.ExitStack() as stack:
         mark = processes.from_first(lambda: _take(run, stack))
@@ -116,7 +117,7 @@ def _take(run: Path, stack: contextlib.ExitStack) -> str:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{run}: another process is running in this folder; wait for it, or use --run.") from None
+        raise UserError(f"{run}: another process is running in this folder; wait for it, or use --run.") from None
     mark = f"{os.getpid()} {time.time_ns()}"
     file.truncate(0)
     file.write(mark)
@@ -129,7 +130,7 @@ def _look_for(run: Path, mark: str, seconds: float = 10.0) -> None:
     end, file = time.monotonic() + seconds, run / ".lock"
     while not (file.exists() and file.read_text() == mark):
         if time.monotonic() > end:
-            raise ValueError(
+            raise UserError(
                 f"{run}: process {processes.index()} does not see what process 0 wrote there; the run folder has to "
                 "lie on a file system that all processes share. Name one with --run."
             )
@@ -157,7 +158,7 @@ class Checkpoints:
         try:
             self._checkpointer = ocp.training.Checkpointer(self.path, preservation_policy=_policy(keep))
         except ValueError as error:  # metrics that are no JSON
-            raise ValueError(f"{self.path}: unreadable checkpoint ({error}); {_AGAIN}") from error
+            raise UserError(f"{self.path}: unreadable checkpoint ({error}); {_AGAIN}") from error
         self._worker = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
         self._sound: set[int] = set()
@@ -185,19 +186,19 @@ class Checkpoints:
     def best(self, metric: str) -> int:
         """Step of the checkpoint that is best by a metric (``KeepConfig.best``) among those there are.
 
-        Raises ValueError where none was measured by it.
+        Raises UserError where none was measured by it.
         """
         keep = KeepConfig(best=metric)
         scores = {one.step: keep.score(one.metrics) for one in self._checkpointer.checkpoints}
         measured = {step: score for step, score in scores.items() if score > -math.inf}
         if not measured:
-            raise ValueError(f"{self.path}: no checkpoint measured by {metric!r}; train with keep.best={metric!r}.")
+            raise UserError(f"{self.path}: no checkpoint measured by {metric!r}; train with keep.best={metric!r}.")
         return max(measured, key=lambda step: (measured[step], step))
 
     def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Starts to write; returns when the state has been copied, before it is on the disk.
 
-        Raises ValueError, before anything is written, when the disk has no room for it.
+        Raises UserError, before anything is written, when the disk has no room for it.
         """
         self._settle()
         if self.latest == step:
@@ -212,7 +213,7 @@ class Checkpoints:
         need = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
         free = shutil.disk_usage(self.path.parent).free
         if free < need:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {free} bytes free, a checkpoint needs {need}; nothing was lost: free some space and run "
                 "the same command again."
             )
@@ -249,15 +250,15 @@ class Checkpoints:
     def _load(self, wanted: dict[str, Any], step: int | None) -> dict[str, Any]:
         step = self.latest if step is None else step
         if step is None:
-            raise FileNotFoundError(f"{self.path}: no complete checkpoint; train first (scripts/distill.py --run …).")
+            raise MissingFile(f"{self.path}: no complete checkpoint; train first (scripts/distill.py --run …).")
         if step not in self._sound and (damage := _damage(self.path / str(step))):
-            raise ValueError(f"{self.path}/{step}: unreadable checkpoint ({damage}); {_AGAIN}")
+            raise UserError(f"{self.path}/{step}: unreadable checkpoint ({damage}); {_AGAIN}")
         self._sound.add(step)
         try:
             return self._checkpointer.load_checkpointables(step, wanted)
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{self.path}/{step}: unreadable checkpoint ({reason}).") from error
+            raise UserError(f"{self.path}/{step}: unreadable checkpoint ({reason}).") from error
 
 
 _AGAIN = "give the command that made it again: it goes on from the one before."
@@ -274,12 +275,12 @@ def resumed(run: Path, keep: KeepConfig = KeepConfig()) -> Checkpoints:
 def drop_damaged(run: Path) -> None:
     """Rename damaged checkpoints newer than the newest sound one to ``N.damaged`` and report them on stderr.
 
-    Raises ValueError, nothing renamed, when there are checkpoints and none is sound.
+    Raises UserError, nothing renamed, when there are checkpoints and none is sound.
     """
     path = Path(run).absolute() / "checkpoints"
     usable = processes.from_first(lambda: _drop_damaged(path))  # one looks and renames, all go on from there
     if not usable:
-        raise ValueError(
+        raise UserError(
             f"{path}: every checkpoint is damaged (the reasons stand above). Restore one from a copy, or remove "
             f"{path.parent} to start anew."
         )

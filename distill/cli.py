@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.devices import processes
+from distill.errors import UserError
 
 _LOST = (
     "\nIf another process ended, its log says why. The same command goes on from the last checkpoint, on another "
@@ -114,6 +115,6 @@ def explain(error: Exception) -> tuple[int, str]:
     written = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore says it
     if (error.errno if isinstance(error, OSError) else written and int(written[1])) in _DISK_FULL:
         return 2, f"error: the disk is full ({error}). Nothing saved was lost: free some space, run the command again."
-    if isinstance(error, ValueError | FileNotFoundError | PermissionError | NotADirectoryError):
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
         return 2, f"error: {error}"
     return 1, f"error: {type(error).__name__}: {error} (--debug shows where)"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.devices import processes
+from distill.errors import MissingFile, UserError
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -63,11 +64,11 @@ def load_config(name: str) -> Any:
     """``get_config()`` of ``distill/configs/NAME.py``, or of a Python file given by its path.
 
     Raises:
-      ValueError: no such configuration (names the nearest), or a file without ``get_config``.
+      UserError: no such configuration (names the nearest), or a file without ``get_config``.
     """
     if name.endswith(".py"):
         if not Path(name).is_file():
-            raise FileNotFoundError(f"--config {name}: no such file; give a Python file with get_config().")
+            raise MissingFile(f"--config {name}: no such file; give a Python file with get_config().")
         spec = importlib.util.spec_from_file_location("distill_user_config", name)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -77,12 +78,12 @@ def load_config(name: str) -> Any:
         known = sorted(module.name for module in pkgutil.iter_modules(distill.configs.__path__))
         if name not in known:
             near = difflib.get_close_matches(name, known) or known
-            raise ValueError(
+            raise UserError(
                 f"--config {name}: unknown; did you mean {', '.join(near)}? Or give the path of a .py file."
             )
         module = importlib.import_module(f"distill.configs.{name}")
     if not hasattr(module, "get_config"):
-        raise ValueError(f"--config {name}: the file has no get_config(); expected a function that returns a Config.")
+        raise UserError(f"--config {name}: the file has no get_config(); expected a function that returns a Config.")
     return module.get_config()
 
 

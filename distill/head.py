@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import struct
 
+from distill.errors import UserError
 from distill.shapes import Array, Float
 
 
@@ -33,7 +34,7 @@ class Head:
         if self.vocab_size is None or self.vocab_size == size:
             return self
         if not 0 < self.vocab_size <= size:
-            raise ValueError(f"Head: vocab_size={self.vocab_size}; expected 1 … {size}, the columns of the kernel.")
+            raise UserError(f"Head: vocab_size={self.vocab_size}; expected 1 … {size}, the columns of the kernel.")
         bias = None if self.bias is None else self.bias[: self.vocab_size]
         return self.replace(kernel=self.kernel[:, : self.vocab_size], bias=bias, vocab_size=None)
 

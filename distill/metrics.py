@@ -9,6 +9,7 @@ import numpy as np
 
 from distill.config import to_json
 from distill.devices import processes
+from distill.errors import UserError
 
 
 def averages(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -75,5 +76,5 @@ def _tensorboard(run: Path, step: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError("--log.tensorboard needs tensorboardX: pip install 'distill[track]'.") from None
+        raise UserError("--log.tensorboard needs tensorboardX: pip install 'distill[track]'.") from None
     return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from distill import losses
 from distill.batch import Batch
+from distill.errors import UserError
 from distill.features import FeatureConfig
 from distill.models.model import Model
 from distill.shapes import Array, Logits
@@ -80,27 +81,27 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         if not self.temperature > 0.0:
-            raise ValueError(f"objective: temperature={self.temperature}; expected a number above 0.")
+            raise UserError(f"objective: temperature={self.temperature}; expected a number above 0.")
         if self.divergence != "alpha_beta" and not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"objective: beta={self.beta}; expected a number in [0, 1].")
+            raise UserError(f"objective: beta={self.beta}; expected a number in [0, 1].")
         try:  # the hyperparameters, by the divergence itself; nothing is computed
             logits, label = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
             jax.eval_shape(distillation_term(self).value, View(logits, logits, label))
         except ValueError as error:
-            raise ValueError(f"objective: {error}") from error
+            raise UserError(f"objective: {error}") from error
         if self.router_weight is not None and self.router_weight < 0.0:
-            raise ValueError(f"objective: router_weight={self.router_weight}; expected at least 0, or None.")
+            raise UserError(f"objective: router_weight={self.router_weight}; expected at least 0, or None.")
         if self.final_temperature is not None and not self.final_temperature > 0.0:
-            raise ValueError(f"objective: final_temperature={self.final_temperature}; expected a number above 0.")
+            raise UserError(f"objective: final_temperature={self.final_temperature}; expected a number above 0.")
         if self.final_interpolation is not None and not 0.0 <= self.final_interpolation <= 1.0:
-            raise ValueError(f"objective: final_interpolation={self.final_interpolation}; expected a number in [0, 1].")
+            raise UserError(f"objective: final_interpolation={self.final_interpolation}; expected a number in [0, 1].")
         if self.final_kd_weight is not None and self.final_kd_weight < 0.0:
-            raise ValueError(f"objective: final_kd_weight={self.final_kd_weight}; expected ≥ 0.")
+            raise UserError(f"objective: final_kd_weight={self.final_kd_weight}; expected ≥ 0.")
         if self.scheduled and self.schedule_steps < 1:
-            raise ValueError("objective: a final value needs schedule_steps ≥ 1; set --objective.schedule-steps.")
+            raise UserError("objective: a final value needs schedule_steps ≥ 1; set --objective.schedule-steps.")
         outside = self.kd_weight + self.task_weight
         if min(self.kd_weight, self.task_weight) < 0.0 or not (outside > 0.0 or self.features.used):
-            raise ValueError(
+            raise UserError(
                 f"objective: kd_weight={self.kd_weight}, task_weight={self.task_weight}; expected ≥ 0, one above "
                 "(or a weight of objective.features)."
             )
@@ -227,7 +228,7 @@ def evaluate(
       The total and the values, per position ``[...]``, multiplied by ``view.weights``; a term's scalar as it is.
 
     Raises:
-      ValueError: a term needs what the view does not have.
+      UserError: a term needs what the view does not have.
     """
     teacher_logits = losses.logits_of(view.targets) if teacher_logits is None else teacher_logits
     view = view._replace(student_logits=student_logits, teacher_logits=teacher_logits)
@@ -246,36 +247,36 @@ def evaluate(
 
 def _check_needs(term: Term, view: View) -> None:
     if term.needs.teacher_logits and view.teacher_logits is None:
-        raise ValueError(
+        raise UserError(
             f"the term {term.name!r} needs the teacher's logits; give the step a teacher, or stored DenseTargets or "
             "HiddenTargets."
         )
     if term.needs.signal and view.teacher_logits is None and view.targets is None:
-        raise ValueError(f"the term {term.name!r} needs a teacher; give the step one, or a batch with targets.")
+        raise UserError(f"the term {term.name!r} needs a teacher; give the step one, or a batch with targets.")
 
 
 def check_terms(terms: Sequence[Term]) -> None:
     """Names that would be counted twice, or overwrite a metric.
 
     Raises:
-      ValueError: no terms, two of one name, or a reserved name.
+      UserError: no terms, two of one name, or a reserved name.
     """
     if not terms:
-        raise ValueError("make_train_step: no terms; expected at least one, such as objective.task_term().")
+        raise UserError("make_train_step: no terms; expected at least one, such as objective.task_term().")
     names = [term.name for term in terms]
     for name in names:
         if name in RESERVED:
-            raise ValueError(f"a term is named {name!r}, which is a metric of every step; choose another name.")
+            raise UserError(f"a term is named {name!r}, which is a metric of every step; choose another name.")
         if names.count(name) > 1:
-            raise ValueError(f"{names.count(name)} terms are named {name!r}; a name may stand once, choose others.")
+            raise UserError(f"{names.count(name)} terms are named {name!r}; a name may stand once, choose others.")
 
 
 def position_weights(reduction: str, batch: Batch) -> Array | None:
     """Weight of each position in the mean; None means uniform.
 
     Raises:
-      ValueError: an unknown reduction.
+      UserError: an unknown reduction.
     """
     if reduction not in ("token_mean", "sequence_mean"):
-        raise ValueError(f"reduction={reduction!r}; expected 'token_mean' or 'sequence_mean'.")
+        raise UserError(f"reduction={reduction!r}; expected 'token_mean' or 'sequence_mean'.")
     return losses.sequence_weights(batch.mask, batch.segments) if reduction == "sequence_mean" else None

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import optax
 
+from distill.errors import UserError
 from distill.shapes import Array, Params
 
 
@@ -28,9 +29,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if not self.learning_rate > 0.0:
-            raise ValueError(f"optimizer: learning_rate={self.learning_rate}; expected a number above 0.")
+            raise UserError(f"optimizer: learning_rate={self.learning_rate}; expected a number above 0.")
         if min(self.warmup_steps, self.weight_decay, self.clip_norm) < 0:
-            raise ValueError("optimizer: warmup_steps, weight_decay and clip_norm must be at least 0.")
+            raise UserError("optimizer: warmup_steps, weight_decay and clip_norm must be at least 0.")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -27,6 +27,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from distill.batch import Batch
 from distill.devices import backend, processes
+from distill.errors import UserError
 from distill.models.model import Model
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params
@@ -96,14 +97,14 @@ class ParallelConfig:
     def __post_init__(self):
         sizes = self.sizes
         if min(sizes.values()) < 1:
-            raise ValueError(f"parallel: {_listed(sizes)}; expected at least 1.")
+            raise UserError(f"parallel: {_listed(sizes)}; expected at least 1.")
         if self.backend in ("one_device", "pmap") and math.prod(sizes.values()) > 1:
-            raise ValueError(
+            raise UserError(
                 f"parallel: {self.backend} cannot shard: {_listed(sizes)}; use backend=mesh, or 1 for each of them."
             )
         for name, rules in (("student", self.student), ("teacher", self.teacher)):
             if rules not in RULES:
-                raise ValueError(f"parallel: {name}={rules!r}; expected one of {', '.join(RULES)}.")
+                raise UserError(f"parallel: {name}={rules!r}; expected one of {', '.join(RULES)}.")
 
 
 def _listed(sizes: Mapping[str, int]) -> str:
@@ -135,20 +136,20 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
 
     Where the devices are of several slices, dcn goes from slice to slice and every other axis stays inside one.
 
-    Raises ValueError where the axes do not divide the number of devices, or dcn is not the number of TPU slices.
+    Raises UserError where the axes do not divide the number of devices, or dcn is not the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes
     inner = math.prod(sizes.values())
     if len(devices) % inner:
-        raise ValueError(
+        raise UserError(
             f"parallel: {_listed(sizes)}: their product {inner} does not divide the {len(devices)} devices there are."
         )
     sizes["data"] = len(devices) // inner
     shape = tuple(sizes[axis] for axis in AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and slices != config.dcn and devices[0].platform == "tpu":
-        raise ValueError(f"parallel: dcn={config.dcn}, and the devices are of {slices} slices; set dcn={slices}.")
+        raise UserError(f"parallel: dcn={config.dcn}, and the devices are of {slices} slices; set dcn={slices}.")
     if slices == 1 or slices != config.dcn:
         return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
     across = (config.dcn, *[1] * (len(AXES) - 1))
@@ -159,7 +160,7 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
 def param_shardings(model: Model, mesh: Mesh | AbstractMesh, rules: Rules = MESH_AXES) -> Params:
     """One ``NamedSharding`` per parameter.
 
-    Raises ValueError where a dimension cannot be divided over its mesh axes, or two dimensions of one parameter ask
+    Raises UserError where a dimension cannot be divided over its mesh axes, or two dimensions of one parameter ask
     for the same axis.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -180,12 +181,12 @@ def _sharding(
     axes = [tuple(axis for axis in several if mesh.shape[axis] > 1) for several in asked]
     used = [axis for several in axes for axis in several]
     if len(used) != len(set(used)):
-        raise ValueError(f"parameter {path}: logical axes {names} put two dimensions on one mesh axis: {axes}.")
+        raise UserError(f"parameter {path}: logical axes {names} put two dimensions on one mesh axis: {axes}.")
     for size, name, several in zip(shape, names, axes, strict=True):
         parts = math.prod(mesh.shape[axis] for axis in several)
         if size % parts:
             over = " × ".join(several)
-            raise ValueError(
+            raise UserError(
                 f"parameter {path}: {name}={size} cannot be divided over {over}={parts} devices; "
                 f"choose {over} so that it divides {size}."
             )
@@ -400,14 +401,14 @@ def divisible(rows: Any, devices: int) -> Any:
     """The rows ``[K, B, …]`` unchanged; ValueError where B cannot be divided over the devices."""
     batch_size = jax.tree.leaves(rows)[0].shape[1]
     if batch_size % devices:
-        raise ValueError(f"batch_size={batch_size} cannot be divided over {devices} devices.")
+        raise UserError(f"batch_size={batch_size} cannot be divided over {devices} devices.")
     return rows
 
 
 def _cuttable(examples: Batch, devices: int) -> Batch:
     length = examples.inputs.shape[1]
     if length % devices:
-        raise ValueError(
+        raise UserError(
             f"texts of {length} tokens cannot be divided over sequence={devices} devices; choose a length that can."
         )
     return examples
@@ -440,7 +441,7 @@ def wrap(
     if backend == "auto":
         backend = "mesh" if uses_mesh(config, devices) else "one_device"
     if processes.count() > 1 and backend != "mesh":
-        raise ValueError(f"parallel: backend={backend} with {processes.count()} processes; expected mesh, or auto.")
+        raise UserError(f"parallel: backend={backend} with {processes.count()} processes; expected mesh, or auto.")
     if backend == "pmap":
         return pmapped(make_step, devices)
     if backend == "one_device":

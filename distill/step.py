@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from distill import losses
 from distill.batch import Batch
 from distill.devices import backend
+from distill.errors import UserError
 from distill.features import collect_of
 from distill.losses.reduce import masked_sum
 from distill.models.model import Model
@@ -98,7 +99,7 @@ def make_train_step(
       the second argument is ``Frozen(teacher_params, base_params)``.
 
     Raises:
-      ValueError: terms that name a metric twice, look inside a teacher that is not live, or balance experts that the
+      UserError: terms that name a metric twice, look inside a teacher that is not live, or balance experts that the
         student does not have; two vocabularies; a chunk size where a model has no head.
     """
     listed = terms_at(terms, jnp.int32(0))
@@ -215,11 +216,9 @@ def _heads(step: _Step, sides: _Sides) -> tuple[Any, Any]:
 
 def _check_targets(teacher: Model | None, targets: Any) -> None:
     if isinstance(targets, losses.HiddenTargets) and teacher is None:
-        raise ValueError(
-            "the targets are hidden states of a teacher; give the step the teacher, whose head reads them."
-        )
+        raise UserError("the targets are hidden states of a teacher; give the step the teacher, whose head reads them.")
     if isinstance(targets, losses.DenseTargets) and teacher is not None:
-        raise ValueError(
+        raise UserError(
             "the targets hold the teacher's logits, and the step has a live teacher; leave one of them out."
         )
 
@@ -304,14 +303,14 @@ def _check(terms: Sequence[Term], student: Model, teacher: Model | None) -> None
     check_terms(terms)
     inside = [term.name for term in terms if term.needs.teacher_layers is not None]
     if inside and teacher is None:
-        raise ValueError(
+        raise UserError(
             f"make_train_step: {', '.join(inside)} look inside the teacher; give the step a teacher (in a "
             "configuration: --signal.kind live)."
         )
     if any(term.needs.routing for term in terms) and not getattr(student.config, "experts", 0):
-        raise ValueError("make_train_step: a term balances experts, and the student has none; leave it out.")
+        raise UserError("make_train_step: a term balances experts, and the student has none; leave it out.")
     if teacher is not None and teacher.vocab_size != student.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"make_train_step: the student's vocabulary has {student.vocab_size} tokens, the teacher's "
             f"{teacher.vocab_size}; cut both to the ids they share: "
             "model.with_vocabulary(vocab.align(…).vocab_size)."
@@ -323,11 +322,9 @@ def _in_chunks(chunk_size: int | None, terms: Sequence[Term], student: Model, te
     known = student.head is not None and (teacher is None or teacher.head is not None)
     mixed = [term.name for term in terms if term.needs.head and term.needs.layers]
     if chunk_size and not known:
-        raise ValueError(
-            "make_train_step: chunk_size is set, but a model has no head(params); set it, or chunk_size=0."
-        )
+        raise UserError("make_train_step: chunk_size is set, but a model has no head(params); set it, or chunk_size=0.")
     if chunk_size and mixed:
-        raise ValueError(
+        raise UserError(
             f"make_train_step: {', '.join(mixed)} look at logits and inside the networks, which chunks of positions "
             "cannot show together; set chunk_size=0."
         )
@@ -339,7 +336,7 @@ def _in_chunks(chunk_size: int | None, terms: Sequence[Term], student: Model, te
 def _split(x: Array, parts: int) -> Array:
     """``[B, …] -> [parts, B / parts, …]``, rows dealt in turn: a batch sharded over devices stays where it is."""
     if x.shape[0] % parts:
-        raise ValueError(f"a batch of {x.shape[0]} cannot be split into {parts} equal micro-batches.")
+        raise UserError(f"a batch of {x.shape[0]} cannot be split into {parts} equal micro-batches.")
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 

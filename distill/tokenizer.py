@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill.errors import MissingFile, UserError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -47,10 +49,10 @@ class CharacterTokenizer:
         return len(self.characters) + 2
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises ValueError on a character outside the alphabet."""
+        """Ids of a text. Raises UserError on a character outside the alphabet."""
         unknown = sorted(set(text) - set(self.characters))
         if unknown:
-            raise ValueError(f"cannot encode {text!r}: unknown {unknown}; expected only {self.characters!r}.")
+            raise UserError(f"cannot encode {text!r}: unknown {unknown}; expected only {self.characters!r}.")
         return [self.characters.index(character) + 2 for character in text]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -85,7 +87,7 @@ class TextTokenizer:
       options: further keys of ``tokenizer_config.json``, kept when saving.
 
     Raises:
-      ValueError: the text is no tokenizer, or one of the tokens is not in its vocabulary.
+      UserError: the text is no tokenizer, or one of the tokens is not in its vocabulary.
 
     Example:
       >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -109,7 +111,7 @@ class TextTokenizer:
         tokens = {"eos": self.eos, "bos": self.bos, "pad": self.pad, "unknown": self.unknown}
         for name, token in tokens.items():
             if token is not None and token not in known:
-                raise ValueError(f"tokenizer: {name}={token!r} is not in its vocabulary of {len(known)} tokens.")
+                raise UserError(f"tokenizer: {name}={token!r} is not in its vocabulary of {len(known)} tokens.")
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, eos: str | None = None, pad: str | None = None) -> "TextTokenizer":
@@ -121,13 +123,13 @@ class TextTokenizer:
           pad: replaces the one of the folder.
 
         Raises:
-          FileNotFoundError: no ``tokenizer.json``.
-          ValueError: a file that cannot be read, or no end-of-text token is named.
+          MissingFile: no ``tokenizer.json``.
+          UserError: a file that cannot be read, or no end-of-text token is named.
         """
         folder = Path(folder)
         folder, file = (folder.parent, folder) if folder.suffix == ".json" else (folder, folder / "tokenizer.json")
         if not file.is_file():
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{file}: missing; expected a folder with a tokenizer.json. Of a folder with tokenizer.model or "
                 "vocab.json alone, transformers makes one: AutoTokenizer.from_pretrained(A).save_pretrained(B)."
             )
@@ -136,20 +138,20 @@ class TextTokenizer:
         tokens = {name: _content(named.get(f"{name}_token")) for name in ("eos", "bos", "pad", "unk")}
         eos, pad = eos or tokens["eos"], pad or tokens["pad"]
         if eos is None:
-            raise ValueError(f"{folder}: no file names an end-of-text token; give one: from_folder(..., eos='</s>').")
+            raise UserError(f"{folder}: no file names an end-of-text token; give one: from_folder(..., eos='</s>').")
         kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
         text = file.read_text(encoding="utf-8")
         try:
             return cls(text, eos, tokens["bos"], pad, tokens["unk"], _template(folder, config), kept)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise UserError(f"{file}: {error}") from error
 
     @classmethod
     def from_transformers(cls, tokenizer: Any, *, eos: str | None = None, pad: str | None = None) -> "TextTokenizer":
         """The same tokenizer as one of transformers, read from the files it saves.
 
         Raises:
-          FileNotFoundError: it saves no ``tokenizer.json`` (a slow one).
+          MissingFile: it saves no ``tokenizer.json`` (a slow one).
         """
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
@@ -161,14 +163,14 @@ class TextTokenizer:
         Gemma 3 has a token for images that its text model has no row for.
 
         Raises:
-          ValueError: a token of text has no row, or a special token that is needed.
+          UserError: a token of text has no row, or a special token that is needed.
         """
         if self.vocab_size <= rows:
             return self
         beyond = {token for token, i in self._ids.items() if i >= rows}
         needed = sorted(beyond - set(self.special_tokens) | beyond & {self.eos, self.bos, self.pad, self.unknown})
         if needed:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has ids up to {self.vocab_size - 1}, the embedding {rows} rows, none for "
                 f"{', '.join(map(repr, needed[:3]))}; they do not belong together."
             )
@@ -205,14 +207,14 @@ class TextTokenizer:
         """A fresh object of ``tokenizers``, truncation and padding switched off.
 
         Raises:
-          ValueError: what was given is no tokenizer.
+          UserError: what was given is no tokenizer.
         """
         from tokenizers import Tokenizer
 
         try:
             backend = Tokenizer.from_str(self.serialized)
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"no tokenizer that the library tokenizers reads ({error}).") from error
+            raise UserError(f"no tokenizer that the library tokenizers reads ({error}).") from error
         backend.no_truncation()
         backend.no_padding()
         return backend
@@ -303,7 +305,7 @@ class TextTokenizer:
           answer: also write the beginning of an answer that is to be generated.
 
         Raises:
-          ValueError: no chat template, or it refuses the conversation.
+          UserError: no chat template, or it refuses the conversation.
         """
         return self._render(messages, tools, answer, False)[0]
 
@@ -313,14 +315,14 @@ class TextTokenizer:
         """``chat`` and the characters ``[from, to)`` that the template marks as generated (``marks_turns``).
 
         Raises:
-          ValueError: as ``chat``.
+          UserError: as ``chat``.
         """
         return self._render(messages, tools, False, True)
 
     def _render(self, messages, tools, answer: bool, marks: bool) -> tuple[str, list[tuple[int, int]]]:
         """Renders in the sandbox of transformers, which is hardened against hostile templates."""
         if self.chat_template is None:
-            raise ValueError(
+            raise UserError(
                 "the tokenizer has no chat template; give one, TextTokenizer(..., chat_template=...) or a file "
                 "chat_template.jinja in its folder, or read the conversations as text."
             )
@@ -338,7 +340,7 @@ class TextTokenizer:
                 **{name: token for name, token in names.items() if token is not None},
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise ValueError(f"the chat template fails: {error}") from error
+            raise UserError(f"the chat template fails: {error}") from error
         return texts[0], spans[0] if marks else []
 
     def fingerprint(self) -> str:
@@ -364,9 +366,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not readable as JSON ({error}).") from error
+        raise UserError(f"{file}: not readable as JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: a JSON {type(value).__name__}; expected an object.")
+        raise UserError(f"{file}: a JSON {type(value).__name__}; expected an object.")
     return value
 
 

@@ -25,6 +25,7 @@ from distill.data.loader import Loader
 from distill.devices import backend, processes
 from distill.devices.profiling import Profile
 from distill.devices.speed import flops_per_token, shown_share, utilisation
+from distill.errors import UserError
 from distill.metrics import Writer, averages
 from distill.models.model import Model
 from distill.objective import terms_at
@@ -98,7 +99,7 @@ def fit(
       label: name of the training in the progress line.
 
     Raises:
-      ValueError: the folder holds a run with another identity, is in use, or the disk is full.
+      UserError: the folder holds a run with another identity, is in use, or the disk is full.
       FloatingPointError: loss or gradients are not finite (or, with ``on_nan="skip"``, are not ``skips_in_a_row``
         times); names the step. The last checkpoint is from before it.
       DataTimeout: no data came for ``data_timeout`` seconds; the state was saved.
@@ -155,10 +156,10 @@ def lower(
       ``(lowered, state, frozen)``; on a mesh the shapes say how they lie on it.
 
     Raises:
-      ValueError: pmap, whose arrays have one more axis; a batch that the devices cannot share.
+      UserError: pmap, whose arrays have one more axis; a batch that the devices cannot share.
     """
     if parallel_config.backend == "pmap":
-        raise ValueError("lower: backend pmap; expected auto, mesh or one_device.")
+        raise UserError("lower: backend pmap; expected auto, mesh or one_device.")
     update = optimizer(training.optimizer, training.steps)
     state = jax.eval_shape(lambda: init_state(task.student.init(jax.random.key(0)), update))
     held, count = task.examples, training.dispatch
@@ -197,7 +198,7 @@ def _wrap(task: Task, training: TrainingConfig, update, config: ParallelConfig, 
 
 
 def _agree(task: Task, training: TrainingConfig) -> None:
-    """Raises ValueError where processes were started with unequal settings or data."""
+    """Raises UserError where processes were started with unequal settings or data."""
     if processes.count() > 1:
         data = "" if callable(task.examples) else fingerprint(task.examples)
         processes.agree("configuration or data", f"{task.identity} {training} {data}")
@@ -360,7 +361,7 @@ class _Recorder:
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         keep = self.training.keep
         if keep.best and keep.metric not in values:
-            raise ValueError(f"keep: best={keep.best!r}, but the evaluation measures {', '.join(values) or 'nothing'}.")
+            raise UserError(f"keep: best={keep.best!r}, but the evaluation measures {', '.join(values) or 'nothing'}.")
         self.measured = {step: values}
         if values:
             self.last = time.perf_counter()

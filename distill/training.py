@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from distill.checkpoint import KeepConfig
+from distill.errors import UserError
 from distill.optim import OptimizerConfig
 
 DISPATCHED = 50
@@ -64,28 +65,28 @@ class TrainingConfig:
         values = {name: vars(self)[name] for name in (*counts, "steps_per_dispatch")}
         for name, value in values.items():
             if value is not None and value < 1:
-                raise ValueError(f"training: {name}={value}; expected at least 1.")
+                raise UserError(f"training: {name}={value}; expected at least 1.")
         for name in ("steps", "evaluate_every", "save_every"):
             if values[name] % self.dispatch:
-                raise ValueError(
+                raise UserError(
                     f"training: {name}={values[name]} is no multiple of steps_per_dispatch={self.dispatch}; change one "
                     "of them, or leave steps_per_dispatch out."
                 )
         if self.keep.best and self.save_every % self.evaluate_every:
-            raise ValueError(
+            raise UserError(
                 f"training: keep.best={self.keep.best!r} needs an evaluation at every checkpoint, but "
                 f"save_every={self.save_every} is no multiple of evaluate_every={self.evaluate_every}."
             )
         if self.chunk_size is not None and self.chunk_size < 0:
-            raise ValueError(f"training: chunk_size={self.chunk_size}; expected at least 0, or None.")
+            raise UserError(f"training: chunk_size={self.chunk_size}; expected at least 0, or None.")
         if self.batch_size % self.micro_batches:
-            raise ValueError(
+            raise UserError(
                 f"training: micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}."
             )
         if not self.data_timeout > 0.0:
-            raise ValueError(f"training: data_timeout={self.data_timeout}; expected seconds above 0.")
+            raise UserError(f"training: data_timeout={self.data_timeout}; expected seconds above 0.")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"training: seed={self.seed}; expected 0 … 2³¹ − 1.")
+            raise UserError(f"training: seed={self.seed}; expected 0 … 2³¹ − 1.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from distill.errors import UserError
 from distill.shapes import Params
 
 Keys = tuple[str, ...]
@@ -12,7 +13,7 @@ def joined(frozen: Params, learnt: Params) -> Params:
     """Two nested dicts as one.
 
     Raises:
-      ValueError: a parameter that stands in both.
+      UserError: a parameter that stands in both.
 
     Example:
       >>> joined({"up": {"kernel": 1}}, {"up": {"lora_left": 2}, "norm": 3})
@@ -22,7 +23,7 @@ def joined(frozen: Params, learnt: Params) -> Params:
     for name, value in learnt.items():
         if name in result:
             if not (isinstance(value, dict) and isinstance(result[name], dict)):
-                raise ValueError(f"joined: the parameter {name} is both frozen and learnt.")
+                raise UserError(f"joined: the parameter {name} is both frozen and learnt.")
             value = joined(result[name], value)
         result[name] = value
     return result

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from distill.errors import UserError
 from distill.shapes import Logits
 
 NAMED = 5
@@ -39,7 +40,7 @@ class Alignment:
         sides = {"student": (student_logits, self.student_rows), "teacher": (teacher_logits, self.teacher_rows)}
         for name, (logits, rows) in sides.items():
             if logits.shape[-1] != rows:
-                raise ValueError(f"Alignment: {name} logits have {logits.shape[-1]} rows; expected {rows}.")
+                raise UserError(f"Alignment: {name} logits have {logits.shape[-1]} rows; expected {rows}.")
         student, teacher = (mask_padding(logits[..., :width], self.vocab_size) for logits, _ in sides.values())
         return student, teacher
 
@@ -59,7 +60,7 @@ def align(
       An ``Alignment``. If rows are padded on either side, one line is logged.
 
     Raises:
-      ValueError: an id means different tokens (the first such ids are named), or a token has no row.
+      UserError: an id means different tokens (the first such ids are named), or a token has no row.
 
     Example:
       >>> tokens = {"<pad>": 0, "a": 1, "b": 2}
@@ -67,17 +68,17 @@ def align(
       Alignment(vocab_size=3, student_rows=3, teacher_rows=4)
       >>> align(tokens, {"<pad>": 0, "b": 1, "a": 2}, student_rows=3, teacher_rows=3)
       Traceback (most recent call last):
-      ValueError: student and teacher give 2 ids different meanings: 1 is 'a' and 'b', 2 is 'b' and 'a' (student's \
-and teacher's token). Distil into a student with the teacher's tokenizer, or choose a loss across two tokenizers.
+      distill.errors.UserError: student and teacher give 2 ids different meanings: 1 is 'a' and 'b', 2 is 'b' and 'a' \
+(student's and teacher's token). Distil into a student with the teacher's tokenizer.
     """
     if student_tokens != teacher_tokens:
-        raise ValueError(_difference(student_tokens, teacher_tokens))
+        raise UserError(_difference(student_tokens, teacher_tokens))
     if not student_tokens or min(student_tokens.values()) < 0:
-        raise ValueError("a vocabulary without tokens, or with a negative id; expected token → id from 0 on.")
+        raise UserError("a vocabulary without tokens, or with a negative id; expected token → id from 0 on.")
     vocab_size = max(student_tokens.values()) + 1
     for name, rows in (("student", student_rows), ("teacher", teacher_rows)):
         if rows < vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the {name} has {rows} rows of logits for ids up to {vocab_size - 1}: its tokenizer and its weights "
                 "do not belong together, or tokens were added and the embedding was not resized."
             )
@@ -100,7 +101,7 @@ def mask_padding(logits: Logits, vocab_size: int) -> Logits:
     Zero logits would leave padding a probability: exp(0) is more than many tokens have.
 
     Raises:
-      ValueError: fewer rows than ``vocab_size``.
+      UserError: fewer rows than ``vocab_size``.
 
     Example:
       >>> mask_padding(jnp.zeros(4), 3)
@@ -108,7 +109,7 @@ def mask_padding(logits: Logits, vocab_size: int) -> Logits:
     """
     rows = logits.shape[-1]
     if rows < vocab_size:
-        raise ValueError(f"mask_padding: {rows} rows of logits; expected at least vocab_size={vocab_size}.")
+        raise UserError(f"mask_padding: {rows} rows of logits; expected at least vocab_size={vocab_size}.")
     if rows == vocab_size:
         return logits
     real = jnp.broadcast_to(jnp.arange(rows) < vocab_size, logits.shape)
@@ -119,7 +120,7 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
     """Token → id of a tokenizer of transformers or tokenizers, added tokens included.
 
     Raises:
-      ValueError: it has no ``get_vocab``.
+      UserError: it has no ``get_vocab``.
 
     Example:
       >>> from tokenizers import Tokenizer, models
@@ -130,7 +131,7 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
       {'a': 0, 'b': 1, '<eos>': 2}
     """
     if not hasattr(tokenizer, "get_vocab"):
-        raise ValueError(f"token_ids: {type(tokenizer).__name__} has no get_vocab(); give its token → id map instead.")
+        raise UserError(f"token_ids: {type(tokenizer).__name__} has no get_vocab(); give its token → id map instead.")
     return dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
 
@@ -141,8 +142,7 @@ def _difference(student_tokens: dict[str, int], teacher_tokens: dict[str, int]) 
     named = ", ".join(f"{i} is {student.get(i, 'nothing')} and {teacher.get(i, 'nothing')}" for i in ids[:NAMED])
     return (
         f"student and teacher give {len(ids)} ids different meanings: {named}{', …' if len(ids) > NAMED else ''} "
-        "(student's and teacher's token). Distil into a student with the teacher's tokenizer, or choose a loss across "
-        "two tokenizers."
+        "(student's and teacher's token). Distil into a student with the teacher's tokenizer."
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from distill import losses
 from distill.benchmarks.rounds import Run, in_turn, ratio, spread
+from distill.errors import UserError
 from distill.head import Head
 from distill.reports import page
 
@@ -194,11 +195,9 @@ BESIDE = (8192, 2048, 4096, 128_256)
 
 
 def need_gpu() -> None:
-    """Raises ValueError where JAX sees no GPU."""
+    """Raises UserError where JAX sees no GPU."""
     if jax.default_backend() != "gpu":
-        raise ValueError(
-            f"this measures on a GPU, and JAX sees only {jax.default_backend()}; pip install -e '.[cuda]'."
-        )
+        raise UserError(f"this measures on a GPU, and JAX sees only {jax.default_backend()}; pip install -e '.[cuda]'.")
 
 
 def rivals(mixture: Mixture, peers: Peers, arrays: list[jax.Array]) -> dict[str, Rival]:

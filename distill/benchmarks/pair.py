@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from distill.benchmarks.rounds import spread
+from distill.errors import UserError
 
 CASES = (
     ("live teacher in bfloat16", {"remat": "dots"}),
@@ -38,16 +39,16 @@ def pair(name: str, batch: int, length: int, peer: Path, steps: int = 8) -> list
       steps: measured steps, after two of warm-up.
 
     Raises:
-      ValueError: a configuration of another kind, or sizes below 1.
+      UserError: a configuration of another kind, or sizes below 1.
     """
     from distill.config import load_config
     from distill.experiments.text.config import TextConfig
 
     config = load_config(name)
     if not isinstance(config, TextConfig) or config.student.source is None:
-        raise ValueError(f"pair: {name} names no two published models; expected one such as qwen3_8b_to_0p6b.")
+        raise UserError(f"pair: {name} names no two published models; expected one such as qwen3_8b_to_0p6b.")
     if min(batch, length, steps) < 1:
-        raise ValueError(f"pair: --shape {batch} {length}: at least 1 of each is needed.")
+        raise UserError(f"pair: --shape {batch} {length}: at least 1 of each is needed.")
     task = {"teacher": config.teacher, "student": config.student.source, "batch": batch, "length": length}
     task |= {"steps": steps} | {f"{side}_config": _hub(task[side]) for side in ("teacher", "student")}
     own = [sys.executable, "-c", "import sys; from distill.benchmarks import pair; pair.main(sys.argv[1])"]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from distill.errors import UserError
+
 Run = Callable[[int], None]
 """``run(n)`` takes n training steps and blocks until they are computed."""
 
@@ -38,13 +40,13 @@ def peers_of(folder: Path, module: str, extra: str) -> dict[str, Callable]:
     """Imports ``PEERS`` from a module of scripts/peers.
 
     Raises:
-      ValueError: a library of the peers is missing; ``extra`` installs it.
+      UserError: a library of the peers is missing; ``extra`` installs it.
     """
     sys.path.append(str(folder))
     try:
         return importlib.import_module(module).PEERS
     except ImportError as error:
-        raise ValueError(f"{error}: the peer is missing; pip install -e '.[{extra}]'.") from error
+        raise UserError(f"{error}: the peer is missing; pip install -e '.[{extra}]'.") from error
 
 
 def speed(name: str, values: list[float]) -> str:

@@ -27,6 +27,7 @@ from distill.benchmarks.rounds import spread
 from distill.config import write_json
 from distill.data.loader import Loader
 from distill.devices import processes
+from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.models.model import Model
@@ -266,13 +267,13 @@ def scaling(rounds: int, folder: Path = Path("runs")) -> list[str]:
       folder: created if it does not exist.
 
     Raises:
-      ValueError: JAX is already initialised with too few devices.
+      UserError: JAX is already initialised with too few devices.
     """
     os.environ["XLA_FLAGS"] = _flags(DEVICES)
     os.environ.setdefault("NPROC", "16")  # threads enough for eight devices to wait for each other
     jax.config.update("jax_platforms", "cpu")
     if len(jax.devices()) < DEVICES:
-        raise ValueError(f"scaling: JAX runs with {len(jax.devices())} devices already; expected {DEVICES} on the CPU.")
+        raise UserError(f"scaling: JAX runs with {len(jax.devices())} devices already; expected {DEVICES} on the CPU.")
     found = {name: measure(name, jax.devices()[:count]) for name, (count, _) in MESHES.items()}
     found["2 processes × 4 data"] = two_processes()
     grown, numbers = curves(rounds, folder)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from distill.benchmarks.rounds import spread
+from distill.errors import UserError
 
 BATCH, LENGTH = 8, 256
 SHAPE = {"student": (4, 256), "teacher": (8, 512)}
@@ -77,13 +78,13 @@ def commands(folder: Path, pythons: Sequence[str], task: str) -> tuple[dict[str,
       task: JSON argument of the scripts.
 
     Raises:
-      ValueError: an argument of another form, or an unknown contestant.
+      UserError: an argument of another form, or an unknown contestant.
     """
     others = [name for name, (_, modules) in SCRIPTS.items() if modules]
     for one in pythons:
         name, _, path = one.partition("=")
         if name not in others or not path:
-            raise ValueError(f"--python {one}: write NAME=PATH with a NAME of {', '.join(others)}.")
+            raise UserError(f"--python {one}: write NAME=PATH with a NAME of {', '.join(others)}.")
     chosen = dict(one.split("=", 1) for one in pythons)
     found, lacks = {}, {}
     for name, (script, modules) in SCRIPTS.items():
@@ -159,11 +160,11 @@ def step(vocab: int, rounds: int, peers: Path, pythons: Sequence[str], file: Pat
       file: JSON, vocabulary size → contestant → [seconds, MB] of every round.
 
     Raises:
-      ValueError: fewer than 2 tokens or no round; an interpreter as in ``commands``.
+      UserError: fewer than 2 tokens or no round; an interpreter as in ``commands``.
       RuntimeError: a contestant ended without an answer.
     """
     if vocab < 2 or rounds < 1:
-        raise ValueError(f"--vocab {vocab} --rounds {rounds}: at least 2 tokens and 1 round are needed.")
+        raise UserError(f"--vocab {vocab} --rounds {rounds}: at least 2 tokens and 1 round are needed.")
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder) / "ids.npy"
         np.save(ids, np.random.default_rng(0).integers(0, vocab, (BATCH, LENGTH + 1)).astype(np.int32))

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from distill import parallel
 from distill.benchmarks.head import chunked_head, head_shapes, plain_head
 from distill.devices import backend
+from distill.errors import UserError
 from distill.planning.hlo import Collective, collectives
 
 SLICES = (("4x4", (2, 2, 4)), ("2x2", (1, 2, 2)), ("2x2", (4, 1, 1)))
@@ -32,10 +33,10 @@ TOKENS = 8192
 def tpu() -> list[str]:
     """Lines of the TPU benchmark.
 
-    Raises ValueError without the compiler for TPUs.
+    Raises UserError without the compiler for TPUs.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("the compiler for TPUs (libtpu) is not installed; pip install -e '.[tpu]'. No TPU is needed.")
+        raise UserError("the compiler for TPUs (libtpu) is not installed; pip install -e '.[tpu]'. No TPU is needed.")
     jax.config.update("jax_platforms", "cpu")  # a backend for TPUs would wait for one
     lines = []
     for topology, shape in SLICES:

@@ -14,6 +14,7 @@ import numpy as np
 
 from distill.batch import Batch, shift
 from distill.data import once
+from distill.errors import UserError
 from distill.tokenizer import CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer("0123456789+=")
@@ -36,11 +37,11 @@ class AdditionConfig:
 
     def __post_init__(self):
         if not 1 <= self.digits <= 9:
-            raise ValueError(f"data: digits={self.digits}; expected 1 to 9.")
+            raise UserError(f"data: digits={self.digits}; expected 1 to 9.")
         if not 0.0 < self.test_fraction < 1.0:
-            raise ValueError(f"data: test_fraction={self.test_fraction}; expected a number between 0 and 1.")
+            raise UserError(f"data: test_fraction={self.test_fraction}; expected a number between 0 and 1.")
         if self.max_examples < 4:
-            raise ValueError(f"data: max_examples={self.max_examples}; expected at least 4.")
+            raise UserError(f"data: max_examples={self.max_examples}; expected at least 4.")
 
     @property
     def prompt_length(self) -> int:
@@ -67,13 +68,13 @@ class AdditionConfig:
         return text.lstrip("0") or text[-1:]
 
     def parse(self, prompt: str) -> tuple[int, int]:
-        """Parses ``'47+85='`` or ``'5 + 7'`` into its operands. Raises ValueError for any other text."""
+        """Parses ``'47+85='`` or ``'5 + 7'`` into its operands. Raises UserError for any other text."""
         parts = prompt.replace(" ", "").removesuffix("=").split("+")
         if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
-            raise ValueError(f"prompt {prompt!r}; expected two numbers such as 47+85=.")
+            raise UserError(f"prompt {prompt!r}; expected two numbers such as 47+85=.")
         a, b = (int(part) for part in parts)
         if max(a, b) >= 10**self.digits:
-            raise ValueError(f"prompt {prompt!r}; this model adds numbers of at most {self.digits} digits.")
+            raise UserError(f"prompt {prompt!r}; this model adds numbers of at most {self.digits} digits.")
         return a, b
 
 
@@ -230,12 +231,12 @@ def load(config: AdditionConfig, data_dir: str | Path | None = None) -> dict[str
 
 
 def assert_disjoint(config: AdditionConfig, left: Examples, right: Examples) -> None:
-    """Raises ValueError, with one example, if any unordered pair is in both."""
+    """Raises UserError, with one example, if any unordered pair is in both."""
     seen = {frozenset(pair) for pair in _operands(config, left)}
     shared = [pair for pair in _operands(config, right) if frozenset(pair) in seen]
     if shared:
         a, b = shared[0]
-        raise ValueError(f"{len(shared)} pairs are on both sides of the split, {a}+{b} for one; expected none.")
+        raise UserError(f"{len(shared)} pairs are on both sides of the split, {a}+{b} for one; expected none.")
 
 
 def _operands(config: AdditionConfig, examples: Examples) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.errors import UserError
 from distill.tokenizer import TextTokenizer
 
 Spans = list[tuple[int, int]]
@@ -19,7 +20,7 @@ def chat_with_turns(
     without it: the turn is the difference. White space after its last special token does not belong to it.
 
     Raises:
-      ValueError: no template, a template that fails, or one without marks that rewrites earlier text when messages
+      UserError: no template, a template that fails, or one without marks that rewrites earlier text when messages
         follow, such as a template that drops earlier reasoning. A turn has no position in such a text.
     """
     if tokenizer.marks_turns:
@@ -32,7 +33,7 @@ def chat_with_turns(
         before = tokenizer.chat(messages[:number], tools, answer=True)
         after = tokenizer.chat(messages[: number + 1], tools)
         if not (after.startswith(before) and text.startswith(after)):
-            raise ValueError(
+            raise UserError(
                 f"the chat template is not prefix-stable: what it writes up to message {number} is not how the whole "
                 "conversation begins, so the assistant's turn cannot be found in it. Use a template that marks turns, "
                 "{% generation %} … {% endgeneration %}, or conversations of one turn."
@@ -61,7 +62,7 @@ def encode_chat(
       ``ids [n]`` int32 and ``counts [n]`` bool.
 
     Raises:
-      ValueError: as ``chat_with_turns``.
+      UserError: as ``chat_with_turns``.
     """
     text, spans = chat_with_turns(tokenizer, messages, tools)
     ids, offsets = tokenizer.encode_with_offsets(text)

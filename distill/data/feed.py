@@ -16,6 +16,7 @@ import numpy as np
 
 from distill.batch import Batch
 from distill.data.loader import Loader
+from distill.errors import UserError
 
 
 class DataTimeout(Exception):
@@ -62,7 +63,7 @@ class Ahead:
       >>> feed = Ahead(batch, range(0, 6, 3), lambda batches: batches, timeout=9.0)
       >>> _, batches = feed(3)
       Traceback (most recent call last):
-      ValueError: feed: step 3 asked for, 0 is next; dispatches come in order.
+      distill.errors.UserError: feed: step 3 asked for, 0 is next; dispatches come in order.
       >>> _, batches = feed(0)
       >>> batches.inputs.shape
       (3, 2, 4)
@@ -107,7 +108,7 @@ class Ahead:
             try:
                 batches.append(self._batch(self._reading))
             except Exception as error:
-                raise ValueError(f"batch {self._reading}: the data cannot be read: {error}") from error
+                raise UserError(f"batch {self._reading}: the data cannot be read: {error}") from error
         return jax.tree.map(lambda *fields: np.stack(fields), *batches)
 
     def __call__(self, step: int) -> tuple[None, Batch] | None:
@@ -115,10 +116,10 @@ class Ahead:
 
         Raises:
           DataTimeout: no batch within the timeout.
-          ValueError: the source failed, or ``step`` is not the next one.
+          UserError: the source failed, or ``step`` is not the next one.
         """
         if step != self._next:
-            raise ValueError(f"feed: step {step} asked for, {self._next} is next; dispatches come in order.")
+            raise UserError(f"feed: step {step} asked for, {self._next} is next; dispatches come in order.")
         asked = time.monotonic()
         while True:
             try:

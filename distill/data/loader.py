@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from distill.batch import Batch
+from distill.errors import UserError
 
 FEW = 2**16
 """Examples below which the order of a whole epoch is computed at once.
@@ -51,7 +52,7 @@ class Loader:
       seed: of the order.
 
     Raises:
-      ValueError: no examples, or a batch size below 1.
+      UserError: no examples, or a batch size below 1.
 
     Example:
       >>> from distill.batch import shift
@@ -63,7 +64,7 @@ class Loader:
 
     def __init__(self, examples: Batch, batch_size: int, seed: int):
         if not len(examples.inputs) or batch_size < 1:
-            raise ValueError(
+            raise UserError(
                 f"Loader: {len(examples.inputs)} examples in batches of {batch_size}; expected ≥ 1 of both."
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed

@@ -15,6 +15,7 @@ import numpy as np
 from distill.data import once, text
 from distill.data.packing import Rows, Summary, pack
 from distill.data.text import SIDES, Side, TextDataConfig
+from distill.errors import UserError
 from distill.tokenizer import TextTokenizer
 
 VERSION = "1.0.0"
@@ -87,15 +88,15 @@ def ready(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path
 
 
 def _check_some(summary: Summary, config: TextDataConfig, side: str) -> None:
-    """Raises ValueError if a side has no row."""
+    """Raises UserError if a side has no row."""
     if summary.rows:
         return
     if summary.documents:
-        raise ValueError(
+        raise UserError(
             f"{config.source}: nothing to predict in {summary.documents} documents of the side {side!r}; expected a "
             "completion or a turn of the assistant in some (loss='all' counts every token)."
         )
-    raise ValueError(
+    raise UserError(
         f"{config.source}: no documents on the side {side!r}: the source is empty, or too small for "
         f"heldout_fraction={config.heldout_fraction}. Give more documents (separator cuts one text into several), "
         "another fraction or split_seed, or a heldout_source."
@@ -120,8 +121,8 @@ def prepare(
       ``{"train": Rows, "heldout": Rows}``; ``rows.batch()`` is what a ``Loader`` and the step take.
 
     Raises:
-      FileNotFoundError: no such source.
-      ValueError: what cannot be read, with file and line number; no document on a side.
+      MissingFile: no such source.
+      UserError: what cannot be read, with file and line number; no document on a side.
 
     Example::
 

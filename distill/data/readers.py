@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from distill.errors import MissingFile, UserError
+
 Format = Literal["auto", "text", "prompt", "messages"]
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".arrow")
 """Suffixes of the files that are read."""
@@ -62,29 +64,27 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
         (``train-00000-of-00002.parquet``, ``test/data-00000-of-00001.arrow``). Without such names all files are read.
 
     Raises:
-      FileNotFoundError: no such path.
-      ValueError: a file of another kind, a folder without files, or without this split.
+      MissingFile: no such path.
+      UserError: a file of another kind, a folder without files, or without this split.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected text ({', '.join(SUFFIXES)}).")
+        raise MissingFile(f"{path}: no such file or folder; expected text ({', '.join(SUFFIXES)}).")
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(
-                f"{path}: files {path.suffix or 'without suffix'} are not read; {', '.join(SUFFIXES)} are."
-            )
+            raise UserError(f"{path}: files {path.suffix or 'without suffix'} are not read; {', '.join(SUFFIXES)} are.")
         return [path]
     found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not _hidden(p.relative_to(path)))
     found = [p for p in found if p.suffix != ".md" or p.name != "README.md"]
     if not found:
-        raise ValueError(f"{path}: no files to read in this folder; expected {', '.join(SUFFIXES)}.")
+        raise UserError(f"{path}: no files to read in this folder; expected {', '.join(SUFFIXES)}.")
     splits = {p: _split_of(p.relative_to(path)) for p in found}
     if not any(splits.values()):
         return found
     chosen = [p for p in found if splits[p] == split]
     if not chosen:
         there = sorted({name for name in splits.values() if name})
-        raise ValueError(f"{path}: no files of a split {split!r}; the folder has {', '.join(there)}.")
+        raise UserError(f"{path}: no files of a split {split!r}; the folder has {', '.join(there)}.")
     return chosen
 
 
@@ -108,7 +108,7 @@ def read(path: Path, form: Format, fields: Fields, separator: str = "") -> Itera
       separator: separates the documents of a plain text; empty: the file is one document.
 
     Raises:
-      ValueError: what cannot be read, with file and line (or row) number.
+      UserError: what cannot be read, with file and line (or row) number.
     """
     if path.suffix in (".txt", ".md"):
         yield from _read_text(path, separator)
@@ -129,7 +129,7 @@ def guess(record: Mapping[str, Any], fields: Fields, where: str) -> Format:
         return "prompt"
     if fields.text in record:
         return "text"
-    raise ValueError(
+    raise UserError(
         f"{where}: fields {', '.join(sorted(record)) or '(none)'}; expected {fields.text!r}, {fields.prompt!r} with "
         f"{fields.completion!r}, or {fields.messages!r}. Other names can be configured."
     )
@@ -139,14 +139,14 @@ def document_of(record: Mapping[str, Any], form: Format, fields: Fields, where: 
     """Converts a record into a document.
 
     Raises:
-      ValueError: a missing field, or one of another type, with file and line number.
+      UserError: a missing field, or one of another type, with file and line number.
     """
 
     def text(name: str) -> str:
         value = record.get(name)
         if not isinstance(value, str):
             found = f"a {type(value).__name__}" if name in record else "missing"
-            raise ValueError(f"{where}: field {name!r} is {found}; expected text.")
+            raise UserError(f"{where}: field {name!r} is {found}; expected text.")
         return value
 
     if form == "text":
@@ -156,7 +156,7 @@ def document_of(record: Mapping[str, Any], form: Format, fields: Fields, where: 
     messages = check_messages(record.get(fields.messages), where)
     tools = record.get(fields.tools) or ()
     if not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise ValueError(f"{where}: field {fields.tools!r} is a {type(tools).__name__}; expected a list.")
+        raise UserError(f"{where}: field {fields.tools!r} is a {type(tools).__name__}; expected a list.")
     return Document(messages=messages, tools=tuple(tools), where=where)
 
 
@@ -164,15 +164,15 @@ def check_messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     """Checks the messages of a conversation and drops fields that are None.
 
     Raises:
-      ValueError: not a list of objects with a ``role`` and, unless tools are called, ``content``, both text.
+      UserError: not a list of objects with a ``role`` and, unless tools are called, ``content``, both text.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ValueError(f"{where}: messages are {value!r}; expected a list of {{'role': …, 'content': …}}.")
+        raise UserError(f"{where}: messages are {value!r}; expected a list of {{'role': …, 'content': …}}.")
     for number, message in enumerate(value):
         role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
         empty = content is None and isinstance(message, Mapping) and bool(message.get("tool_calls"))
         if not isinstance(role, str) or not (isinstance(content, str) or empty):
-            raise ValueError(f"{where}: message {number} is {message!r}; expected 'role' and 'content', both text.")
+            raise UserError(f"{where}: message {number} is {message!r}; expected 'role' and 'content', both text.")
     return tuple({key: field for key, field in message.items() if field is not None} for message in value)
 
 
@@ -181,7 +181,7 @@ def _read_text(path: Path, separator: str) -> Iterator[Document]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 (byte {error.start} of the file); convert it.") from error
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start} of the file); convert it.") from error
     line = 1
     for piece in text.split(separator) if separator else [text]:
         if piece.strip():
@@ -197,9 +197,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except ValueError as error:  # UnicodeDecodeError is one
-                raise ValueError(f"{path}:{number}: not JSON ({error}).") from error
+                raise UserError(f"{path}:{number}: not JSON ({error}).") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number}: a JSON {type(record).__name__}; expected an object on every line.")
+                raise UserError(f"{path}:{number}: a JSON {type(record).__name__}; expected an object on every line.")
             yield number, record
 
 
@@ -211,7 +211,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with parquet.ParquetFile(path) as file:
             yield from _numbered(file.iter_batches(batch_size=1024))
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not readable as parquet ({error}).") from error
+        raise UserError(f"{path}: not readable as parquet ({error}).") from error
 
 
 def _arrow(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -228,7 +228,7 @@ def _arrow(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 batches = pyarrow.ipc.open_stream(file)
             yield from _numbered(batches)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not readable as arrow ({error}).") from error
+        raise UserError(f"{path}: not readable as arrow ({error}).") from error
 
 
 def _numbered(batches: Any) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -16,6 +16,7 @@ from distill.data.loader import rows_of
 from distill.data.packing import Rows
 from distill.data.prepared import as_rows, ready
 from distill.data.text import Side, TextDataConfig
+from distill.errors import UserError
 from distill.tokenizer import TextTokenizer
 
 
@@ -31,14 +32,14 @@ class StreamLoader:
         None: all rows.
 
     Raises:
-      ValueError: no rows, or positions outside the batch.
+      UserError: no rows, or positions outside the batch.
     """
 
     def __init__(self, source: Sequence[Any], batch_size: int, seed: int, *, own: np.ndarray | None = None):
         if not len(source) or batch_size < 1:
-            raise ValueError(f"StreamLoader: {len(source)} rows in batches of {batch_size}; expected ≥ 1 of both.")
+            raise UserError(f"StreamLoader: {len(source)} rows in batches of {batch_size}; expected ≥ 1 of both.")
         if own is not None and not ((own >= 0) & (own < batch_size)).all():
-            raise ValueError(f"StreamLoader: places {own.tolist()}; expected some of 0 … {batch_size - 1}.")
+            raise UserError(f"StreamLoader: places {own.tolist()}; expected some of 0 … {batch_size - 1}.")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self._own = own
 

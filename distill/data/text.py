@@ -18,6 +18,7 @@ import numpy as np
 from distill.data import readers
 from distill.data.chat import encode_chat
 from distill.data.readers import Document, Fields, Format, Part
+from distill.errors import UserError
 from distill.tokenizer import TextTokenizer
 
 SIDES = ("train", "heldout")
@@ -59,11 +60,11 @@ class TextDataConfig:
 
     def __post_init__(self):
         if self.length < 1:
-            raise ValueError(f"data: length={self.length}; expected at least 1.")
+            raise UserError(f"data: length={self.length}; expected at least 1.")
         if self.max_documents is not None and self.max_documents < 1:
-            raise ValueError(f"data: max_documents={self.max_documents}; expected at least 1, or None.")
+            raise UserError(f"data: max_documents={self.max_documents}; expected at least 1, or None.")
         if not self.separate and not 0.0 < self.heldout_fraction < 1.0:
-            raise ValueError(f"data: heldout_fraction={self.heldout_fraction}; expected a number between 0 and 1.")
+            raise UserError(f"data: heldout_fraction={self.heldout_fraction}; expected a number between 0 and 1.")
 
     @property
     def separate(self) -> bool:
@@ -84,8 +85,8 @@ def documents(config: TextDataConfig, side: Side) -> Iterator[Document]:
     """The documents of one side, in the order of the source.
 
     Raises:
-      FileNotFoundError: no such source.
-      ValueError: a file that cannot be read, with its line number.
+      MissingFile: no such source.
+      UserError: a file that cannot be read, with its line number.
     """
     if config.separate:
         yield from itertools.islice(_all(config, side), config.max_documents)
@@ -143,8 +144,8 @@ def source_hash(config: TextDataConfig) -> str:
     """Hash of all content that is read, including the names of files.
 
     Raises:
-      FileNotFoundError: no such source.
-      ValueError: a folder without readable files.
+      MissingFile: no such source.
+      UserError: a folder without readable files.
     """
     from distill import fetch
 
@@ -168,7 +169,7 @@ def encode(found: Iterable[Document], tokenizer: TextTokenizer, config: TextData
     same tokens as at generation. A conversation is encoded as its template renders it.
 
     Raises:
-      ValueError: a conversation without a chat template, or one that the template rejects, with file and line number.
+      UserError: a conversation without a chat template, or one that the template rejects, with file and line number.
     """
     for group in _groups(found, 256):  # fast tokenizers encode a list in parallel
         texts = tokenizer.encode_all([part.text for document in group for part in document.parts])
@@ -198,7 +199,7 @@ def _chat(document: Document, tokenizer: TextTokenizer, config: TextDataConfig) 
     try:
         ids, counts = encode_chat(tokenizer, document.messages, document.tools)
     except ValueError as error:
-        raise ValueError(f"{document.where}: {error}") from error
+        raise UserError(f"{document.where}: {error}") from error
     return Encoded(ids, np.ones_like(counts) if config.loss == "all" else counts)
 
 

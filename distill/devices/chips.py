@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from distill.errors import UserError
+
 
 class Chip(NamedTuple):
     """A chip by its data sheet; nothing here is measured."""
@@ -63,7 +65,7 @@ def parse_topology(name: str) -> Topology:
       name: ``v5e:4x4``, ``v5p:2x2x4``, ``v6e:4x4``; of GPUs their number, ``h100:8``, ``a100:8``, ``gpu:8`` (h100).
 
     Raises:
-      ValueError: another form, another chip, or dimensions such a chip has not.
+      UserError: another form, another chip, or dimensions such a chip has not.
 
     Example:
       >>> topology = parse_topology("v5p:2x2x4")
@@ -72,14 +74,14 @@ def parse_topology(name: str) -> Topology:
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not match:
-        raise ValueError(f"topology {name!r}; expected such as v5e:4x4, v5p:2x2x4, v6e:4x4 or gpu:8.")
+        raise UserError(f"topology {name!r}; expected such as v5e:4x4, v5p:2x2x4, v6e:4x4 or gpu:8.")
     chip = CHIPS.get("h100" if match[1] == "gpu" else match[1])
     if chip is None:
-        raise ValueError(f"topology {name!r}: no chip {match[1]!r}; expected one of {', '.join(CHIPS)}, gpu.")
+        raise UserError(f"topology {name!r}: no chip {match[1]!r}; expected one of {', '.join(CHIPS)}, gpu.")
     sizes = [int(size) for size in match[2].split("x")]
     if len(sizes) != max(chip.dimensions, 1) or min(sizes) < 1:
         wanted = "x".join("4" * chip.dimensions) or "8"
-        raise ValueError(f"topology {name!r}: expected {max(chip.dimensions, 1)} sizes, such as {chip.name}:{wanted}.")
+        raise UserError(f"topology {name!r}: expected {max(chip.dimensions, 1)} sizes, such as {chip.name}:{wanted}.")
     return Topology(name, chip, math.prod(sizes))
 
 
@@ -98,19 +100,19 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     For a TPU they are those that the TPU compiler describes, for GPUs the same number of CPU devices.
 
     Raises:
-      ValueError: that compiler is missing, knows no such slice, or JAX has been started with fewer CPU devices.
+      UserError: that compiler is missing, knows no such slice, or JAX has been started with fewer CPU devices.
     """
     import jax
 
     if not topology.tpu:
         if (there := len(jax.devices("cpu"))) < topology.devices:
-            raise ValueError(
+            raise UserError(
                 f"{topology.name}: JAX was started with {there} CPU devices; set jax_num_cpu_devices to "
                 f"{topology.devices} before anything is computed."
             )
         return jax.devices("cpu")[: topology.devices]
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("the compiler for TPUs (libtpu) is not installed; pip install -e '.[tpu]'. No TPU is needed.")
+        raise UserError("the compiler for TPUs (libtpu) is not installed; pip install -e '.[tpu]'. No TPU is needed.")
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask
@@ -120,4 +122,4 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(topology.name, "tpu").devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology {topology.name!r}: {str(error).partition(': ')[2] or error}") from error
+        raise UserError(f"topology {topology.name!r}: {str(error).partition(': ')[2] or error}") from error

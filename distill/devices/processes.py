@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill.errors import UserError
+
 HEARTBEAT_SECONDS = 30
 """Time without a heartbeat after which a process is lost."""
 START_SECONDS = 300
@@ -54,7 +56,7 @@ def settings(environment: Mapping[str, str], on_tpu: bool = False) -> Start | No
       on_tpu: whether this machine has TPU chips.
 
     Raises:
-      ValueError: variables that are missing or contradict each other.
+      UserError: variables that are missing or contradict each other.
 
     Example:
       >>> settings({}) is None
@@ -71,16 +73,16 @@ def settings(environment: Mapping[str, str], on_tpu: bool = False) -> Start | No
     slurm = all(environment.get(name) for name in _SLURM) and environment["SLURM_NTASKS"] != "1"
     missing = [name for name in _VARIABLES if name not in given]
     if given and missing and not (slurm or on_tpu):
-        raise ValueError(
+        raise UserError(
             f"{', '.join(f'{name}={value}' for name, value in given.items())} is set, {', '.join(missing)} is not; "
             "expected all three (HOST:PORT of process 0, the number of processes, the number of this one from 0 on) or "
             "none of them."
         )
     address = given.get("JAX_COORDINATOR_ADDRESS")
     if address is not None and not address.rpartition(":")[2].isdigit():
-        raise ValueError(f"JAX_COORDINATOR_ADDRESS={address}: expected HOST:PORT, such as 10.0.0.2:1234.")
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: expected HOST:PORT, such as 10.0.0.2:1234.")
     if count is not None and index is not None and not 0 <= index < count:
-        raise ValueError(f"JAX_PROCESS_ID={index}, JAX_NUM_PROCESSES={count}; expected ids 0 … {count - 1}.")
+        raise UserError(f"JAX_PROCESS_ID={index}, JAX_NUM_PROCESSES={count}; expected ids 0 … {count - 1}.")
     if not missing or slurm or on_tpu:
         return Start(address, count, index, _devices(environment) if slurm else None)
     return None
@@ -88,7 +90,7 @@ def settings(environment: Mapping[str, str], on_tpu: bool = False) -> Start | No
 
 def _number(name: str, text: str) -> int:
     if not text.isdigit():
-        raise ValueError(f"{name}={text}: expected a whole number from 0 on.")
+        raise UserError(f"{name}={text}: expected a whole number from 0 on.")
     return int(text)
 
 
@@ -108,7 +110,7 @@ def start() -> None:
     do not come within ``START_SECONDS``.
 
     Raises:
-      ValueError: as ``settings``.
+      UserError: as ``settings``.
     """
     found = settings(os.environ, _has_tpu())
     if found is None:
@@ -190,7 +192,7 @@ def from_first(make: Callable[[], Any], *, seconds: float = MEETING_SECONDS) -> 
     """Runs ``make`` on process 0 and returns its value, which JSON can hold, on every process.
 
     Raises:
-      ValueError: on every process, what ``make`` raised on process 0 (there, with its own class).
+      UserError: on every process, what ``make`` raised on process 0 (there, with its own class).
       TimeoutError: process 0 sent nothing for ``seconds``.
     """
     if count() == 1:
@@ -204,7 +206,7 @@ def from_first(make: Callable[[], Any], *, seconds: float = MEETING_SECONDS) -> 
         except Exception as error:
             raise TimeoutError(f"process 0 sent nothing for {seconds:.0f} s ({error}); see its log.") from error
         if "error" in sent:
-            raise ValueError(sent["error"])
+            raise UserError(sent["error"])
         return sent["value"]
     try:
         value = make()
@@ -232,9 +234,9 @@ def meet(what: str, *, seconds: float = MEETING_SECONDS) -> None:
 
 
 def agree(what: str, value: str) -> None:
-    """Raises ValueError on the processes where ``value`` differs from that of process 0."""
+    """Raises UserError on the processes where ``value`` differs from that of process 0."""
     if from_first(lambda: value) != value:
-        raise ValueError(f"process {index()} has another {what} than process 0; give all the same command and files.")
+        raise UserError(f"process {index()} has another {what} than process 0; give all the same command and files.")
 
 
 @contextlib.contextmanager

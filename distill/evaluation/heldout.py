@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distill import losses
 from distill.batch import Batch
 from distill.devices import processes
+from distill.errors import UserError
 from distill.models.model import Model
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params
@@ -46,13 +47,13 @@ class Heldout:
       mesh: of the run; None: one device.
 
     Raises:
-      ValueError: nothing to predict.
+      UserError: nothing to predict.
     """
 
     def __init__(self, teacher: Model, params: Params, batch: Batch, mesh: Mesh | None = None):
         self.tokens = int(batch.mask.sum())
         if not self.tokens:
-            raise ValueError("held-out text without a token to predict; give more of it.")
+            raise UserError("held-out text without a token to predict; give more of it.")
         self.batch, self.mesh = batch, mesh
         axes = () if mesh is None else tuple(axis for axis in ROW_AXES if axis in mesh.shape)
         parts = math.prod(mesh.shape[axis] for axis in axes)

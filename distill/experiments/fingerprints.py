@@ -16,6 +16,7 @@ import numpy as np
 
 from distill.config import write_json
 from distill.devices import processes
+from distill.errors import MissingFile
 from distill.shapes import Array
 
 _SEEDS = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
@@ -29,7 +30,7 @@ def of_files(path: Path) -> str:
     several processes the first reads.
 
     Raises:
-      FileNotFoundError: no weights there.
+      MissingFile: no weights there.
     """
     return processes.from_first(lambda: _of_files(path))
 
@@ -37,7 +38,7 @@ def of_files(path: Path) -> str:
 def _of_files(path: Path) -> str:
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("config.json")])
     if not any(file.name != "config.json" for file in files):
-        raise FileNotFoundError(f"{path}: no weights; expected a GGUF file, or a folder with *.safetensors.")
+        raise MissingFile(f"{path}: no weights; expected a GGUF file, or a folder with *.safetensors.")
     cache = _cache_file()
     known = _read_cache(cache)
     marks = {file: f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files}

@@ -10,6 +10,7 @@ import jax
 
 from distill.checkpoint import Checkpoints, Refused
 from distill.config import from_dict, to_dict, write_json
+from distill.errors import MissingFile, UserError
 from distill.models.model import Model
 from distill.shapes import Params
 
@@ -25,13 +26,11 @@ def restore(model: Model, run: Path, best: str | None = None) -> Trained:
     """A trained model from its run folder: the newest, or the best by a metric of the evaluation (``KeepConfig.best``).
 
     Raises:
-      FileNotFoundError: no checkpoint there.
-      ValueError: the checkpoint holds a model of another shape, or none was measured by ``best``.
+      MissingFile: no checkpoint there.
+      UserError: the checkpoint holds a model of another shape, or none was measured by ``best``.
     """
     if not (run / "checkpoints").is_dir():
-        raise FileNotFoundError(
-            f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py or train.py."
-        )
+        raise MissingFile(f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py or train.py.")
     with Checkpoints(run) as checkpoints:
         step = None if best is None else checkpoints.best(best)
         params = checkpoints.params(jax.eval_shape(model.init, jax.random.key(0)), step)
@@ -71,11 +70,11 @@ def write_config(run: Path, config: Any) -> None:
     """Writes RUN/config.json: the configuration of an experiment, and its kind.
 
     Raises:
-      ValueError: the folder holds an experiment of another kind, whose configuration stays.
+      UserError: the folder holds an experiment of another kind, whose configuration stays.
     """
     file = run / "config.json"
     if (there := _kind_of(file)) not in (None, config.kind):
-        raise ValueError(f"{run}: holds an experiment of kind {there!r}; this one is {config.kind!r}: another --run.")
+        raise UserError(f"{run}: holds an experiment of kind {there!r}; this one is {config.kind!r}: another --run.")
     write_json(file, {"kind": config.kind} | to_dict(config))
 
 
@@ -91,16 +90,16 @@ def read_config(run: Path, expected: type) -> Any:
     """The configuration, of the class ``expected``, that a run folder was made with.
 
     Raises:
-      FileNotFoundError: no run folder.
-      ValueError: its config.json cannot be read.
+      MissingFile: no run folder.
+      UserError: its config.json cannot be read.
     """
     file = run / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{run}: no config.json; expected a run folder, made by scripts/distill.py.")
+        raise MissingFile(f"{run}: no config.json; expected a run folder, made by scripts/distill.py.")
     try:
         values = json.loads(file.read_text())
         if (kind := values.pop("kind", None)) != expected.kind:
-            raise ValueError(f"{file}: an experiment of kind {kind!r}; expected {expected.kind!r}.")
+            raise UserError(f"{file}: an experiment of kind {kind!r}; expected {expected.kind!r}.")
         return from_dict(expected, values)
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); expected the configuration of a run.") from error
+        raise UserError(f"{file}: cannot be read ({error}); expected the configuration of a run.") from error

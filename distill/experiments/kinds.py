@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from distill.errors import MissingFile, UserError
+
 
 class Kind(NamedTuple):
     """Two modules, imported when they are needed, and what a script must know before it starts JAX."""
@@ -32,11 +34,11 @@ def kind_of(config: Any) -> Kind:
     """The kind of a configuration.
 
     Raises:
-      ValueError: a configuration that is no experiment.
+      UserError: a configuration that is no experiment.
     """
     kind = getattr(config, "kind", None)
     if kind not in KINDS:
-        raise ValueError(
+        raise UserError(
             f"a {type(config).__name__} is no experiment that can be run so; expected a configuration of kind "
             f"{', '.join(KINDS)}. Several seeds and arms: scripts/reproduce.py."
         )
@@ -47,7 +49,7 @@ def experiment_of(config: Any) -> ModuleType:
     """The module of a configuration's kind.
 
     Raises:
-      ValueError: a configuration that is no experiment.
+      UserError: a configuration that is no experiment.
     """
     return importlib.import_module(kind_of(config).experiment)
 
@@ -56,8 +58,8 @@ def experiment_in(run: Path) -> ModuleType:
     """The module of the kind of a run folder.
 
     Raises:
-      FileNotFoundError: no run folder.
-      ValueError: a config.json that cannot be read, or names no kind.
+      MissingFile: no run folder.
+      UserError: a config.json that cannot be read, or names no kind.
     """
     return importlib.import_module(_kind_in(run).experiment)
 
@@ -72,7 +74,7 @@ def report_in(*runs: Path) -> ModuleType:
     for run, kind in zip(runs, kinds, strict=True):
         if kind != kinds[0]:
             names = {kind: name for name, kind in KINDS.items()}
-            raise ValueError(
+            raise UserError(
                 f"{runs[0]} and {run} are runs of two kinds ({names[kinds[0]]}, {names[kind]}); expected runs of one "
                 "kind, which a page can compare. Write a report of each: two commands."
             )
@@ -82,11 +84,11 @@ def report_in(*runs: Path) -> ModuleType:
 def _kind_in(run: Path) -> Kind:
     file = run / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{run}: no config.json; expected a run folder, made by scripts/distill.py.")
+        raise MissingFile(f"{run}: no config.json; expected a run folder, made by scripts/distill.py.")
     try:
         kind = json.loads(file.read_text()).get("kind")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); expected the configuration of a run.") from error
+        raise UserError(f"{file}: cannot be read ({error}); expected the configuration of a run.") from error
     if kind not in KINDS:
-        raise ValueError(f"{file}: kind {kind!r}; expected one of {', '.join(KINDS)}.")
+        raise UserError(f"{file}: kind {kind!r}; expected one of {', '.join(KINDS)}.")
     return KINDS[kind]

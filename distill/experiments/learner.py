@@ -12,7 +12,7 @@ def learner(objective: ObjectiveConfig, student: Model, teacher: Model) -> tuple
     """The student with the projectors it learns beside itself, and the terms of its objective; computes nothing.
 
     Raises:
-      ValueError: networks whose features cannot be compared.
+      UserError: networks whose features cannot be compared.
     """
     features = objective.features
     student = with_projectors(student, projector_shapes(features, student, teacher))

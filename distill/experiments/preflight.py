@@ -17,6 +17,7 @@ from distill import losses
 from distill.batch import Batch
 from distill.config import write_json
 from distill.devices import backend
+from distill.errors import UserError
 from distill.models.model import Model
 from distill.objective import evaluate, terms_at
 from distill.shapes import Params
@@ -67,7 +68,7 @@ def preflight(
       run: where preflight.json goes; None: nowhere.
 
     Raises:
-      ValueError: a check failed; all that failed are named. preflight.json is written before.
+      UserError: a check failed; all that failed are named. preflight.json is written before.
     """
     sides = {"student": student, "teacher": teacher}
     checks = [*_tokenizers(student.tokenizer, teacher.tokenizer, student.model, teacher.model)]
@@ -84,7 +85,7 @@ def preflight(
         write_json(run / "preflight.json", values)
     wrong = [f"{check.name}: {check.found}" for check in checks if check.verdict == "error"]
     if wrong:
-        raise ValueError("preflight: " + "\n  ".join(wrong))
+        raise UserError("preflight: " + "\n  ".join(wrong))
     return checks
 
 

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from distill.batch import Batch
 from distill.checkpoint import lock
 from distill.config import write_json
+from distill.errors import MissingFile
 from distill.experiments import kinds
 from distill.experiments.cost import evaluation_cost, ledger, training_cost
 from distill.experiments.folder import Trained, configured, read_config, restore
@@ -99,7 +100,7 @@ def run_experiment(config: Any, run: Path) -> dict[str, Any]:
     """Does what is not done yet of an experiment; returns the summary.
 
     Raises:
-      ValueError, FileNotFoundError: a mistake in the configuration, or a folder that holds another run.
+      UserError: a mistake in the configuration, or a folder that holds another run.
     """
     kind = kinds.experiment_of(config)
     with lock(run / ".experiment"), configured(run, config):
@@ -148,7 +149,7 @@ def export(run: Path, model: Model, params: Params, tokenizer: Any = None) -> No
     A decoder that no family of transformers has is reported and passed over: the run goes on without the folder.
 
     Raises:
-      ValueError: it cannot be written, such as for a full disk.
+      UserError: it cannot be written, such as for a full disk.
     """
     family = None
     if isinstance(model.config, DecoderConfig):
@@ -170,8 +171,8 @@ def open_run(run: Path, best: str | None = None) -> tuple[Any, dict[str, Trained
       best: of the student, read the checkpoint that is best by this metric, not the newest.
 
     Raises:
-      FileNotFoundError: no run folder, or no teacher or student in it.
-      ValueError: its configuration or a checkpoint cannot be read, or none was measured by ``best``.
+      MissingFile: no run folder, or no teacher or student in it.
+      UserError: its configuration or a checkpoint cannot be read, or none was measured by ``best``.
     """
     world, trained, _ = _open(kinds.experiment_in(run), run, best)
     return world, trained
@@ -180,7 +181,7 @@ def open_run(run: Path, best: str | None = None) -> tuple[Any, dict[str, Trained
 def _open(kind: ModuleType, run: Path, best: str | None = None) -> tuple[Any, dict[str, Trained], dict[str, Path]]:
     config = read_config(run, kind.CONFIG)
     if not (run / "checkpoints").is_dir():
-        raise FileNotFoundError(f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py.")
+        raise MissingFile(f"{run}: no checkpoints; expected a run folder, made by scripts/distill.py.")
     world, trained, stages = kind.prepare(config, run), {}, {}
     for arm in kind.arms(world, trained):
         stages[arm.title] = arm.folder

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from distill.errors import UserError
 from distill.models.model import Model
 from distill.shapes import Array, Int, Params
 
@@ -26,10 +27,10 @@ def greedy(
       ``[B, T]`` new tokens.
 
     Raises:
-      ValueError: the model has no cache.
+      UserError: the model has no cache.
     """
     if model.init_cache is None:
-        raise ValueError("greedy: this model has no key/value cache; expected Model.init_cache.")
+        raise UserError("greedy: this model has no key/value cache; expected Model.init_cache.")
     batch, length = prompts.shape
     prefill = model.apply(params, prompts, cache=model.init_cache(batch, length + max_new_tokens))
 

@@ -7,6 +7,7 @@ a constant to the gradient.
 import jax
 import jax.numpy as jnp
 
+from distill.errors import UserError
 from distill.losses.divergences import _kl, _log_probs, forward_kl
 from distill.shapes import Logits, Nats, Scalar
 
@@ -30,7 +31,7 @@ def adaptive_kl(student_logits: Logits, teacher_logits: Logits, *, mu: float = 0
       ``[...]`` nats, float32; +inf where one side alone rules a token out.
 
     Raises:
-      ValueError: mu outside (0, 1).
+      UserError: mu outside (0, 1).
 
     Example:
       >>> student, teacher = jnp.log(jnp.array([0.5, 0.3, 0.2])), jnp.log(jnp.array([0.7, 0.2, 0.1]))
@@ -38,7 +39,7 @@ def adaptive_kl(student_logits: Logits, teacher_logits: Logits, *, mu: float = 0
       0.0886
     """
     if not 0.0 < mu < 1.0:
-        raise ValueError(f"adaptive_kl: mu={mu}; expected a number in (0, 1), the mass of the teacher's head.")
+        raise UserError(f"adaptive_kl: mu={mu}; expected a number in (0, 1), the mass of the teacher's head.")
     log_p, log_q = _log_probs(teacher_logits, temperature), _log_probs(student_logits, temperature)
     head, tail = (jax.lax.stop_gradient(gap) for gap in _gaps(teacher_logits, log_p, log_q, mu))
     total = head + tail
@@ -117,7 +118,7 @@ def taid(
       ``[...]`` nats, float32, ≥ 0 up to rounding.
 
     Raises:
-      ValueError: a Python number outside [0, 1].
+      UserError: a Python number outside [0, 1].
 
     Example:
       >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
@@ -125,7 +126,7 @@ def taid(
       0.1308
     """
     if isinstance(interpolation, float | int) and not 0.0 <= interpolation <= 1.0:
-        raise ValueError(f"taid: interpolation={interpolation}; expected a number in [0, 1] (1: the teacher itself).")
+        raise UserError(f"taid: interpolation={interpolation}; expected a number in [0, 1] (1: the teacher itself).")
     t = jnp.asarray(interpolation, jnp.float32)
     student, teacher = student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
     from_student = jnp.where(t < 1.0, (1.0 - t) * jax.lax.stop_gradient(student), 0.0)  # 0·(−inf) is NaN

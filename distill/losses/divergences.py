@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from distill.errors import UserError
 from distill.shapes import Array, Logits, Nats, Scalar
 
 
@@ -140,7 +141,7 @@ def generalized_jsd(
       ``[...]`` nats, float32; ≤ log 2 inside the interval.
 
     Raises:
-      ValueError: beta outside [0, 1].
+      UserError: beta outside [0, 1].
 
     Example:
       >>> student, teacher = jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf])  # disjoint: log 2
@@ -148,7 +149,7 @@ def generalized_jsd(
       0.6931
     """
     if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"generalized_jsd: beta={beta}; expected a number in [0, 1] (0: forward KL, 1: reverse KL).")
+        raise UserError(f"generalized_jsd: beta={beta}; expected a number in [0, 1] (0: forward KL, 1: reverse KL).")
     if beta == 0.0:
         return forward_kl(student_logits, teacher_logits, temperature=temperature)
     if beta == 1.0:
@@ -185,7 +186,7 @@ def skewed_forward_kl(
       ``[...]`` nats, float32, ≥ 0 up to rounding.
 
     Raises:
-      ValueError: alpha outside [0, 1).
+      UserError: alpha outside [0, 1).
 
     Example:
       >>> student, teacher = jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf])  # disjoint: log 10
@@ -214,7 +215,7 @@ def skewed_reverse_kl(
       ``[...]`` nats, float32, ≥ 0 up to rounding.
 
     Raises:
-      ValueError: alpha outside [0, 1).
+      UserError: alpha outside [0, 1).
 
     Example:
       >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([1.0, 0.0]))  # mixture .75, .25
@@ -228,7 +229,7 @@ def skewed_reverse_kl(
 def _skewed_kl(name: str, log_a: Logits, log_b: Logits, alpha: float) -> Nats:
     """KL(A ‖ αA + (1−α)B)."""
     if not 0.0 <= alpha < 1.0:
-        raise ValueError(f"{name}: alpha={alpha}; expected a number in [0, 1) (0: no skew; at 1 all would be equal).")
+        raise UserError(f"{name}: alpha={alpha}; expected a number in [0, 1) (0: no skew; at 1 all would be equal).")
     return _kl(log_a, _log_mixture(log_a, log_b, alpha) if alpha else log_b)
 
 
@@ -309,7 +310,7 @@ def alpha_beta(
       its own power and α+β are positive. A ratio that float32 cannot hold counts as +inf, without a gradient.
 
     Raises:
-      ValueError: alpha, beta or alpha + beta not finite, or within 0.001 of 0 but not 0, where the division by it
+      UserError: alpha, beta or alpha + beta not finite, or within 0.001 of 0 but not 0, where the division by it
         would cost the digits: 0 itself is exact.
 
     Example:
@@ -319,7 +320,7 @@ def alpha_beta(
     """
     for name, power in (("alpha", alpha), ("beta", beta), ("alpha + beta", alpha + beta)):
         if not math.isfinite(power) or 0.0 < abs(power) < SMALLEST:
-            raise ValueError(
+            raise UserError(
                 f"alpha_beta: {name}={power} (alpha={alpha}, beta={beta}); expected 0, whose limit is exact, or a "
                 f"finite number of size ≥ {SMALLEST}."
             )
@@ -345,7 +346,7 @@ def alpha_divergence(
       ``[...]`` float32, ≥ 0. Outside [0, 1] a ratio that float32 cannot hold counts as +inf, without a gradient.
 
     Raises:
-      ValueError: alpha not finite, or nearer to 0 or 1 than 0.001 without being it.
+      UserError: alpha not finite, or nearer to 0 or 1 than 0.001 without being it.
 
     Example:
       >>> student, teacher = jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf])  # disjoint: 1/(.5·.5)
@@ -373,7 +374,7 @@ def renyi(student_logits: Logits, teacher_logits: Logits, *, alpha: float = 0.5,
       ``[...]`` nats, float32, ≥ 0; for α ≥ 1 +inf where the student gives 0 to a token of the teacher.
 
     Raises:
-      ValueError: alpha not a positive finite number, or nearer to 0 or 1 than 0.001 without being 1.
+      UserError: alpha not a positive finite number, or nearer to 0 or 1 than 0.001 without being 1.
 
     Example:
       >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.75, 0.25]))
@@ -412,7 +413,7 @@ def _check_order(name: str, alpha: float, above: float) -> None:
     powers = (alpha, 1.0 - alpha)
     if not (math.isfinite(alpha) and alpha > above) or any(0.0 < abs(power) < SMALLEST for power in powers):
         low = "" if above == -math.inf else f" above {above:g}"
-        raise ValueError(f"{name}: alpha={alpha}; expected a number{low}, and 0 or 1 themselves or not within 0.001.")
+        raise UserError(f"{name}: alpha={alpha}; expected a number{low}, and 0 or 1 themselves or not within 0.001.")
 
 
 def _alpha_beta(log_p: Logits, log_q: Logits, alpha: float, beta: float) -> Nats:

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from distill.devices import backend
+from distill.errors import UserError
 from distill.head import Head, product
 from distill.losses.reduce import Pair
 from distill.shapes import Array, Float, Mask
@@ -76,7 +77,7 @@ def chunked(
       ``(sum, weight)``, float32 scalars; with ``has_aux`` also the tree of sums of aux.
 
     Raises:
-      ValueError: shapes that do not fit together, vocabularies that differ between two heads, chunk_size < 1.
+      UserError: shapes that do not fit together, vocabularies that differ between two heads, chunk_size < 1.
 
     Example:
       >>> from distill import losses
@@ -169,23 +170,23 @@ def _on_mesh(how: _How, mesh: Mesh, places: Sequence[tuple[str, ...]], teachers:
 
 def _check(student: Side, teachers: Sequence[Side], inputs: Any, mask: Mask, chunk_size: int | None) -> None:
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunked: chunk_size={chunk_size}; expected at least 1, or None.")
+        raise UserError(f"chunked: chunk_size={chunk_size}; expected at least 1, or None.")
     vocabulary = student[1].unpadded().kernel.shape[1]
     for name, (hidden, head) in (("student", student), *(("teacher", teacher) for teacher in teachers)):
         if hidden.shape[:-1] != mask.shape or hidden.shape[-1] != head.kernel.shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"chunked: hidden states {hidden.shape} of the {name} with a head {head.kernel.shape} and a mask "
                 f"{mask.shape}; expected hidden [*mask, D] and a kernel [D, V]."
             )
         if head.unpadded().kernel.shape[1] != vocabulary:
-            raise ValueError(
+            raise UserError(
                 f"chunked: the student's vocabulary has {vocabulary} tokens, the teacher's "
                 f"{head.unpadded().kernel.shape[1]}; set vocab_size of both heads to the ids they share "
                 "(distill/vocab.py)."
             )
     for leaf in jax.tree.leaves(inputs):
         if leaf.shape[: mask.ndim] != mask.shape:
-            raise ValueError(f"chunked: inputs of shape {leaf.shape} with a mask {mask.shape}; expected [*mask, …].")
+            raise UserError(f"chunked: inputs of shape {leaf.shape} with a mask {mask.shape}; expected [*mask, …].")
 
 
 # ---- the loop over chunks
@@ -237,7 +238,7 @@ def _sums(how: _How, head: Head, teacher_logits: Any, inputs: Any, counts: Array
         nats_and_aux = result if how.has_aux else (result, ())
         for value in jax.tree.leaves(nats_and_aux):
             if value.shape != counts.shape:
-                raise ValueError(
+                raise UserError(
                     f"chunked: per_position gave an array {value.shape} for {counts.shape[0]} positions; expected one "
                     "value a position. A number of the whole batch needs all logits at once: chunk_size=0."
                 )

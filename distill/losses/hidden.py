@@ -15,6 +15,7 @@ Conventions, the same for every function here:
 import jax
 import jax.numpy as jnp
 
+from distill.errors import UserError
 from distill.losses.divergences import forward_kl
 from distill.shapes import Array, Bool, Float, Int, Nats
 
@@ -35,7 +36,7 @@ def hidden_mse(student: Float[Array, "*batch Ds"], teacher: Float[Array, "*batch
       ``[...]`` squared units of the states, float32.
 
     Raises:
-      ValueError: the widths differ.
+      UserError: the widths differ.
 
     Example:
       >>> float(hidden_mse(jnp.array([1.0, 2.0]), jnp.array([1.0, 5.0])))  # (0 + 9) / 2
@@ -58,7 +59,7 @@ def hidden_cosine(student: Float[Array, "*batch Ds"], teacher: Float[Array, "*ba
       ``[...]`` in [0, 2], float32.
 
     Raises:
-      ValueError: the widths differ.
+      UserError: the widths differ.
 
     Example:
       >>> float(hidden_cosine(jnp.array([3.0, 0.0]), jnp.array([0.0, 2.0])))
@@ -85,7 +86,7 @@ def projected_mse(
       ``[...]`` squared units of the teacher's states, float32.
 
     Raises:
-      ValueError: the projector is not ``[Ds, Dt]``.
+      UserError: the projector is not ``[Ds, Dt]``.
 
     Example:
       >>> student, teacher, projector = jnp.array([2.0]), jnp.array([2.0, 0.0]), jnp.array([[1.0, 1.0]])
@@ -93,7 +94,7 @@ def projected_mse(
       2.0
     """
     if projector.shape != (student.shape[-1], teacher.shape[-1]):
-        raise ValueError(
+        raise UserError(
             f"projected_mse: projector {projector.shape}; expected (student's width, teacher's width) = "
             f"({student.shape[-1]}, {teacher.shape[-1]})."
         )
@@ -125,7 +126,7 @@ def attention_kl(
       ``[..., L]`` nats, float32.
 
     Raises:
-      ValueError: numbers of heads differ without ``average_heads``, or segments without L = S.
+      UserError: numbers of heads differ without ``average_heads``, or segments without L = S.
 
     Example:
       >>> student, teacher = jnp.array([[[0.5, 0.5]]]), jnp.array([[[0.75, 0.25]]])  # one head, one query, two keys
@@ -134,12 +135,12 @@ def attention_kl(
     """
     *_, heads, length, keys = student_map.shape
     if not average_heads and heads != teacher_map.shape[-3]:
-        raise ValueError(
+        raise UserError(
             f"attention_kl: student has {heads} heads, teacher {teacher_map.shape[-3]}; set average_heads=True to "
             "compare their averages, or use relation_kl."
         )
     if segments is not None and length != keys:
-        raise ValueError(f"attention_kl: {length} queries, {keys} keys; segments are for maps of equally many.")
+        raise UserError(f"attention_kl: {length} queries, {keys} keys; segments are for maps of equally many.")
 
     def log_of(attention: Array) -> Array:
         attention = attention.astype(jnp.float32)
@@ -181,7 +182,7 @@ def relation_kl(
       ``[..., L]`` nats, float32.
 
     Raises:
-      ValueError: relation_heads below 1, or no divisor of H·K on either side.
+      UserError: relation_heads below 1, or no divisor of H·K on either side.
 
     Example:
       >>> student = jnp.array([[[1.0, 0.0], [1.0, 0.0]]])  # one head, two tokens alike
@@ -198,7 +199,7 @@ def relation_kl(
     def relations(name: str, x: Array) -> Array:
         *batch, heads, length, size = x.shape
         if relation_heads < 1 or heads * size % relation_heads:
-            raise ValueError(
+            raise UserError(
                 f"relation_kl: relation_heads={relation_heads} is no divisor of the {name}'s {heads} heads × {size} = "
                 f"{heads * size}."
             )
@@ -260,7 +261,7 @@ def layer_map(student_layers: int, teacher_layers: int, strategy: str = "uniform
       M pairs, layers counted from 1 as in ``models.Collect``.
 
     Raises:
-      ValueError: an unknown strategy, no layers, or more layers in the student than a strategy can serve.
+      UserError: an unknown strategy, no layers, or more layers in the student than a strategy can serve.
 
     Example:
       >>> layer_map(4, 12), layer_map(2, 12, "last")
@@ -268,20 +269,20 @@ def layer_map(student_layers: int, teacher_layers: int, strategy: str = "uniform
     """
     m, n = student_layers, teacher_layers
     if m < 1 or n < 1:
-        raise ValueError(f"layer_map: student_layers={m}, teacher_layers={n}; expected at least 1 of each.")
+        raise UserError(f"layer_map: student_layers={m}, teacher_layers={n}; expected at least 1 of each.")
     if strategy == "uniform":
         return tuple((i, -(-i * n // m)) for i in range(1, m + 1))
     if strategy not in ("last", "first"):
-        raise ValueError(f"layer_map: strategy={strategy!r}; expected 'uniform', 'last' or 'first'.")
+        raise UserError(f"layer_map: strategy={strategy!r}; expected 'uniform', 'last' or 'first'.")
     if m > n:
-        raise ValueError(f"layer_map: {m} student layers, {n} teacher layers; {strategy!r} needs as many: use uniform.")
+        raise UserError(f"layer_map: {m} student layers, {n} teacher layers; {strategy!r} needs as many: use uniform.")
     skipped = n - m if strategy == "last" else 0
     return tuple((i, i + skipped) for i in range(1, m + 1))
 
 
 def _same_width(name: str, student: Array, teacher: Array) -> None:
     if student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(
+        raise UserError(
             f"{name}: student {student.shape}, teacher {teacher.shape}; expected equal widths: map the student's with "
             "projected_mse."
         )

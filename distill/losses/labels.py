@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from distill.errors import UserError
 from distill.shapes import Labels, Logits, Nats
 
 
@@ -22,7 +23,7 @@ def cross_entropy(student_logits: Logits, labels: Labels, *, label_smoothing: fl
       ``[...]`` nats, float32.
 
     Raises:
-      ValueError: label_smoothing outside [0, 1) or a negative z_loss.
+      UserError: label_smoothing outside [0, 1) or a negative z_loss.
 
     Example:
       >>> logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
@@ -30,7 +31,7 @@ def cross_entropy(student_logits: Logits, labels: Labels, *, label_smoothing: fl
       Array([0.3567], dtype=float32)
     """
     if not 0.0 <= label_smoothing < 1.0 or z_loss < 0.0:
-        raise ValueError(
+        raise UserError(
             f"cross_entropy: label_smoothing={label_smoothing}, z_loss={z_loss}; expected label_smoothing in [0, 1) "
             "and z_loss ≥ 0."
         )

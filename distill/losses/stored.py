@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distill.errors import UserError
 from distill.losses.divergences import _log_probs, _masked_logsumexp, forward_kl
 from distill.losses.matching import logit_mse, pearson
 from distill.shapes import Array, Float, Int, Logits, Nats
@@ -135,7 +136,7 @@ def from_targets(
       ``[...]`` float32.
 
     Raises:
-      ValueError: targets of another kind, a temperature that they were not stored at, or a divergence that cannot be
+      UserError: targets of another kind, a temperature that they were not stored at, or a divergence that cannot be
         computed from them.
 
     Example:
@@ -144,7 +145,7 @@ def from_targets(
       0.0589
     """
     if not isinstance(temperature, int | float) and isinstance(targets, SparseTargets | SampledTargets):
-        raise ValueError(
+        raise UserError(
             f"a temperature that follows a schedule, and targets stored at temperature={targets.temperature}; use one "
             "temperature, or all of the teacher's logits."
         )
@@ -154,12 +155,12 @@ def from_targets(
         return sparse(divergence, student_logits, targets, temperature=temperature, **options)
     if isinstance(targets, SampledTargets):
         if divergence is not forward_kl:
-            raise ValueError(
+            raise UserError(
                 f"sampled targets: {divergence.__name__} has no unbiased estimate from draws; use forward_kl, or store "
                 "the top k."
             )
         return sampled_forward_kl(student_logits, targets, temperature=temperature)
-    raise ValueError(
+    raise UserError(
         f"targets are a {type(targets).__name__}; expected DenseTargets, SparseTargets or SampledTargets, or a term "
         "that reads them."
     )
@@ -177,7 +178,7 @@ def top_k_targets(teacher_logits: Logits, k: int, *, temperature: float = 1.0) -
       ``SparseTargets`` with ``ids [..., k]`` from the most probable down.
 
     Raises:
-      ValueError: k outside [1, V].
+      UserError: k outside [1, V].
 
     Example:
       >>> targets = top_k_targets(jnp.log(jnp.array([0.1, 0.6, 0.3])), 2)
@@ -186,7 +187,7 @@ def top_k_targets(teacher_logits: Logits, k: int, *, temperature: float = 1.0) -
     """
     vocab = teacher_logits.shape[-1]
     if not 1 <= k <= vocab:
-        raise ValueError(f"top_k_targets: k={k}; expected 1 ≤ k ≤ {vocab}, the number of tokens.")
+        raise UserError(f"top_k_targets: k={k}; expected 1 ≤ k ≤ {vocab}, the number of tokens.")
     log_p = _log_probs(teacher_logits, temperature)
     _, ids = jax.lax.top_k(log_p, k)
     kept, log_tail = _kept_and_tail(log_p, ids, jnp.ones(ids.shape, bool))
@@ -222,7 +223,7 @@ def sparse(
       ``[...]`` float32, what the divergence returns.
 
     Raises:
-      ValueError: another temperature than the targets', with less than V tokens; more than V tokens; or a divergence
+      UserError: another temperature than the targets', with less than V tokens; more than V tokens; or a divergence
         that compares logits (``logit_mse``, ``pearson``), which has no tail.
 
     Example:
@@ -231,7 +232,7 @@ def sparse(
       0.0589
     """
     if divergence in (logit_mse, pearson):
-        raise ValueError(f"sparse: {divergence.__name__} has no form with a tail; expected a divergence of P and Q.")
+        raise UserError(f"sparse: {divergence.__name__} has no form with a tail; expected a divergence of P and Q.")
     log_q = _log_probs(student_logits, temperature)
     targets = _at_temperature(targets, temperature, student_logits.shape[-1])
     log_p = targets.log_probs.astype(jnp.float32)
@@ -258,7 +259,7 @@ def top_k_forward_kl(student_logits: Logits, teacher_logits: Logits, *, k: int =
       ``[...]`` nats, float32, ≥ 0 up to rounding.
 
     Raises:
-      ValueError: k outside [1, V].
+      UserError: k outside [1, V].
 
     Example:
       >>> teacher, student = jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.zeros(3)
@@ -296,11 +297,11 @@ def _at_temperature(targets: SparseTargets, temperature: float, vocab: int) -> S
     """The targets at another temperature, where that can be done exactly."""
     tokens = targets.ids.shape[-1]
     if tokens > vocab:
-        raise ValueError(f"sparse: {tokens} tokens are stored of a vocabulary of {vocab}; are these another teacher's?")
+        raise UserError(f"sparse: {tokens} tokens are stored of a vocabulary of {vocab}; are these another teacher's?")
     if targets.temperature == temperature:
         return targets
     if tokens < vocab:
-        raise ValueError(
+        raise UserError(
             f"sparse: temperature={temperature}, but the targets were stored at temperature={targets.temperature} with "
             f"{tokens} of {vocab} tokens, and the sum over the others cannot be brought to another temperature; store "
             f"them at {temperature}, or use {targets.temperature}."
@@ -334,7 +335,7 @@ def sample_targets(
       ``SampledTargets`` with ``ids``, ``counts`` and ``log_probs [..., n]``; counts sum to n, unused slots have 0.
 
     Raises:
-      ValueError: n < 1, or another method.
+      UserError: n < 1, or another method.
 
     Example:
       >>> targets = sample_targets(jax.random.key(0), jnp.log(jnp.array([0.5, 0.25, 0.25])), 4)
@@ -342,7 +343,7 @@ def sample_targets(
       [2, 1, 1]
     """
     if n < 1 or method not in ("systematic", "iid"):
-        raise ValueError(f'sample_targets: n={n}, method="{method}"; expected n ≥ 1 and "systematic" or "iid".')
+        raise UserError(f'sample_targets: n={n}, method="{method}"; expected n ≥ 1 and "systematic" or "iid".')
     log_p = _log_probs(teacher_logits, temperature)
     rows = log_p.reshape(-1, log_p.shape[-1])
     draw = _systematic if method == "systematic" else _independent
@@ -393,7 +394,7 @@ def sampled_cross_entropy(student_logits: Logits, targets: SampledTargets, *, te
       ``[...]`` nats, float32, ≥ 0.
 
     Raises:
-      ValueError: another temperature than the targets'.
+      UserError: another temperature than the targets'.
 
     Example:
       >>> targets = SampledTargets(jnp.array([0, 2]), jnp.array([3, 1]))
@@ -419,7 +420,7 @@ def sampled_forward_kl(student_logits: Logits, targets: SampledTargets, *, tempe
       ``[...]`` nats, float32.
 
     Raises:
-      ValueError: another temperature than the targets', or targets without ``log_probs``.
+      UserError: another temperature than the targets', or targets without ``log_probs``.
 
     Example:
       >>> teacher = jnp.log(jnp.array([0.5, 0.25, 0.25]))
@@ -428,7 +429,7 @@ def sampled_forward_kl(student_logits: Logits, targets: SampledTargets, *, tempe
       0.0
     """
     if targets.log_probs is None:
-        raise ValueError("sampled_forward_kl: the targets have no log_probs; expected them, or sampled_cross_entropy.")
+        raise UserError("sampled_forward_kl: the targets have no log_probs; expected them, or sampled_cross_entropy.")
     shares, log_q = _drawn(student_logits, targets, temperature)
     drawn = shares > 0.0
     difference = jnp.where(drawn, targets.log_probs.astype(jnp.float32), 0.0) - jnp.where(drawn, log_q, 0.0)
@@ -438,7 +439,7 @@ def sampled_forward_kl(student_logits: Logits, targets: SampledTargets, *, tempe
 def _drawn(student_logits: Logits, targets: SampledTargets, temperature: float) -> tuple[Kept, Kept]:
     """Shares counts/N, and the student's log-probabilities of the drawn tokens (0 in unused slots)."""
     if targets.temperature != temperature:
-        raise ValueError(
+        raise UserError(
             f"sampled targets: temperature={temperature}, but they were drawn at temperature={targets.temperature}; "
             "draws cannot be brought to another; draw again, or use theirs."
         )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from distill.errors import UserError
 from distill.models.model import Model
 from distill.models.output import Collect, Output
 from distill.models.parameters import REMAT, Parameter, normal
@@ -45,7 +46,7 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
         params: Params, tokens: Array, *, collect: Collect | None = None, remat: str = "none", **inputs: Any
     ) -> Output:
         if remat not in policies:
-            raise ValueError(f"remat={remat!r}; expected one of {', '.join(policies)} for {type(module).__name__}.")
+            raise UserError(f"remat={remat!r}; expected one of {', '.join(policies)} for {type(module).__name__}.")
         network = module if remat == "none" else module.clone(remat=remat)
         if collect is not None:
             if not collects:

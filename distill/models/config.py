@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from distill.errors import UserError
+
 _SIZES = ("vocab_size", "layers", "width", "heads", "feed_forward")
 
 
@@ -16,7 +18,7 @@ def changed(config: Any) -> dict[str, Any]:
 def _check_sizes(model: str, fields: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         if fields[name] is not None and fields[name] < 1:
-            raise ValueError(f"{model}: {name}={fields[name]}; expected at least 1.")
+            raise UserError(f"{model}: {name}={fields[name]}; expected at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +53,21 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind == "none":
             if changed(self):
-                raise ValueError(
+                raise UserError(
                     f"rope_scaling: {self} has no kind; expected linear, dynamic, llama3, yarn or longrope."
                 )
             return
         if not self.factor >= 1.0:
-            raise ValueError(f"rope_scaling: factor={self.factor}; expected at least 1.")
+            raise UserError(f"rope_scaling: factor={self.factor}; expected at least 1.")
         if self.kind != "linear" and self.original_length < 1:
-            raise ValueError(f"rope_scaling: {self.kind} needs original_length; got {self.original_length}.")
+            raise UserError(f"rope_scaling: {self.kind} needs original_length; got {self.original_length}.")
         if self.kind == "longrope" and not 0 < len(self.short_factors) == len(self.long_factors):
-            raise ValueError(
+            raise UserError(
                 f"rope_scaling: {len(self.short_factors)} short_factors and {len(self.long_factors)} long_factors; "
                 "longrope needs one of each for every pair."
             )
         if self.kind == "llama3" and not self.low_frequency < self.high_frequency:
-            raise ValueError(f"rope_scaling: low_frequency={self.low_frequency} must be below {self.high_frequency}.")
+            raise UserError(f"rope_scaling: low_frequency={self.low_frequency} must be below {self.high_frequency}.")
 
     @property
     def magnitude(self) -> float:
@@ -157,62 +159,60 @@ class DecoderConfig:
     def __post_init__(self):
         _check_sizes("model", vars(self), (*_SIZES, "kv_heads", "head_dim"))
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"model: width={self.width} is no multiple of heads={self.heads}; set head_dim.")
+            raise UserError(f"model: width={self.width} is no multiple of heads={self.heads}; set head_dim.")
         if self.heads % self.groups:
-            raise ValueError(f"model: heads={self.heads} is no multiple of kv_heads={self.groups}.")
+            raise UserError(f"model: heads={self.heads} is no multiple of kv_heads={self.groups}.")
         if self.qk_norm_joint and not self.qk_norm:
-            raise ValueError("model: qk_norm_joint without qk_norm.")
+            raise UserError("model: qk_norm_joint without qk_norm.")
         scalars = {"attention_scalar": self.attention_scalar, "attention_softcap": self.attention_softcap}
         for name, value in (scalars | {"logit_softcap": self.logit_softcap}).items():
             if value is not None and not value > 0.0:
-                raise ValueError(f"model: {name}={value}; expected above 0, or None.")
+                raise UserError(f"model: {name}={value}; expected above 0, or None.")
         self._check_layers()
         self._check_positions()
         self._check_experts()
 
     def _check_experts(self) -> None:
         if self.experts < 0 or self.router_loss_weight < 0.0:
-            raise ValueError(
+            raise UserError(
                 f"model: experts={self.experts}, router_loss_weight={self.router_loss_weight}; expected at least 0."
             )
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
-            raise ValueError(f"model: experts_per_token={self.experts_per_token}; expected 1 … {self.experts} experts.")
+            raise UserError(f"model: experts_per_token={self.experts_per_token}; expected 1 … {self.experts} experts.")
         if self.experts and (self.mlp_bias or not self.gated or self.activation != "silu"):
-            raise ValueError("model: experts are gated, by silu, without biases; leave mlp_bias, gated and activation.")
+            raise UserError("model: experts are gated, by silu, without biases; leave mlp_bias, gated and activation.")
 
     def _check_layers(self) -> None:
         for name, value in {"rope_layers": self.rope_layers, "window_layers": self.window_layers}.items():
             if value and len(value) != self.layers:
-                raise ValueError(
+                raise UserError(
                     f"model: {name} has {len(value)} entries; expected one for each of {self.layers} layers."
                 )
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"model: sliding_window={self.sliding_window}; expected at least 1.")
+            raise UserError(f"model: sliding_window={self.sliding_window}; expected at least 1.")
         if self.window_layers and self.sliding_window is None:
-            raise ValueError("model: window_layers without a sliding_window.")
+            raise UserError("model: window_layers without a sliding_window.")
 
     def _check_positions(self) -> None:
         if self.positions == "learned":
             rope = {"rope_scaling", "rope_layers", "rope_fraction", "rope_theta_local"}
             if self.max_length is None or changed(self).keys() & rope:
-                raise ValueError(
+                raise UserError(
                     f"model: learned positions need max_length, got {self.max_length}, and no rope options."
                 )
             return
         size = self.rotary_size
         if size % 2 or not 0 < size <= self.key_size:
-            raise ValueError(
+            raise UserError(
                 f"model: the size of a head is {self.key_size}, of which rope_fraction={self.rope_fraction} rotates "
                 f"{size}; rotary positions need an even number."
             )
         if self.rope_scaling.kind == "dynamic" and size < 4:
-            raise ValueError(f"model: dynamic rope_scaling needs heads of size 4 or more; got {size}.")
+            raise UserError(f"model: dynamic rope_scaling needs heads of size 4 or more; got {size}.")
         if self.rope_scaling.kind == "longrope" and len(self.rope_scaling.short_factors) != size // 2:
-            raise ValueError(
-                f"model: {len(self.rope_scaling.short_factors)} factors of longrope; expected {size // 2}."
-            )
+            raise UserError(f"model: {len(self.rope_scaling.short_factors)} factors of longrope; expected {size // 2}.")
         if self.rope_theta_local is not None and self.sliding_window is None:
-            raise ValueError("model: rope_theta_local without a sliding_window.")
+            raise UserError("model: rope_theta_local without a sliding_window.")
 
     @property
     def groups(self) -> int:
@@ -298,17 +298,17 @@ class EncoderConfig:
     def __post_init__(self):
         _check_sizes("encoder", vars(self), (*_SIZES, "max_length"))
         if self.token_types < 0:
-            raise ValueError(f"encoder: token_types={self.token_types}; expected at least 0.")
+            raise UserError(f"encoder: token_types={self.token_types}; expected at least 0.")
         if self.width % self.heads:
-            raise ValueError(f"encoder: width={self.width} is no multiple of heads={self.heads}.")
+            raise UserError(f"encoder: width={self.width} is no multiple of heads={self.heads}.")
         if self.positions == "rotary" and self.key_size % 2:
-            raise ValueError(f"encoder: the size of a head is {self.key_size}; rotary positions need an even one.")
+            raise UserError(f"encoder: the size of a head is {self.key_size}; rotary positions need an even one.")
         if (self.sliding_window is None) != (not self.window_layers) or (self.sliding_window or 0) < 0:
-            raise ValueError(
+            raise UserError(
                 f"encoder: sliding_window={self.sliding_window} and window_layers={self.window_layers} go together."
             )
         if self.window_layers and len(self.window_layers) != self.layers:
-            raise ValueError(
+            raise UserError(
                 f"encoder: window_layers has {len(self.window_layers)} entries; expected one for each of "
                 f"{self.layers} layers."
             )

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from distill.devices import backend
+from distill.errors import UserError
 from distill.head import Head
 from distill.models.adapters import from_linen
 from distill.models.collect import collected, empty, slots_of
@@ -108,7 +109,7 @@ def _head(config: DecoderConfig, kernel: Array) -> Head:
 
 def _check_length(config: DecoderConfig, length: int) -> None:
     if config.positions == "learned" and length > config.max_length:
-        raise ValueError(f"decoder: a text of {length} tokens; expected at most {config.max_length} learned positions.")
+        raise UserError(f"decoder: a text of {length} tokens; expected at most {config.max_length} learned positions.")
 
 
 def _turns(config: DecoderConfig, positions_BL: Array) -> tuple[Turns, ...]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.devices import backend
+from distill.errors import UserError
 from distill.head import Head
 from distill.models.adapters import from_linen
 from distill.models.attention import attend, attention_weights, mix
@@ -158,7 +159,7 @@ class Encoder(nn.Module):
     ) -> Output:
         c, (batch, length) = self.config, tokens_BL.shape
         if c.positions == "learned" and positions is None and length > c.max_length:
-            raise ValueError(f"encoder: {length} tokens, but positions for {c.max_length}; cut the text.")
+            raise UserError(f"encoder: {length} tokens, but positions for {c.max_length}; cut the text.")
         positions_BL = jnp.broadcast_to(jnp.arange(length), (batch, length)) if positions is None else positions
         segments_BL = jnp.ones((batch, length), jnp.int32) if segments is None else segments
         masks, kinds = _by_layer(c, segments_BL[:, :, None] == segments_BL[:, None, :])
@@ -187,14 +188,14 @@ class Encoder(nn.Module):
     def unembed(self, hidden_BLD: Array) -> Array:
         """Logits ``[..., V]`` of masked tokens; the matmul accumulates in float32."""
         if not self.config.mlm_head:
-            raise ValueError("encoder: no head, so no logits; use terms on hidden states, or weights with an MLM head.")
+            raise UserError("encoder: no head, so no logits; use terms on hidden states, or weights with an MLM head.")
         states_BLD = self.transform_norm(activation(self.config, self.transform(hidden_BLD)))
         return Head(self.embedding.T, self.head_bias).logits(states_BLD)
 
     def pooled(self, hidden_BLD: Array) -> Array:
         """tanh(W · first token + b), ``[B, D]``."""
         if not self.config.pooler:
-            raise ValueError("encoder: no pooler; use pool(hidden, segments), or weights with a pooler.")
+            raise UserError("encoder: no pooler; use pool(hidden, segments), or weights with a pooler.")
         return jnp.tanh(self.pooler(hidden_BLD[:, 0]))
 
 
@@ -236,7 +237,7 @@ def bert_pooler(config: EncoderConfig, params: Params, hidden_BLD: Array) -> Arr
     """BERT's ``pooler_output`` ``[B, D]``: tanh(W · first token + b).
 
     Raises:
-      ValueError: an encoder without a pooler.
+      UserError: an encoder without a pooler.
     """
     return Encoder(config).apply({"params": params}, hidden_BLD, method="pooled")
 
@@ -250,14 +251,14 @@ def pool(hidden_BLD: Array, segments_BL: Array, kind: Literal["mean", "cls"] = "
       kind: ``mean``, as MiniLM does, or ``cls``.
 
     Raises:
-      ValueError: another kind.
+      UserError: another kind.
 
     Example:
       >>> pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]]))
       Array([[2.]], dtype=float32)
     """
     if kind not in ("mean", "cls"):
-        raise ValueError(f"pool: kind={kind!r}; expected 'mean' or 'cls'.")
+        raise UserError(f"pool: kind={kind!r}; expected 'mean' or 'cls'.")
     real_BL = segments_BL > 0
     counts_BL = real_BL if kind == "mean" else real_BL & (jnp.cumsum(real_BL, axis=1) == 1)
     states_BLD = jnp.where(counts_BL[..., None], hidden_BLD.astype(jnp.float32), 0.0)
@@ -283,7 +284,7 @@ def keep_layers(config: EncoderConfig, params: Params, layers: tuple[int, ...]) 
     """An encoder with some of the layers of another, counted from 0; everything else is unchanged.
 
     Raises:
-      ValueError: no layers, layers it has not, or a pre-norm encoder without its first one, which has no norm.
+      UserError: no layers, layers it has not, or a pre-norm encoder without its first one, which has no norm.
 
     Example:
       >>> config = EncoderConfig(vocab_size=14, layers=6, width=8, heads=2, feed_forward=16)
@@ -291,9 +292,9 @@ def keep_layers(config: EncoderConfig, params: Params, layers: tuple[int, ...]) 
       3
     """
     if not layers or not all(0 <= layer < config.layers for layer in layers):
-        raise ValueError(f"keep_layers: layers={layers}; expected some of 0 … {config.layers - 1}.")
+        raise UserError(f"keep_layers: layers={layers}; expected some of 0 … {config.layers - 1}.")
     if config.norm_place == "pre" and (layers[0] != 0 or 0 in layers[1:]):
-        raise ValueError(f"keep_layers: layers={layers}; expected 0 first: the first layer has no attention norm.")
+        raise UserError(f"keep_layers: layers={layers}; expected 0 first: the first layer has no attention norm.")
     windows = tuple(config.window_layers[layer] for layer in layers) if config.window_layers else ()
     small = dataclasses.replace(config, layers=len(layers), window_layers=windows)
     if config.window_layers and not any(windows):

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.models.model import Model
 from distill.models.parameters import KERNELS
@@ -27,7 +28,7 @@ def int8(model: Model) -> Model:
     """The model whose kernels are ``{"int8": q, "scale": s}``: ``init`` draws and quantises, ``merge`` dequantises.
 
     Raises:
-      ValueError: not a decoder with whole kernels.
+      UserError: not a decoder with whole kernels.
 
     Example:
       >>> from distill.models import DecoderConfig, decoder
@@ -37,7 +38,7 @@ def int8(model: Model) -> Model:
       ('int8', (3, 8, 16), (3, 16))
     """
     if not isinstance(model.config, DecoderConfig) or model.merge is not None:
-        raise ValueError("int8: expected a decoder whose kernels are whole; load it in another type.")
+        raise UserError("int8: expected a decoder whose kernels are whole; load it in another type.")
 
     def axes_of(path: Any, names: tuple[str, ...]) -> Any:
         summed = _summed(path, names)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from distill.errors import UserError
 from distill.head import Head
 from distill.models.output import Cache, Output
 from distill.shapes import Array, Params
@@ -58,10 +59,10 @@ class Model:
         how many ids there are. Two models cut to one size have the same vocabulary, however many rows they have.
 
         Raises:
-          ValueError: a size outside 1 … vocab_size.
+          UserError: a size outside 1 … vocab_size.
         """
         if not 0 < size <= self.vocab_size:
-            raise ValueError(f"with_vocabulary: size={size}; expected 1 … {self.vocab_size}, the rows of the model.")
+            raise UserError(f"with_vocabulary: size={size}; expected 1 … {self.vocab_size}, the rows of the model.")
         if size == self.vocab_size:
             return self
         known = self.head

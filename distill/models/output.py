@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+from distill.errors import UserError
 from distill.shapes import Array, Float, Int
 
 
@@ -44,12 +45,12 @@ class Collect:
         return {"hidden": self.hidden, "attention": self.attention, "relations": self.relations}
 
     def check(self, layers: int) -> None:
-        """Raises ValueError for a layer that a model of this many layers does not have."""
+        """Raises UserError for a layer that a model of this many layers does not have."""
         for name, numbers in self.by_name().items():
             first = 0 if name == "hidden" else 1
             wrong = [n for n in numbers if not first <= n <= layers]
             if wrong:
-                raise ValueError(
+                raise UserError(
                     f"collect: {name} of layers {wrong}; this model has {first} … {layers}"
                     + (" (0 is the embedding)." if first == 0 else ", counted from 1.")
                 )

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.errors import MissingFile
 from distill.models.config import DecoderConfig, EncoderConfig
 from distill.weights import families, folder, gguf
 
@@ -76,8 +77,8 @@ def architecture(
     For a folder or a file, every row of the embedding counts as a token.
 
     Raises:
-      FileNotFoundError: no such path, and the name is not in ``ARCHITECTURES``.
-      ValueError: an unsupported model.
+      MissingFile: no such path, and the name is not in ``ARCHITECTURES``.
+      UserError: an unsupported model.
 
     Example:
       >>> config, tokens = architecture("Qwen/Qwen3-8B")
@@ -93,7 +94,7 @@ def architecture(
     elif path.is_file() and path.suffix == ".gguf":
         config = gguf.config_of(gguf.GGUFSource(path), activations)
     else:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{name}: no such folder or GGUF file, and not among the known shapes ({', '.join(ARCHITECTURES)}); give a "
             "folder with its config.json."
         )

@@ -20,6 +20,7 @@ from distill.batch import Batch
 from distill.devices import backend
 from distill.devices.backend import fuse_attention as fused_on
 from distill.devices.chips import Topology, devices_of
+from distill.errors import UserError
 from distill.evaluation.heldout import rows_at_a_time
 from distill.experiments.learner import learner
 from distill.experiments.preflight import placed_bytes
@@ -44,13 +45,13 @@ def abstract_task(config: TextConfig) -> Task:
     The examples are those of one dispatch.
 
     Raises:
-      FileNotFoundError: the shapes of a model are not known.
-      ValueError: an encoder, a student larger than its teacher, or a factorised student.
+      MissingFile: the shapes of a model are not known.
+      UserError: an encoder, a student larger than its teacher, or a factorised student.
     """
     if config.signal.kind != "live":
-        raise ValueError("plan: stored targets cannot be planned yet; leave out --signal.kind, for a live teacher.")
+        raise UserError("plan: stored targets cannot be planned yet; leave out --signal.kind, for a live teacher.")
     if not config.student.start.plain:
-        raise ValueError("plan: a student in factors, or with its teacher's embeddings, cannot be planned yet.")
+        raise UserError("plan: a student in factors, or with its teacher's embeddings, cannot be planned yet.")
     teacher, vocab_size = _decoder_of(config.teacher, config)
     if config.student.source is None:
         asked = config.student
@@ -80,7 +81,7 @@ def abstract_task(config: TextConfig) -> Task:
 def _decoder_of(name: str, config: TextConfig) -> tuple[DecoderConfig, int]:
     shape, tokens = architecture(name, config.activations)
     if not isinstance(shape, DecoderConfig):
-        raise ValueError(f"{name}: an encoder; expected a model that writes text.")
+        raise UserError(f"{name}: an encoder; expected a model that writes text.")
     return shape, tokens
 
 
@@ -88,24 +89,24 @@ def check(config: Any, dollars_per_hour: str | None = None, tries: str = "0") ->
     """Checks that a plan can be made and parses the numbers of the command line: dollars and tries.
 
     Raises:
-      ValueError: a configuration of another kind or without a mesh, or an argument that is not a number.
+      UserError: a configuration of another kind or without a mesh, or an argument that is not a number.
     """
     if not isinstance(config, TextConfig):
-        raise ValueError(
+        raise UserError(
             f"plan: configuration {config.name} is of kind {config.kind}, which runs on one machine; expected one of "
             "kind text, such as qwen3_8b_to_0p6b."
         )
     if config.parallel.backend in ("one_device", "pmap"):
-        raise ValueError(
+        raise UserError(
             f"plan: parallel.backend={config.parallel.backend}; expected mesh, with fsdp and tensor, to plan a slice."
         )
     try:
         dollars = None if dollars_per_hour is None else float(dollars_per_hour)
         number = int(tries)
     except ValueError as error:
-        raise ValueError(f"plan: --dollars-per-hour and --try are numbers; {error}.") from error
+        raise UserError(f"plan: --dollars-per-hour and --try are numbers; {error}.") from error
     if number < 0 or (dollars is not None and not dollars >= 0.0):
-        raise ValueError(f"plan: dollars-per-hour={dollars}, try={number}; expected at least 0.")
+        raise UserError(f"plan: dollars-per-hour={dollars}, try={number}; expected at least 0.")
     return dollars, number
 
 
@@ -126,7 +127,7 @@ def compile_step(config: TextConfig, topology: Topology, task: Task | None = Non
     """Compiles the train step of a configuration for a slice.
 
     Raises:
-      ValueError: a mesh that does not divide the devices or the models, a batch that cannot be divided.
+      UserError: a mesh that does not divide the devices or the models, a batch that cannot be divided.
     """
     check(config)
     task = abstract_task(config) if task is None else task
@@ -175,7 +176,7 @@ def _check_batch(config: TextConfig, parallel: Any, devices: Any) -> None:
     rows = math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
     part = training.batch_size // training.micro_batches
     if part % rows:
-        raise ValueError(
+        raise UserError(
             f"training: batch_size={training.batch_size} in micro_batches={training.micro_batches} gives {part} "
             f"examples at a time, which cannot be divided over {rows} devices."
         )
@@ -213,7 +214,7 @@ def plan(
       ``advice``. Values that need the compiled program are None where the step does not fit.
 
     Raises:
-      ValueError, FileNotFoundError: as ``compile_step``, ``abstract_task``.
+      UserError: as ``compile_step``, ``abstract_task``.
     """
     task = abstract_task(config)
     program = compile_step(config, topology, task)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.errors import MissingFile, UserError
 from distill.reports.page import (
     canvas,
     data_uri,
@@ -72,7 +73,7 @@ def write_report(runs: Sequence[Path]) -> Path:
     Raises FileNotFoundError for a missing folder or file, ValueError for no run or a file that lacks required values.
     """
     if not runs:
-        raise ValueError("no run folder was given; expected one or more, as in scripts/report.py --run runs/addition")
+        raise UserError("no run folder was given; expected one or more, as in scripts/report.py --run runs/addition")
     read = [_read_run(Path(folder)) for folder in runs]
     page = template("addition.html.jinja").render(_context(read, _draw_figures(read)))
     path = read[0].folder / "report.html"
@@ -85,7 +86,7 @@ def write_report(runs: Sequence[Path]) -> Path:
 
 def _read_run(folder: Path) -> Run:
     if not folder.is_dir():
-        raise FileNotFoundError(f"run folder {folder} does not exist; run scripts/distill.py --run {folder} first")
+        raise MissingFile(f"run folder {folder} does not exist; run scripts/distill.py --run {folder} first")
     train, evaluate = f"run scripts/distill.py --run {folder} first", f"run scripts/evaluate.py --run {folder} first"
     where = {"teacher": folder / "teacher", "student": folder, "baseline": folder / "baseline"}
     run = Run(
@@ -97,7 +98,7 @@ def _read_run(folder: Path) -> Run:
         metrics={model: read_metrics(path / "metrics.jsonl") for model, path in where.items()},
     )
     if not run.metrics["student"]:
-        raise FileNotFoundError(f"{folder / 'metrics.jsonl'} is missing or empty; {train}")
+        raise MissingFile(f"{folder / 'metrics.jsonl'} is missing or empty; {train}")
     _check_evaluation(run.evaluation, folder / "evaluation.json", evaluate)
     return run
 
@@ -108,7 +109,7 @@ def _check_evaluation(evaluation: dict, path: Path, remedy: str) -> None:
         known = isinstance(scores, dict) and isinstance(scores.get("exact_match", "absent"), int | float | None)
         if not known or not number(scores.get("parameters")) > 0:
             wanted = f"expected {model!r} to hold the numbers 'parameters' (1 or more) and 'exact_match'"
-            raise ValueError(f"{path}: {wanted}, got {json.dumps(scores)[:120]}; {remedy}")
+            raise UserError(f"{path}: {wanted}, got {json.dumps(scores)[:120]}; {remedy}")
 
 
 def _dark_knowledge(run: Run) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def _drawn(name: str, draw: Callable[[list[Run], Path], None], runs: list[Run]) 
         draw(runs, path)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         source = {"curves": "metrics.jsonl", "arms": "arms.json"}.get(name, "evaluation.json")
-        raise ValueError(
+        raise UserError(
             f"{path.with_name(source)} lacks what the figure {name!r} shows ({type(error).__name__}: {error}); "
             f"expected the format of scripts/evaluate.py: run it with --run {path.parent} again"
         ) from error

@@ -11,6 +11,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from distill.errors import MissingFile, UserError
+
 STYLE: Any = {  # matplotlib settings
     **{"font.size": 12, "legend.fontsize": 11.5, "xtick.labelsize": 11.5, "ytick.labelsize": 11.5},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a9099"},
@@ -27,13 +29,13 @@ def read_json(path: Path, remedy: str, optional: bool = False) -> dict[str, Any]
     if not path.is_file():
         if optional:
             return {}
-        raise FileNotFoundError(f"{path} does not exist; {remedy}")
+        raise MissingFile(f"{path} does not exist; {remedy}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; {remedy}") from error
+        raise UserError(f"{path} is not JSON: {error}; {remedy}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; {remedy}")
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object; {remedy}")
     return value
 
 
@@ -47,7 +49,7 @@ def read_metrics(path: Path) -> list[dict]:
         except (ValueError, TypeError) as error:
             if number == len(lines):  # a run killed in the middle of a line is still worth a report
                 break
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}; remove it") from error
+            raise UserError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}; remove it") from error
     return records
 
 

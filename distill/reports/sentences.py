@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.errors import UserError
 from distill.reports import page
 
 NAMES = {  # model -> name on the page, colour, marker; in the order of the table
@@ -40,7 +41,7 @@ def _read(folder: Path) -> dict[str, Any]:
     evaluation = page.read_json(folder / "evaluation.json", f"{again} first")
     for name in NAMES:
         if not isinstance(evaluation.get(name), dict):
-            raise ValueError(f"{folder / 'evaluation.json'}: no scores of {name!r}; {again}.")
+            raise UserError(f"{folder / 'evaluation.json'}: no scores of {name!r}; {again}.")
     train = f"run scripts/distill.py --config minilm --run {folder} first"
     config = page.read_json(folder / "config.json", train)
     metrics = {name: page.read_metrics(folder / place / "metrics.jsonl") for name, place in FOLDERS.items()}

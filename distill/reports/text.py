@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.errors import UserError
 from distill.reports import page
 
 NAMES = {  # model -> name on the page, colour, marker; in the order of the table
@@ -61,7 +62,7 @@ def _read(folder: Path) -> dict[str, Any]:
     evaluation = page.read_json(folder / "evaluation.json", f"run scripts/evaluate.py --run {folder} first")
     for name in ("teacher", "student", "start", "verdict", "prompts", "ledger"):
         if name not in evaluation:
-            raise ValueError(f"{folder / 'evaluation.json'}: no {name!r}; run scripts/evaluate.py --run {folder}.")
+            raise UserError(f"{folder / 'evaluation.json'}: no {name!r}; run scripts/evaluate.py --run {folder}.")
     config = page.read_json(folder / "config.json", train)
     arms = {name: folder if name == "student" else folder / name for name in ("student", "equal_tokens", "equal_time")}
     metrics = {name: page.read_metrics(path / "metrics.jsonl") for name, path in arms.items()}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill import losses
+from distill.errors import UserError
 from distill.objective import DIVERGENCES, ObjectiveConfig, distillation_term
 from distill.term import View
 from distill.vocab import Alignment
@@ -355,13 +356,13 @@ def run(peers: str) -> None:
     """Measures the libraries with the module in the folder ``peers``; writes the stored values and the page.
 
     Raises:
-      ValueError: a library is missing.
+      UserError: a library is missing.
     """
     sys.path.append(peers)
     try:
         import torch_conformance
     except ImportError as error:
-        raise ValueError(f"{error}: a library is missing; pip install -e '.[conformance]'.") from error
+        raise UserError(f"{error}: a library is missing; pip install -e '.[conformance]'.") from error
     collect(*torch_conformance.measure())
     print(f"written: {STORED}, {PAGE}")
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill import fetch, losses
+from distill.errors import UserError
 from distill.models.model import Model
 from distill.shapes import Params
 from distill.weights.folder import load
@@ -64,7 +65,7 @@ def windows(ids: list[int], count: int = WINDOWS, length: int = LENGTH) -> np.nd
     """
     end = np.asarray(ids[-(count * length + 1) :], np.int32)
     if len(end) != count * length + 1:
-        raise ValueError(f"the text has {len(end)} tokens; {count} windows of {length} need {count * length + 1}.")
+        raise UserError(f"the text has {len(end)} tokens; {count} windows of {length} need {count * length + 1}.")
     return np.stack([end[i * length : (i + 1) * length + 1] for i in range(count)])
 
 
@@ -85,7 +86,7 @@ def smollm2(folder: Path | None = None) -> list[str]:
     """Measures every text, compares it with the stored numbers, and returns a line for each.
 
     Raises:
-      ValueError: a file cannot be fetched.
+      UserError: a file cannot be fetched.
       RuntimeError: a number differs from the stored one.
     """
     source = GGUFSource(fetch.fetch(fetch.SMOLLM2, folder))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from distill.errors import UserError
 from distill.students.layers import CHOICES
 
 
@@ -28,14 +29,14 @@ class StartConfig:
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0.0:
-            raise ValueError(f"student_start: rank={self.rank}, alpha={self.alpha}; expected rank ≥ 1 and alpha > 0.")
+            raise UserError(f"student_start: rank={self.rank}, alpha={self.alpha}; expected rank ≥ 1 and alpha > 0.")
         read = {"choice": self.cut, "layers": self.cut, "rank": self.factors, "kernels": self.factors}
         read |= {"alpha": self.kind == "lora", "weighted": self.kind == "low_rank"}
         read |= {"share_embeddings": self.kind != "lora"}
         for field in dataclasses.fields(self):
             value = vars(self)[field.name]
             if value != field.default and not read.get(field.name, True):
-                raise ValueError(f"student_start: {field.name}={value!r} means nothing with kind={self.kind}.")
+                raise UserError(f"student_start: {field.name}={value!r} means nothing with kind={self.kind}.")
 
     @property
     def cut(self) -> bool:

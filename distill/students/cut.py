@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.shapes import Array, Float, Params
@@ -46,7 +47,7 @@ def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Itera
       batches: at least one; the importance is the mean over them of the absolute derivative by a gate.
 
     Raises:
-      ValueError: no batches.
+      UserError: no batches.
     """
 
     axes = decoder(config).axes["layers"]
@@ -74,7 +75,7 @@ def importance(config: DecoderConfig, params: Params, loss: Loss, batches: Itera
         total = values if total is None else jax.tree.map(jnp.add, total, values)
         count += 1
     if not count:
-        raise ValueError("importance: no batches; expected at least one to measure on.")
+        raise UserError("importance: no batches; expected at least one to measure on.")
     return jax.tree.map(lambda value: np.asarray(value) / count, total)
 
 
@@ -100,7 +101,7 @@ def like(
     ``layers`` names those to keep; None: evenly spread.
 
     Raises:
-      ValueError: a student that cannot be cut out of this teacher: more of something, or heads of another size.
+      UserError: a student that cannot be cut out of this teacher: more of something, or heads of another size.
     """
     sizes = {"kv_heads": student.groups, "feed_forward": student.feed_forward, "width": student.width}
     there = {"kv_heads": config.groups, "feed_forward": config.feed_forward, "width": config.width}
@@ -117,7 +118,7 @@ def like(
     if student.key_size != small.key_size:
         different.append(f"head_dim={student.key_size} (the teacher's is {small.key_size})")
     if different:
-        raise ValueError(f"a student cut out of its teacher cannot have {', '.join(different)}; change it to that.")
+        raise UserError(f"a student cut out of its teacher cannot have {', '.join(different)}; change it to that.")
     return small, params
 
 
@@ -148,7 +149,7 @@ def student_from(
       ``(config, params)`` of the student: the teacher's values, in their order.
 
     Raises:
-      ValueError: sizes larger than the teacher's, layers it has not, or no ``measured`` where it is needed.
+      UserError: sizes larger than the teacher's, layers it has not, or no ``measured`` where it is needed.
 
     Example:
       >>> config = DecoderConfig(vocab_size=14, layers=4, width=8, heads=2, feed_forward=16)
@@ -160,10 +161,10 @@ def student_from(
     sizes = ("kv_heads", small.groups, config.groups), ("feed_forward", small.feed_forward, config.feed_forward)
     fewer = [name for name, size, there in (*sizes, ("width", small.width, config.width)) if size < there]
     if measured is None and fewer:
-        raise ValueError("student_from: fewer heads, units or dimensions need measured=importance(…) to choose by.")
+        raise UserError("student_from: fewer heads, units or dimensions need measured=importance(…) to choose by.")
     axes = decoder(config).axes
     if "feed_forward" in fewer and not _plain(axes["layers"]):
-        raise ValueError("student_from: units of experts cannot be left out; keep feed_forward, or leave out layers.")
+        raise UserError("student_from: units of experts cannot be left out; keep feed_forward, or leave out layers.")
     kept = np.asarray(_kept(config, layers))
     chosen = {} if len(kept) == config.layers and (np.diff(kept) > 0).all() else {"layers": kept}
     if "kv_heads" in fewer:
@@ -191,7 +192,7 @@ def part_of(
     """The configuration of ``student_from``: what differs by layer goes with its layer.
 
     Raises:
-      ValueError: sizes larger than the teacher's, layers it has not, or a width that cannot change.
+      UserError: sizes larger than the teacher's, layers it has not, or a width that cannot change.
 
     Example:
       >>> config = DecoderConfig(layers=3, sliding_window=8, window_layers=(True, False, True))
@@ -202,9 +203,9 @@ def part_of(
     asked |= {"width": (width, config.width)}
     for name, (size, there) in asked.items():
         if size is not None and not 1 <= size <= there:
-            raise ValueError(f"student_from: {name}={size}; expected 1 … {there}, what the teacher has.")
+            raise UserError(f"student_from: {name}={size}; expected 1 … {there}, what the teacher has.")
     if config.scaled_embedding and width not in (None, config.width):
-        raise ValueError(
+        raise UserError(
             f"student_from: width={width}; the embedding of this teacher counts √{config.width} times, which would "
             "change with the width; keep it."
         )
@@ -229,16 +230,16 @@ def _kept(config: DecoderConfig, layers: int | Sequence[int] | None) -> tuple[in
         return tuple(range(config.layers))
     kept = spread(layers, config.layers) if isinstance(layers, int) else tuple(layers)
     if not kept or not all(0 <= layer < config.layers for layer in kept):
-        raise ValueError(f"student_from: layers={kept}; expected some of 0 … {config.layers - 1}.")
+        raise UserError(f"student_from: layers={kept}; expected some of 0 … {config.layers - 1}.")
     return kept
 
 
 def _check_shapes(config: DecoderConfig, params: Params) -> None:
-    """Raises ValueError for a parameter whose shape is not that of this configuration."""
+    """Raises UserError for a parameter whose shape is not that of this configuration."""
     wanted = jax.eval_shape(decoder(config).init, jax.random.key(0))
     for (path, leaf), want in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True):
         if leaf.shape != want.shape:
-            raise ValueError(
+            raise UserError(
                 f"student_from: {jax.tree_util.keystr(path)} is {leaf.shape} after the cut, a decoder of that size has "
                 f"{want.shape}; a teacher with this option can only be cut by layers."
             )

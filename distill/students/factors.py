@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill.errors import UserError
 from distill.models.model import Model
 from distill.models.parameters import KERNELS, normal
 from distill.shapes import Array, Params
@@ -58,7 +59,7 @@ def kernels_of(model: Model, names: Sequence[str] = ()) -> list[Kernel]:
       names: of ``parameters.KERNELS``; empty: all the model has.
 
     Raises:
-      ValueError: a name the model has no kernel of, or a model without any.
+      UserError: a name the model has no kernel of, or a model without any.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     found = []
@@ -71,7 +72,7 @@ def kernels_of(model: Model, names: Sequence[str] = ()) -> list[Kernel]:
     there = sorted({kernel.path[-1] for kernel in found})
     unknown = sorted(set(names) - set(there))
     if unknown or not found:
-        raise ValueError(
+        raise UserError(
             f"kernels={tuple(names)}: this model has no {', '.join(unknown) or 'kernel'} to factor; it has "
             f"{', '.join(there) or 'none'} (embedding and head stay whole)."
         )
@@ -79,12 +80,12 @@ def kernels_of(model: Model, names: Sequence[str] = ()) -> list[Kernel]:
 
 
 def check_rank(rank: int, kernels: Sequence[Kernel]) -> None:
-    """Raises ValueError for a rank above the smaller side of one of these kernels."""
+    """Raises UserError for a rank above the smaller side of one of these kernels."""
     for kernel in kernels:
         most = min(kernel.matrix[1:])
         if not 1 <= rank <= most:
             name, (_, inputs, outputs) = kernel.path[-1], kernel.matrix
-            raise ValueError(f"rank={rank}: the kernel {name} is {inputs} × {outputs}; expected 1 … {most}.")
+            raise UserError(f"rank={rank}: the kernel {name} is {inputs} × {outputs}; expected 1 … {most}.")
 
 
 # ---- low rank
@@ -97,7 +98,7 @@ def factored(model: Model, rank: int, kernels: Sequence[str] = ()) -> Model:
     ``parameter_count`` is that of the factors; ``merge`` gives parameters of ``model``.
 
     Raises:
-      ValueError: a kernel the model has not, or a rank above its smaller side.
+      UserError: a kernel the model has not, or a rank above its smaller side.
     """
     chosen = kernels_of(model, kernels)
     check_rank(rank, chosen)
@@ -148,7 +149,7 @@ def low_rank(
       ``(model, params)``: left and right in place of every chosen kernel.
 
     Raises:
-      ValueError: a kernel the model has not, or a rank above its smaller side.
+      UserError: a kernel the model has not, or a rank above its smaller side.
 
     Example:
       >>> from distill.models import DecoderConfig, decoder
@@ -202,7 +203,7 @@ def fisher_rows(model: Model, params: Params, loss: Callable[[Params, Any], Arra
       ``rows`` ``[N, inputs]`` for every kernel, for ``low_rank``.
 
     Raises:
-      ValueError: no batches.
+      UserError: no batches.
     """
     kernels = kernels_of(model)
 
@@ -218,7 +219,7 @@ def fisher_rows(model: Model, params: Params, loss: Callable[[Params, Any], Arra
         total = values if total is None else jax.tree.map(jnp.add, total, values)
         count += 1
     if not count:
-        raise ValueError("fisher_rows: no batches; expected at least one to measure on.")
+        raise UserError("fisher_rows: no batches; expected at least one to measure on.")
     return nested({(*path, "rows"): np.sqrt(np.asarray(value) / count) for path, value in total.items()})
 
 

@@ -1,5 +1,7 @@
 """Which layers of a teacher its student keeps: evenly spread, every n-th, both ends, or the first ones."""
 
+from distill.errors import UserError
+
 
 def spread(layers: int, of: int) -> tuple[int, ...]:
     """``layers`` of ``of`` layers, counted from 0, evenly spread, the first and the last among them.
@@ -48,7 +50,7 @@ def first(layers: int, of: int) -> tuple[int, ...]:
 
 def _check_count(layers: int, of: int) -> None:
     if not 1 <= layers <= of:
-        raise ValueError(f"{layers} layers of {of}; expected 1 … {of}.")
+        raise UserError(f"{layers} layers of {of}; expected 1 … {of}.")
 
 
 CHOICES = {"spread": spread, "every": every, "ends": ends, "first": first}

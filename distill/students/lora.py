@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distill.errors import UserError
 from distill.models.model import Model
 from distill.models.parameters import normal
 from distill.shapes import Array, Params
@@ -33,7 +34,7 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
       kernels: names of ``KERNELS``; empty: all there are.
 
     Raises:
-      ValueError: a kernel the model has not, a rank above its smaller side, or an α that is not above 0.
+      UserError: a kernel the model has not, a rank above its smaller side, or an α that is not above 0.
 
     Example:
       >>> from distill.models import DecoderConfig, decoder
@@ -51,7 +52,7 @@ def lora(model: Model, rank: int, *, alpha: float | None = None, kernels: Sequen
     check_rank(rank, chosen)
     alpha = float(rank) if alpha is None else alpha
     if not alpha > 0.0:
-        raise ValueError(f"lora: alpha={alpha}; expected a number above 0.")
+        raise UserError(f"lora: alpha={alpha}; expected a number above 0.")
     factor, axes = alpha / rank, {}
     for kernel in chosen:
         for name, names in zip(("lora_left", "lora_right"), kernel.factor_axes(), strict=True):
@@ -93,7 +94,7 @@ def freeze(model: Model, names: Sequence[str]) -> Model:
     memory holds them once.
 
     Raises:
-      ValueError: names the model has no parameters of, or nothing that would be left to learn.
+      UserError: names the model has no parameters of, or nothing that would be left to learn.
 
     Example:
       >>> from distill.models import DecoderConfig, decoder
@@ -104,7 +105,7 @@ def freeze(model: Model, names: Sequence[str]) -> Model:
     there = jax.eval_shape(model.init, jax.random.key(0))
     unknown = sorted(set(names) - there.keys())
     if unknown or not there.keys() - set(names):
-        raise ValueError(f"freeze: {tuple(names)}; expected some, not all, of {', '.join(sorted(there))}.")
+        raise UserError(f"freeze: {tuple(names)}; expected some, not all, of {', '.join(sorted(there))}.")
 
     def part(tree: Params, frozen: bool) -> Params:
         return {name: value for name, value in tree.items() if (name in names) == frozen}

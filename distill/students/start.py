@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.models.model import Model
@@ -81,7 +82,7 @@ def start(
       seed: of the training; draws what ``embeddings`` does not take from the teacher.
 
     Raises:
-      ValueError: a student that cannot be made like this from this teacher; names what differs.
+      UserError: a student that cannot be made like this from this teacher; names what differs.
 
     Example:
       >>> import dataclasses
@@ -155,7 +156,7 @@ def _network(teacher: Model, student: DecoderConfig) -> Model:
 
 def _decoder_config(teacher: Model) -> DecoderConfig:
     if not isinstance(teacher.config, DecoderConfig):
-        raise ValueError(
+        raise UserError(
             f"student_start: a teacher with config {teacher.config!r}; a student can only be cut out of a decoder."
         )
     return teacher.config
@@ -163,14 +164,14 @@ def _decoder_config(teacher: Model) -> DecoderConfig:
 
 def _check_calibration(calibration: Calibration | None) -> None:
     if calibration is None:
-        raise ValueError("start: this student needs a Calibration, a loss and batches to measure importance on.")
+        raise UserError("start: this student needs a Calibration, a loss and batches to measure importance on.")
 
 
 def _layers(teacher: DecoderConfig, student: DecoderConfig, options: StartConfig) -> tuple[int, ...]:
     if not options.layers:
         return CHOICES[options.choice](student.layers, teacher.layers)
     if len(options.layers) != student.layers:
-        raise ValueError(
+        raise UserError(
             f"student_start: layers={options.layers} are {len(options.layers)}; the student has {student.layers}."
         )
     return options.layers
@@ -181,7 +182,7 @@ def _equal_tables(network: Model, teacher: Model) -> tuple[str, ...]:
     shapes = [jax.eval_shape(model.init, jax.random.key(0)) for model in (network, teacher)]
     tables = [{n: tree[n].shape for n in ("embedding", "head") if n in tree} for tree in shapes]
     if tables[0] != tables[1] or not tables[0]:
-        raise ValueError(
+        raise UserError(
             f"student_start: the student's embeddings are {tables[0]}, the teacher's {tables[1]}; they can be shared "
             "where width, rows and tying are equal."
         )

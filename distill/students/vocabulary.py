@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
 from distill.models.model import Model
@@ -39,7 +40,7 @@ def prune(tokenizer: TextTokenizer, corpus: Iterable[str], size: int | None = No
       size: most tokens to keep; None: all that occur.
 
     Raises:
-      ValueError: another kind of tokenizer, or a size below what must be kept (bytes and special tokens).
+      UserError: another kind of tokenizer, or a size below what must be kept (bytes and special tokens).
     """
     return prune_by(tokenizer, collections.Counter(i for text in corpus for i in tokenizer.encode(text)), size)
 
@@ -48,11 +49,11 @@ def prune_by(tokenizer: TextTokenizer, uses: Mapping[int, int], size: int | None
     """``prune`` by how often each id occurs.
 
     Raises:
-      ValueError: as ``prune``.
+      UserError: as ``prune``.
     """
     file = json.loads(tokenizer.serialized)
     if file["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(file.get("pre_tokenizer")):
-        raise ValueError(f"prune: a tokenizer of kind {file['model']['type']}; expected a byte-level BPE.")
+        raise UserError(f"prune: a tokenizer of kind {file['model']['type']}; expected a byte-level BPE.")
     vocabulary: dict[str, int] = file["model"]["vocab"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in file["model"]["merges"]]
     ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
@@ -60,7 +61,7 @@ def prune_by(tokenizer: TextTokenizer, uses: Mapping[int, int], size: int | None
     added = {token["content"] for token in file["added_tokens"]}
     kept = added | {token for token in named if token is not None} | {t for t in vocabulary if len(t) == 1}
     if size is not None and size < len(kept):
-        raise ValueError(f"prune: size={size}; bytes and special tokens alone are {len(kept)}.")
+        raise UserError(f"prune: size={size}; bytes and special tokens alone are {len(kept)}.")
     names = {i: token for token, i in tokenizer.ids().items()}
     for i, _ in sorted(uses.items(), key=lambda item: (-item[1], item[0])):
         wanted = kept | made_of(names[i], ranks)
@@ -120,14 +121,14 @@ def prune_model(model: Model, params: Params, ids: np.ndarray) -> tuple[Model, P
       ids: ``[size]`` old ids (``Pruned.ids``).
 
     Raises:
-      ValueError: no decoder, or an id it has no row for.
+      UserError: no decoder, or an id it has no row for.
     """
     config = model.config
     if not isinstance(config, DecoderConfig):
-        raise ValueError(f"prune_model: a model with config {config!r}; expected a decoder.")
+        raise UserError(f"prune_model: a model with config {config!r}; expected a decoder.")
     ids = np.asarray(ids)
     if not len(ids) or ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise ValueError(f"prune_model: ids outside 0 … {config.vocab_size - 1}, the rows of the embedding, or none.")
+        raise UserError(f"prune_model: ids outside 0 … {config.vocab_size - 1}, the rows of the embedding, or none.")
     axes = {"embedding": 0, "head": -1}
     cut = {name: jnp.take(params[name], ids, axis=axis) for name, axis in axes.items() if name in params}
     return decoder(dataclasses.replace(config, vocab_size=len(ids))), {**params, **cut}

@@ -22,6 +22,7 @@ import numpy as np
 from distill import losses
 from distill.batch import Batch
 from distill.devices import processes
+from distill.errors import UserError
 from distill.models.model import Model
 from distill.objective import ObjectiveConfig
 from distill.shapes import Params
@@ -48,12 +49,12 @@ class SignalConfig:
         for field in dataclasses.fields(self):
             value = vars(self)[field.name]
             if value != field.default and not read.get(field.name, True):
-                raise ValueError(
+                raise UserError(
                     f"signal: {field.name}={value!r} is not read with kind={self.kind!r}, targets={self.targets!r}; "
                     "leave it out."
                 )
         if min(self.k, self.draws) < 1:
-            raise ValueError(f"signal: k={self.k}, draws={self.draws}; expected at least 1.")
+            raise UserError(f"signal: k={self.k}, draws={self.draws}; expected at least 1.")
 
     def stores(self, targets: str) -> bool:
         """Are these targets stored?"""
@@ -69,25 +70,25 @@ def check(config: SignalConfig, objective: ObjectiveConfig) -> None:
     """Refuses an objective that a signal cannot serve.
 
     Raises:
-      ValueError: features of a teacher that is not live, or a divergence or a schedule that what is stored does not
+      UserError: features of a teacher that is not live, or a divergence or a schedule that what is stored does not
         allow.
     """
     if objective.features.used and config.kind == "stored":
-        raise ValueError(
+        raise UserError(
             "objective.features: hidden states, attention maps and relations are not stored; set --signal.kind live."
         )
     if config.at_temperature and objective.final_temperature is not None:
-        raise ValueError(
+        raise UserError(
             f"objective: final_temperature={objective.final_temperature}, but {config.targets} targets hold for one "
             "temperature alone; leave it out, or set --signal.targets hidden."
         )
     if config.stores("sampled") and objective.kd_weight and objective.divergence != "forward_kl":
-        raise ValueError(
+        raise UserError(
             f"objective: divergence={objective.divergence!r} has no unbiased estimate from draws; use forward_kl, or "
             "set --signal.targets top_k."
         )
     if config.stores("top_k") and objective.kd_weight and objective.divergence in ("logit_mse", "pearson"):
-        raise ValueError(
+        raise UserError(
             f"objective: divergence={objective.divergence!r} compares logits, which the top k do not hold; set "
             "--signal.targets dense or hidden."
         )
@@ -97,10 +98,10 @@ def check_size(config: SignalConfig, vocab_size: int) -> None:
     """Refuses more stored tokens than there are.
 
     Raises:
-      ValueError: k above the vocabulary.
+      UserError: k above the vocabulary.
     """
     if config.stores("top_k") and config.k > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"signal: k={config.k}, but the vocabulary has {vocab_size} tokens; set --signal.k to at most {vocab_size}."
         )
 
@@ -141,13 +142,13 @@ def signal(
       seed: of the draws.
 
     Raises:
-      ValueError: stored targets of examples that are read while the model trains; k above the vocabulary.
+      UserError: stored targets of examples that are read while the model trains; k above the vocabulary.
     """
     if config.kind == "live":
         return Signal(examples, teacher, params)
     check_size(config, teacher.vocab_size)
     if callable(examples):
-        raise ValueError(
+        raise UserError(
             "signal: targets are stored for examples in memory, and these are read from the disk; set --signal.kind "
             "live, or leave out streaming."
         )
@@ -195,7 +196,7 @@ def head_alone(model: Model, params: Params) -> tuple[Model, Params]:
       (['embedding'], 112)
     """
     if model.head is None:
-        raise ValueError("signal: hidden states need a model that knows its head(params); store dense targets instead.")
+        raise UserError("signal: hidden states need a model that knows its head(params); store dense targets instead.")
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     names = [name for name in shapes if _reads(model, shapes, name)]
 
@@ -203,7 +204,7 @@ def head_alone(model: Model, params: Params) -> tuple[Model, Params]:
         return {name: tree[name] for name in names}
 
     def apply(*_: Any, **__: Any):
-        raise ValueError("signal: this teacher is its head alone; it reads stored hidden states.")
+        raise UserError("signal: this teacher is its head alone; it reads stored hidden states.")
 
     axes = None if model.axes is None else part(model.axes)
     config = HeadAlone(2.0 * math.prod(jax.eval_shape(model.head, shapes).kernel.shape))

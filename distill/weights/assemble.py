@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.errors import UserError
 from distill.shapes import Params
 from distill.weights.place import Place
 from distill.weights.table import ParameterPath, Part, Row, Shape, Source, Table
@@ -37,7 +38,7 @@ def assemble(
       ignored: regular expressions of names (matched whole) of tensors that are not needed.
 
     Raises:
-      ValueError: names that are missing or left over, a tensor of another shape, a table that does not fit.
+      UserError: names that are missing or left over, a tensor of another shape, a table that does not fit.
     """
     place = place or Place()
     wanted = _wanted(table, shapes)
@@ -57,12 +58,12 @@ def disassemble(shapes: Shapes, table: Table, params: Params) -> Iterator[tuple[
     ``assemble`` of these tensors gives the same bits.
 
     Raises:
-      ValueError: parameters that are not those of this decoder, a table that does not fit.
+      UserError: parameters that are not those of this decoder, a table that does not fit.
     """
     _wanted(table, shapes)
     for path, shape in shapes.items():
         if tuple((leaf := _at(params, path)).shape) != shape:
-            raise ValueError(f"parameter {'/'.join(path)} has shape {tuple(leaf.shape)}; this decoder has {shape}.")
+            raise UserError(f"parameter {'/'.join(path)} has shape {tuple(leaf.shape)}; this decoder has {shape}.")
     for name, members in _tensors(table, shapes).items():
         for full_name, index in _names(name, shapes[members[0]]):
             arrays = [_at(params, path)[index] if index else _at(params, path) for path in members]
@@ -100,17 +101,17 @@ def _beside(table: Table, shapes: Shapes) -> dict[ParameterPath, list[Shape]]:
 
 
 def _wanted(table: Table, shapes: Shapes) -> list[str]:
-    """The names a file must have. Raises ValueError for a table that lacks a parameter or names a tensor twice."""
+    """The names a file must have. Raises UserError for a table that lacks a parameter or names a tensor twice."""
     if table.keys() != shapes.keys():
         wrong = sorted("/".join(path) for path in table.keys() ^ shapes.keys())
-        raise ValueError(f"the name table does not fit this decoder; only one of them has {_some(wrong)}.")
+        raise UserError(f"the name table does not fit this decoder; only one of them has {_some(wrong)}.")
     names = []
     for name, paths in _tensors(table, shapes).items():
         if ("{layer}" in name) != (paths[0][0] == "layers"):
-            raise ValueError(f"{'/'.join(paths[0])}: {name!r} must hold {{layer}} exactly if every layer has it.")
+            raise UserError(f"{'/'.join(paths[0])}: {name!r} must hold {{layer}} exactly if every layer has it.")
         parts = [table[path].part for path in paths]
         if len(paths) > 1 and [part and part.index for part in parts] != list(range(len(paths))):
-            raise ValueError(f"the name table uses {name.format(layer=0, expert=0)} twice.")
+            raise UserError(f"the name table uses {name.format(layer=0, expert=0)} twice.")
         names += [full_name for full_name, _ in _names(name, shapes[paths[0]])]
     return names
 
@@ -121,7 +122,7 @@ def _check_names(wanted: set[str], there: set[str], ignored: Sequence[str]) -> N
     complaints = {"missing": missing, "not understood": left_over}
     complaints = [f"{what}: {_some(names)}" for what, names in complaints.items() if names]
     if complaints:
-        raise ValueError(f"the tensors are not those of this model; {'; '.join(complaints)}.")
+        raise UserError(f"the tensors are not those of this model; {'; '.join(complaints)}.")
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
@@ -150,16 +151,14 @@ def _one(row: Row, source: Source, path: ParameterPath, beside: list[Shape], nam
         along = row.part.axis % len(expected)
         expected = tuple(sum(sizes) if n == along else size for n, size in enumerate(expected))
     if tuple(array.shape) != expected:
-        raise ValueError(
-            f"{name}: shape {tuple(array.shape)}; expected {expected} for {'/'.join(path)} {tuple(shape)}."
-        )
+        raise UserError(f"{name}: shape {tuple(array.shape)}; expected {expected} for {'/'.join(path)} {tuple(shape)}.")
     return row.transform.read(array if row.part is None else row.part.take(array, sizes), shape)
 
 
 def _at(tree: Any, path: ParameterPath) -> Any:
     for name in path:
         if not isinstance(tree, dict) or name not in tree:
-            raise ValueError(f"there is no parameter {'/'.join(path)}.")
+            raise UserError(f"there is no parameter {'/'.join(path)}.")
         tree = tree[name]
     return tree
 

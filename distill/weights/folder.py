@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.devices import processes
+from distill.errors import MissingFile, UserError
 from distill.models.config import DecoderConfig, EncoderConfig, NetworkConfig
 from distill.models.int8 import int8, quantizer
 from distill.models.model import Model
@@ -81,8 +82,8 @@ def load(
       ``(model, params)``: nested dicts of arrays, layers stacked.
 
     Raises:
-      FileNotFoundError: neither a path nor on the hub, or offline and not in the cache.
-      ValueError: a family, an option or a file that is not supported, named; a tensor with NaN or infinity; a folder
+      MissingFile: neither a path nor on the hub, or offline and not in the cache.
+      UserError: a family, an option or a file that is not supported, named; a tensor with NaN or infinity; a folder
         whose ``config.json`` names code, which is never run.
 
     Example::
@@ -103,7 +104,7 @@ def load(
     except ValueError as error:
         if str(error).startswith(str(path_or_name)):
             raise
-        raise ValueError(f"{path_or_name}: {error}") from error
+        raise UserError(f"{path_or_name}: {error}") from error
 
 
 def _opened(path_or_name: str | Path, revision: str | None, activations: Literal["float32", "bfloat16"]) -> Opened:
@@ -126,11 +127,11 @@ def located(path: str | Path) -> Path:
     """The folder or file of the weights: ``path`` itself, or ``STUDENT`` of a run folder.
 
     Raises:
-      ValueError: a run folder whose student is not there yet.
+      UserError: a run folder whose student is not there yet.
     """
     path = there(Path(path))
     if (path / "checkpoints").is_dir() and not (path / STUDENT).is_dir():
-        raise ValueError(
+        raise UserError(
             f"{path}: a run folder without {STUDENT}, which is written when its training ends; give the command that "
             "made it again."
         )
@@ -151,8 +152,8 @@ def read_config(folder: str | Path, activations: Literal["float32", "bfloat16"] 
     """The network that a folder's ``config.json`` describes, without its weights.
 
     Raises:
-      FileNotFoundError: no ``config.json``.
-      ValueError: one that cannot be read, or is not supported.
+      MissingFile: no ``config.json``.
+      UserError: one that cannot be read, or is not supported.
     """
     return dataclasses.replace(_config_of(located(folder))[0], dtype=activations)
 
@@ -161,22 +162,22 @@ def _config_of(folder: Path) -> tuple[NetworkConfig, str]:
     """The network of a folder's ``config.json``, and its family."""
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing; expected a Hugging Face folder.")
+        raise MissingFile(f"{file}: missing; expected a Hugging Face folder.")
     try:
         values = json.loads(file.read_text())
         if not isinstance(values, dict):
-            raise ValueError("config.json: expected an object.")
+            raise UserError("config.json: expected an object.")
         _refuse_code(values)
         values = text_of(values) if values.get("model_type") == "gemma3" else values
         return from_json(values, lambda: SafetensorsSource(folder).names()), values["model_type"]
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: {error}") from error
 
 
 def _refuse_code(values: dict[str, Any]) -> None:
     family = FAMILIES.get(values.get("model_type"))
     if values.get("auto_map") and (family is None or "auto_map" not in family.harmless):
-        raise ValueError(
+        raise UserError(
             f"config.json: auto_map names code for model_type {values.get('model_type')!r} that comes with "
             "the weights; it is never run (there is no trust_remote_code)."
         )
@@ -185,7 +186,7 @@ def _refuse_code(values: dict[str, Any]) -> None:
 def download(name: str | Path, revision: str | None = None) -> Path:
     """The hub's folder of a model: from its cache, or downloaded; only safetensors, JSON and tokenizer files."""
     if isinstance(name, Path) or not _NAME.fullmatch(name) or name.endswith(".gguf"):
-        raise FileNotFoundError(f"{name}: no such folder or file; expected a path, or a name such as org/model.")
+        raise MissingFile(f"{name}: no such folder or file; expected a path, or a name such as org/model.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -195,12 +196,12 @@ def download(name: str | Path, revision: str | None = None) -> Path:
             name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
         )
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{name}: no such folder, and not in the hub's cache; the hub cannot be reached, or HF_HUB_OFFLINE is set. "
             "Download it where there is a connection, or give a path."
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(f"{name}: no such folder, and the hub does not give it ({error}).") from error
+        raise MissingFile(f"{name}: no such folder, and the hub does not give it ({error}).") from error
     return Path(folder)
 
 
@@ -231,12 +232,12 @@ def save(
       shard_bytes: most bytes of one file.
 
     Raises:
-      ValueError: a model that is neither, one that no family can express, parameters of another one; a full disk, a
+      UserError: a model that is neither, one that no family can express, parameters of another one; a full disk, a
         target that cannot be written, the current folder.
     """
     config = model.config
     if not isinstance(config, DecoderConfig | EncoderConfig):
-        raise ValueError(f"save: a model with config {config!r}; expected one made by decoder(...) or encoder(...).")
+        raise UserError(f"save: a model with config {config!r}; expected one made by decoder(...) or encoder(...).")
     dtype = str(np.dtype(params["embedding"].dtype)) if "embedding" in params else "float32"
     params = processes.fetch(params) if processes.count() > 1 else params
     params = params if model.merge is None else model.merge(params)
@@ -272,7 +273,7 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
     if isinstance(tokenizer, str | Path):
         files = [Path(tokenizer) / name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()]
         if not files:
-            raise ValueError(f"save: tokenizer={str(tokenizer)!r} holds no tokenizer file, such as tokenizer.json.")
+            raise UserError(f"save: tokenizer={str(tokenizer)!r} holds no tokenizer file, such as tokenizer.json.")
         for file in files:
             shutil.copyfile(file, folder / file.name)
     elif isinstance(tokenizer, TextTokenizer):
@@ -282,6 +283,6 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
     elif hasattr(tokenizer, "to_str"):
         (folder / "tokenizer.json").write_text(tokenizer.to_str())
     else:
-        raise ValueError(
+        raise UserError(
             f"save: tokenizer of type {type(tokenizer).__name__}; expected a folder or one that saves itself."
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig, RopeScaling
 from distill.models.rope import slowed
 from distill.weights.safetensors import refuse_nonfinite
@@ -55,27 +56,27 @@ class GGUFSource:
       path: the file; only its header is read.
 
     Raises:
-      ValueError: no GGUF file, a broken one, one of several parts, or the package ``gguf`` is missing.
+      UserError: no GGUF file, a broken one, one of several parts, or the package ``gguf`` is missing.
     """
 
     def __init__(self, path: str | Path):
         try:
             import gguf
         except ImportError as error:
-            raise ValueError("reading GGUF files needs a package: pip install 'distill[gguf]'.") from error
+            raise UserError("reading GGUF files needs a package: pip install 'distill[gguf]'.") from error
         self.path = Path(path)
         with self.path.open("rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":
-            raise ValueError(f"{path}: no GGUF file; it starts with {magic!r}, expected b'GGUF'.")
+            raise UserError(f"{path}: no GGUF file; it starts with {magic!r}, expected b'GGUF'.")
         try:
             reader = gguf.GGUFReader(self.path)
         except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{path}: not readable as GGUF: cut off, damaged or too new ({error}).") from error
+            raise UserError(f"{path}: not readable as GGUF: cut off, damaged or too new ({error}).") from error
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         if (parts := self.value("split.count", 1)) > 1:
-            raise ValueError(f"{path}: one of {parts} parts of a model; join them (gguf-split --merge) first.")
+            raise UserError(f"{path}: one of {parts} parts of a model; join them (gguf-split --merge) first.")
 
     def header(self, prefix: str) -> dict[str, Any]:
         """Values of the header whose keys have this prefix, by key without the prefix."""
@@ -97,7 +98,7 @@ class GGUFSource:
         """One tensor, dequantised now, float32.
 
         Raises:
-          ValueError: a quantisation that cannot be undone; NaN or infinity.
+          UserError: a quantisation that cannot be undone; NaN or infinity.
         """
         from gguf import quants
 
@@ -108,7 +109,7 @@ class GGUFSource:
             array = quants.dequantize(data, tensor.tensor_type)
         except NotImplementedError as error:
             known = ", ".join(["F32", "F16", *sorted(kind.name for kind in quants._type_traits)])
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be dequantised; "
                 f"supported: {known}."
             ) from error
@@ -121,11 +122,11 @@ def architecture_of(source: GGUFSource) -> str:
     """One of ``ARCHITECTURES``.
 
     Raises:
-      ValueError: another one.
+      UserError: another one.
     """
     name = source.value("general.architecture")
     if name not in ARCHITECTURES:
-        raise ValueError(f"{source.path}: architecture {name!r}; supported: {', '.join(ARCHITECTURES)}.")
+        raise UserError(f"{source.path}: architecture {name!r}; supported: {', '.join(ARCHITECTURES)}.")
     return name
 
 
@@ -137,31 +138,31 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
       dtype: of the activations.
 
     Raises:
-      ValueError: an architecture or a key of the header that the decoder has no counterpart of, a missing key.
+      UserError: an architecture or a key of the header that the decoder has no counterpart of, a missing key.
     """
     prefix = f"{architecture_of(source)}."
     header = source.header(prefix)
     for key, value in header.items():
         if key not in _READ | _IRRELEVANT and value not in _HARMLESS.get(key, ()):
-            raise ValueError(f"{source.path}: the header has {prefix}{key} = {value!r}, which the decoder lacks.")
+            raise UserError(f"{source.path}: the header has {prefix}{key} = {value!r}, which the decoder lacks.")
         if isinstance(value, list) and key in _READ:
-            raise ValueError(f"{source.path}: {prefix}{key} differs between layers; the decoder's layers are alike.")
+            raise UserError(f"{source.path}: {prefix}{key} differs between layers; the decoder's layers are alike.")
     names = source.names()
     if prefix == "llama." and "blk.0.attn_q_norm.weight" in names:
-        raise ValueError(f"{source.path}: architecture llama with norms of queries; the order in them is not known.")
+        raise UserError(f"{source.path}: architecture llama with norms of queries; the order in them is not known.")
 
     def number(key: str) -> Any:
         if key not in header:
-            raise ValueError(f"{source.path}: the header lacks {prefix}{key}.")
+            raise UserError(f"{source.path}: the header lacks {prefix}{key}.")
         return header[key]
 
     heads, width = number("attention.head_count"), number("embedding_length")
     key_size = header.get("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if header.get(key, key_size) != key_size:
-            raise ValueError(f"{source.path}: {prefix}{key} = {header[key]}, a key has {key_size}; expected the same.")
+            raise UserError(f"{source.path}: {prefix}{key} = {header[key]}, a key has {key_size}; expected the same.")
     if "token_embd.weight" not in names:
-        raise ValueError(f"{source.path}: the file has no tensor token_embd.weight.")
+        raise UserError(f"{source.path}: the file has no tensor token_embd.weight.")
     theta = _short(header.get("rope.freq_base", 10_000.0))
     return DecoderConfig(
         vocab_size=source.shape("token_embd.weight")[0],
@@ -196,7 +197,7 @@ def _scaling(source: GGUFSource, header: Mapping[str, Any], half: int, theta: fl
         return RopeScaling("linear", factor)
     length, magnitude = header.get("rope.scaling.original_context_length"), header.get("rope.scaling.attn_factor", 1.0)
     if kind != "yarn" or length is None or magnitude != 1.0:
-        raise ValueError(
+        raise UserError(
             f"{source.path}: rope.scaling.type = {kind!r} with original_context_length = {length}, attn_factor = "
             f"{magnitude}, which the decoder lacks; expected linear, or yarn with a length and 1.0."
         )
@@ -209,7 +210,7 @@ def _llama3(source: GGUFSource, half: int, theta: float) -> RopeScaling:
     scaling = RopeScaling("llama3", max(float(np.max(factors)), 1.0), 8192)
     wanted = slowed(half, theta, RopeScaling("linear")) / slowed(half, theta, scaling)
     if factors.shape != wanted.shape or not np.allclose(factors, wanted, rtol=1e-5):
-        raise ValueError(
+        raise UserError(
             f"{source.path}: {ROPE_FACTORS} {factors.shape} is not that of Llama 3.1 (first trained on 8192 tokens), "
             f"the only one that is read; expected {wanted.shape} with the factor {scaling.factor:g}."
         )
@@ -280,7 +281,7 @@ def opened(path: str | Path, activations: Literal["float32", "bfloat16"] = "floa
     """A file with its configuration and its name table; its tensors are not read.
 
     Raises:
-      ValueError: an option of the file that the decoder lacks, named.
+      UserError: an option of the file that the decoder lacks, named.
     """
     source = GGUFSource(path)
     config = config_of(source, activations)

@@ -7,6 +7,7 @@ table here holds those that are known.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from distill.errors import UserError
 from distill.tokenizer import TextTokenizer
 from distill.weights.gguf import GGUFSource
 
@@ -50,7 +51,7 @@ def tokenizer_of(source: GGUFSource) -> "Tokenizer":
     if the file says so.
 
     Raises:
-      ValueError: no byte-level BPE, or a pre-tokenizer that is not in ``CUTS``.
+      UserError: no byte-level BPE, or a pre-tokenizer that is not in ``CUTS``.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -59,7 +60,7 @@ def tokenizer_of(source: GGUFSource) -> "Tokenizer":
     kinds = source.value("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     ids = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
     if len(ids) != sum(kind != _UNUSED for kind in kinds):
-        raise ValueError(f"{source.path}: the vocabulary holds a token twice.")
+        raise UserError(f"{source.path}: the vocabulary holds a token twice.")
     merges = [tuple(merge.split(" ")) for merge in source.value("tokenizer.ggml.merges", [])]
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=cut.whole_words))
     tokenizer.normalizer = normalizers.NFC() if cut.nfc else None
@@ -92,9 +93,9 @@ def chat_template(source: GGUFSource) -> str | None:
 def _cut(source: GGUFSource) -> Cut:
     kind, name = source.value("tokenizer.ggml.model"), source.value("tokenizer.ggml.pre")
     if kind != "gpt2":
-        raise ValueError(f"{source.path}: a tokenizer of kind {kind!r}; supported: 'gpt2', byte-level BPE.")
+        raise UserError(f"{source.path}: a tokenizer of kind {kind!r}; supported: 'gpt2', byte-level BPE.")
     if name not in CUTS:
-        raise ValueError(f"{source.path}: pre-tokenizer {name!r}; supported: {', '.join(sorted(CUTS))}.")
+        raise UserError(f"{source.path}: pre-tokenizer {name!r}; supported: {', '.join(sorted(CUTS))}.")
     return CUTS[name]
 
 
@@ -107,7 +108,7 @@ def _add_ends(source: GGUFSource, tokenizer: "Tokenizer", tokens: list[str], cut
         if not source.value(f"tokenizer.ggml.add_{name}_token", default):
             continue
         if name not in ids:
-            raise ValueError(f"{source.path}: texts get a token {name}, and the file does not say which.")
+            raise UserError(f"{source.path}: texts get a token {name}, and the file does not say which.")
         ends[name] = ids[name]
     if ends:
         start, end = ([tokens[ends[name]]] if name in ends else [] for name in ("bos", "eos"))
@@ -123,11 +124,11 @@ def text_tokenizer(source: GGUFSource, *, eos: str | None = None) -> TextTokeniz
       eos: the end-of-text token, in place of the file's.
 
     Raises:
-      ValueError: as ``tokenizer_of``, or the file names no end-of-text token.
+      UserError: as ``tokenizer_of``, or the file names no end-of-text token.
     """
     tokens, named = source.value("tokenizer.ggml.tokens", []), special_ids(source)
     names = {name: tokens[i] for name, i in named.items() if 0 <= i < len(tokens)}
     if (eos := eos or names.pop("eos", None)) is None:
-        raise ValueError(f"{source.path}: the file names no end-of-text token; give one: eos='</s>'.")
+        raise UserError(f"{source.path}: the file names no end-of-text token; give one: eos='</s>'.")
     names.pop("eos", None)
     return TextTokenizer(tokenizer_of(source).to_str(), eos, chat_template=chat_template(source), **names)

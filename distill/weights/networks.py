@@ -38,7 +38,7 @@ def table_of(config: NetworkConfig, family: str | None = None) -> Table:
       family: the ``model_type``; None: ``family_of(config)``.
 
     Raises:
-      ValueError: a family that is not known or does not have all options of this network.
+      UserError: a family that is not known or does not have all options of this network.
     """
     row = FAMILIES[family_of(config, family)].row
     return {path: row(config, path) for path in shapes_of(config)}

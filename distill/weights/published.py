@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from distill import fetch
+from distill.errors import UserError
 from distill.models.config import EncoderConfig
 from distill.models.model import Model
 from distill.shapes import Params
@@ -38,18 +39,18 @@ def read(
       sharding: as ``load``.
 
     Raises:
-      FileNotFoundError: nothing there.
-      ValueError: not supported, an encoder, or more tokens than the embedding has rows.
+      MissingFile: nothing there.
+      UserError: not supported, an encoder, or more tokens than the embedding has rows.
     """
     path = located(name)
     options = {"dtype": dtype, "activations": activations, "sharding": sharding}
     model, params = folder.load(path, **options)
     if isinstance(model.config, EncoderConfig):
-        raise ValueError(f"{name}: an encoder, which writes no text; expected a language model, such as a Llama.")
+        raise UserError(f"{name}: an encoder, which writes no text; expected a language model, such as a Llama.")
     try:
         tokenizer = _tokenizer_at(path).within(model.vocab_size)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     return Published(model.with_vocabulary(tokenizer.vocab_size), params, tokenizer)
 
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from distill.errors import UserError
+
 
 def there(folder: Path) -> Path:
     """The folder, or its previous files if a process was killed between the two renames of ``replacing``.
@@ -32,13 +34,13 @@ def replacing(folder: Path, size: int, stale: Callable[[str], bool]) -> Iterator
       stale: whether an old file of this name is dropped.
 
     Raises:
-      ValueError: too little room, or a target that cannot be written or renamed; ``folder`` is as it was.
+      UserError: too little room, or a target that cannot be written or renamed; ``folder`` is as it was.
     """
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: a file; expected a folder, or the name of a new one.")
+        raise UserError(f"{folder}: a file; expected a folder, or the name of a new one.")
     if Path.cwd().is_relative_to(folder):
-        raise ValueError(f"{folder}: is or holds the current folder and cannot be replaced; expected another one.")
+        raise UserError(f"{folder}: is or holds the current folder and cannot be replaced; expected another one.")
     partial, before = _beside(folder, "partial"), _beside(folder, "before")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def replacing(folder: Path, size: int, stale: Callable[[str], bool]) -> Iterator
                 os.replace(before, folder)
             raise
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder}: not written ({error}); what it held is as it was. Free some space, or choose a folder that can "
             "be written, as can the one around it; then save again."
         ) from error

@@ -10,6 +10,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from distill.errors import MissingFile, UserError
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _UNPICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -33,22 +35,22 @@ class SafetensorsSource:
       folder: holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards, or one ``*.safetensors``.
 
     Raises:
-      FileNotFoundError: no such folder, or a shard of the index is missing.
-      ValueError: no safetensors file (weights that would have to be unpickled are not read), several without an index,
+      MissingFile: no such folder, or a shard of the index is missing.
+      UserError: no safetensors file (weights that would have to be unpickled are not read), several without an index,
         a file that is cut off or damaged.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder.")
+            raise MissingFile(f"{folder}: no such folder.")
         index = self.folder / INDEX
         if index.is_file():
             where = _read_index(index)
             self._headers = {file: _header(self.folder / file) for file in sorted(set(where.values()))}
             for name, file in sorted(where.items()):
                 if name not in self._headers[file]:
-                    raise ValueError(f"{self.folder / file}: lacks {name}, which {INDEX} places there.")
+                    raise UserError(f"{self.folder / file}: lacks {name}, which {INDEX} places there.")
         else:
             file = _only_file(self.folder)
             self._headers = {file: _header(self.folder / file)}
@@ -63,12 +65,12 @@ class SafetensorsSource:
         """One tensor, read now, in the file's type; the file is not mapped, so the rest of it is not in memory.
 
         Raises:
-          ValueError: a type that is no float of 16 bits or more, such as a quantised one; NaN or infinity.
+          UserError: a type that is no float of 16 bits or more, such as a quantised one; NaN or infinity.
         """
         path = self.folder / self._where[name]
         kind, shape, start = self._headers[path.name][name]
         if kind not in _KINDS:
-            raise ValueError(
+            raise UserError(
                 f"{path}: tensor {name} has type {kind}; expected floats of 16 bits or more, not quantised."
             )
         array = np.fromfile(path, _KINDS[kind], math.prod(shape), offset=start).reshape(shape)
@@ -81,12 +83,12 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; {INDEX} names it. Was the download cut off?")
+        raise MissingFile(f"{path}: missing; {INDEX} names it. Was the download cut off?")
     try:
         with safe_open(path, framework="numpy") as opened:
             names = set(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not readable as safetensors: cut off or damaged ({error}).") from error
+        raise UserError(f"{path}: not readable as safetensors: cut off or damaged ({error}).") from error
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -95,14 +97,14 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 
 def refuse_nonfinite(array: np.ndarray, path: Path, name: str, piece: int = 2**18) -> None:
-    """Raises ValueError with the name of a tensor of ``path`` that holds NaN or infinity; a piece at a time."""
+    """Raises UserError with the name of a tensor of ``path`` that holds NaN or infinity; a piece at a time."""
     exponent = _EXPONENTS[array.dtype.name]
     bits = array.reshape(-1).view(exponent.dtype)
     for start in range(0, bits.size, piece):
         wrong = bits[start : start + piece] & exponent == exponent
         if wrong.any():
             at = tuple(map(int, np.unravel_index(start + int(wrong.argmax()), array.shape)))
-            raise ValueError(
+            raise UserError(
                 f"{path}: tensor {name} holds {float(array[at])} at {list(at)}; expected finite numbers: the training "
                 "that wrote it diverged, or the file is damaged."
             )
@@ -113,10 +115,10 @@ def _read_index(index: Path) -> dict[str, str]:
         where = json.loads(index.read_text())["weight_map"]
         files = set(where.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not readable ({error!r}); expected a weight_map from names to files.") from error
+        raise UserError(f"{index}: not readable ({error!r}); expected a weight_map from names to files.") from error
     strange = sorted(str(file) for file in files if not isinstance(file, str) or not _SHARD.fullmatch(file))
     if strange or not files:
-        raise ValueError(f"{index}: names {strange or 'nothing'}; expected files beside it.")
+        raise UserError(f"{index}: names {strange or 'nothing'}; expected files beside it.")
     return where
 
 
@@ -125,14 +127,14 @@ def _only_file(folder: Path) -> str:
     if SINGLE in files or len(files) == 1:
         return SINGLE if SINGLE in files else files[0]
     if files:
-        raise ValueError(f"{folder}: {', '.join(files)} without {INDEX}; expected one file, or an index.")
+        raise UserError(f"{folder}: {', '.join(files)} without {INDEX}; expected one file, or an index.")
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _UNPICKLED)
     if pickled:
-        raise ValueError(
+        raise UserError(
             f"{folder}: only {', '.join(pickled[:3])}, which can run code when opened and is not read; "
             "expected safetensors: convert it, or take another revision."
         )
-    raise ValueError(f"{folder}: no safetensors file.")
+    raise UserError(f"{folder}: no safetensors file.")
 
 
 def is_weights(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from distill.errors import UserError
 from distill.models.config import NetworkConfig
 
 ParameterPath = tuple[str, ...]
@@ -33,14 +34,14 @@ class Renamed:
     """A source by the names of a table: ``rename(name in the source)``.
 
     Raises:
-      ValueError: two names in the source that are one in the table.
+      UserError: two names in the source that are one in the table.
     """
 
     def __init__(self, source: Source, rename: Callable[[str], str]):
         self.source, self.where = source, {}
         for name in sorted(source.names()):
             if (ours := rename(name)) in self.where:
-                raise ValueError(f"the file has {name} and {self.where[ours]}, which are one tensor; expected one.")
+                raise UserError(f"the file has {name} and {self.where[ours]}, which are one tensor; expected one.")
             self.where[ours] = name
 
     def names(self) -> set[str]:
@@ -56,13 +57,13 @@ class Completed:
     """A source with tensors added that the stacked parameters have and no file holds.
 
     Raises:
-      ValueError: the source has one of them.
+      UserError: the source has one of them.
     """
 
     def __init__(self, source: Source, added: Mapping[str, np.ndarray]):
         self.source, self.added = source, added
         if present := added.keys() & source.names():
-            raise ValueError(f"the file has {min(present)}; the first layer should have none.")
+            raise UserError(f"the file has {min(present)}; the first layer should have none.")
 
     def names(self) -> set[str]:
         """Names of the source and of what is added."""

@@ -9,6 +9,7 @@ import numpy as np
 from distill.checkpoint import lock, refuse_changes, resumed
 from distill.config import to_dict
 from distill.data.addition import Examples
+from distill.errors import UserError
 from distill.experiments.addition import replicas as arms
 from distill.experiments.addition.config import Config
 from distill.experiments.addition.measure import identity_of, network, row_flops
@@ -21,11 +22,11 @@ def labelled(config: Config, train: Examples, seed: int) -> tuple[Examples, Exam
     """The few labelled examples of the baseline and those it is tuned by: disjoint, drawn from the train side.
 
     Raises:
-      ValueError: more than there are.
+      UserError: more than there are.
     """
     count, validation = config.baseline.labels, config.baseline.validation
     if count + validation > len(train.tokens):
-        raise ValueError(
+        raise UserError(
             f"baseline: labels={count} and validation={validation} ask for more than the {len(train.tokens)} examples."
         )
     order = np.random.default_rng([seed, 1]).permutation(len(train.tokens))

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from distill.data.addition import TOKENIZER, AdditionConfig
+from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.parallel import ParallelConfig
@@ -37,11 +38,11 @@ class SweepConfig:
 
     def __post_init__(self):
         if min(self.labels, self.validation, self.steps, self.evaluate_every, self.batch_size) < 1:
-            raise ValueError("baseline: labels, validation, steps, evaluate_every and batch_size must be at least 1.")
+            raise UserError("baseline: labels, validation, steps, evaluate_every and batch_size must be at least 1.")
         if not self.learning_rates or not self.weight_decays:
-            raise ValueError("baseline: learning_rates and weight_decays need at least one value each.")
+            raise UserError("baseline: learning_rates and weight_decays need at least one value each.")
         if self.steps % self.evaluate_every:
-            raise ValueError(
+            raise UserError(
                 f"baseline: steps={self.steps} is no multiple of evaluate_every={self.evaluate_every}; change one."
             )
 
@@ -76,7 +77,7 @@ class Config:
     def __post_init__(self):
         for role, recipe in (("teacher", self.teacher), ("student", self.student)):
             if recipe.model.vocab_size < TOKENIZER.vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"{role}: vocab_size={recipe.model.vocab_size}, but the tokenizer has {TOKENIZER.vocab_size} ids; "
                     f"set --{role}.model.vocab-size {TOKENIZER.vocab_size} (more is padding)."
                 )
@@ -102,4 +103,4 @@ class ProtocolConfig:
 
     def __post_init__(self):
         if self.seeds < 2 or not self.labels or not self.students:
-            raise ValueError("protocol: expected at least 2 seeds, one number of labels and one student.")
+            raise UserError("protocol: expected at least 2 seeds, one number of labels and one student.")

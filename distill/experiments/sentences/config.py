@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from distill.errors import UserError
 from distill.features import FeatureConfig
 from distill.parallel import ParallelConfig
 from distill.training import LogConfig, TrainingConfig
@@ -36,8 +37,8 @@ class SentenceConfig:
 
     def __post_init__(self):
         if min(self.sentences, self.held_out) < 2 or self.length < 6 or not self.layers:
-            raise ValueError("sentences: expected at least 2 sentences on both sides, length ≥ 6, and one layer.")
+            raise UserError("sentences: expected at least 2 sentences on both sides, length ≥ 6, and one layer.")
         if min(self.cosine_weight, self.similarity_weight) < 0.0 or not (
             self.cosine_weight + self.similarity_weight > 0.0 or self.features.used
         ):
-            raise ValueError("sentences: weights must be at least 0, one of them above.")
+            raise UserError("sentences: weights must be at least 0, one of them above.")

@@ -7,6 +7,7 @@ import numpy as np
 
 from distill import fetch
 from distill.batch import Batch
+from distill.errors import UserError
 from distill.experiments.sentences.config import SentenceConfig
 
 HELD_OUT_DIALOGUES = 700
@@ -28,7 +29,7 @@ def sentences(config: SentenceConfig) -> dict[str, Sentences]:
     not by ``TextTokenizer``, which is of language models.
 
     Raises:
-      ValueError: fewer sentences than asked for.
+      UserError: fewer sentences than asked for.
     """
     from tokenizers import Tokenizer
 
@@ -44,7 +45,7 @@ def sentences(config: SentenceConfig) -> dict[str, Sentences]:
         encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
         fits = [i for i, ids in enumerate(encoded) if SHORTEST <= len(ids) <= config.length]
         if len(fits) < count:
-            raise ValueError(f"sentences: {count} of {name} asked for; there are {len(fits)} of a fitting length.")
+            raise UserError(f"sentences: {count} of {name} asked for; there are {len(fits)} of a fitting length.")
         chosen = np.random.default_rng(0).permutation(fits)[:count]
         rows = np.zeros((count, config.length), np.int32)
         for row, i in zip(rows, chosen, strict=True):

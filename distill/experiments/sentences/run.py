@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill import losses
+from distill.errors import UserError
 from distill.experiments import fingerprints
 from distill.experiments.cost import ledger
 from distill.experiments.folder import Trained, identity
@@ -81,14 +82,14 @@ def prepare(config: SentenceConfig, run: Path) -> World:
     """Teacher, student and sentences.
 
     Raises:
-      FileNotFoundError: no such teacher.
-      ValueError: a teacher that is no encoder or too short, layers it has not, too few sentences.
+      MissingFile: no such teacher.
+      UserError: a teacher that is no encoder or too short, layers it has not, too few sentences.
     """
     model, params = load(corpus.teacher_folder(config))
     if not isinstance(model.config, EncoderConfig):
-        raise ValueError(f"sentences: {config.teacher} is no encoder, such as BERT, MiniLM or ModernBERT.")
+        raise UserError(f"sentences: {config.teacher} is no encoder, such as BERT, MiniLM or ModernBERT.")
     if config.length > model.config.max_length:
-        raise ValueError(f"sentences: length={config.length}; the teacher has {model.config.max_length} positions.")
+        raise UserError(f"sentences: length={config.length}; the teacher has {model.config.max_length} positions.")
     small, kept = keep_layers(model.config, params, config.layers)
     return World(config, run, Trained(model, params), corpus.sentences(config), Trained(encoder(small), kept))
 

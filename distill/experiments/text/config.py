@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from distill.data.text import TextDataConfig
+from distill.errors import UserError
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
@@ -37,16 +38,16 @@ class StudentConfig:
         for name in ("layers", "kv_heads", "feed_forward", "width", "calibration_batches"):
             value = vars(self)[name]
             if value is not None and value < 1:
-                raise ValueError(f"student: {name}={value}; expected at least 1.")
+                raise UserError(f"student: {name}={value}; expected at least 1.")
         sizes = {name: vars(self)[name] for name in ("layers", "kv_heads", "feed_forward", "width")}
         given = [name for name, value in sizes.items() if value is not None]
         given += [] if self.start == StartConfig("teacher") else ["start"]
         if self.source is not None and given:
-            raise ValueError(f"student: source={self.source!r} has its own sizes; leave out {', '.join(given)}.")
+            raise UserError(f"student: source={self.source!r} has its own sizes; leave out {', '.join(given)}.")
         if self.start.layers and self.layers not in (None, len(self.start.layers)):
-            raise ValueError(f"student: layers={self.layers} and start.layers={self.start.layers}; give one of them.")
+            raise UserError(f"student: layers={self.layers} and start.layers={self.start.layers}; give one of them.")
         if self.source is None and not (any(sizes.values()) or self.start.layers or self.start.factors):
-            raise ValueError(
+            raise UserError(
                 "student: as large as the teacher; give --student.layers, --student.width, …, a --student.source, or "
                 "--student.start.kind lora."
             )
@@ -99,22 +100,22 @@ class TextConfig:
     def __post_init__(self):
         for name in ("curve_rows", "prompts", "prompt_tokens", "new_tokens"):
             if vars(self)[name] < 1:
-                raise ValueError(f"{name}={vars(self)[name]}; expected at least 1.")
+                raise UserError(f"{name}={vars(self)[name]}; expected at least 1.")
         if self.heldout_rows is not None and self.heldout_rows < 1:
-            raise ValueError(f"heldout_rows={self.heldout_rows}; expected at least 1, or None for all.")
+            raise UserError(f"heldout_rows={self.heldout_rows}; expected at least 1, or None for all.")
         if len(set(self.arms)) != len(self.arms):
-            raise ValueError(f"arms={self.arms}; expected each at most once.")
+            raise UserError(f"arms={self.arms}; expected each at most once.")
         if self.arms[:1] == ("equal_time",):
-            raise ValueError(f"arms={self.arms}; equal_time is timed by equal_tokens, which must come first.")
+            raise UserError(f"arms={self.arms}; equal_time is timed by equal_tokens, which must come first.")
         if not (self.objective.kd_weight or self.objective.features.used):
-            raise ValueError("objective: nothing of the teacher in it; the arms train without one.")
+            raise UserError("objective: nothing of the teacher in it; the arms train without one.")
         check(self.signal, self.objective)
         if self.signal.kind == "stored" and self.streaming:
-            raise ValueError(
+            raise UserError(
                 "signal: targets are stored for rows in memory; leave out streaming, or set --signal.kind live."
             )
         if self.prompt_tokens > self.data.length:
-            raise ValueError(f"prompt_tokens={self.prompt_tokens}; a row has {self.data.length} tokens.")
+            raise UserError(f"prompt_tokens={self.prompt_tokens}; a row has {self.data.length} tokens.")
 
 
 def on_slice(

@@ -21,6 +21,7 @@ import numpy as np
 
 from distill.data import prepared
 from distill.devices.speed import flops_per_token
+from distill.errors import UserError
 from distill.evaluation import measures
 from distill.experiments.folder import Trained, identity
 from distill.experiments.learner import first_params, learner
@@ -205,7 +206,7 @@ def write(world: World, trained: dict[str, Trained], prompts: list[str]) -> list
     for prompt in prompts:
         ids = np.asarray([[*world.tokenizer.start, *world.tokenizer.encode(prompt)]], np.int32)
         if not ids.size:
-            raise ValueError("an empty prompt; expected some text to go on with.")
+            raise UserError("an empty prompt; expected some text to go on with.")
         row = {"prompt": prompt}
         for name, one in (("teacher", world.teacher), ("student", trained["student"])):
             row[name] = world.tokenizer.decode(_continued(world, *one, ids)[0])

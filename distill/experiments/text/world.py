@@ -18,6 +18,7 @@ from distill.data.loader import Loader
 from distill.data.packing import Rows
 from distill.data.stream import StreamLoader, blocks, open_rows
 from distill.devices import processes
+from distill.errors import UserError
 from distill.evaluation.heldout import Heldout
 from distill.experiments import fingerprints
 from distill.experiments.folder import Trained
@@ -78,8 +79,8 @@ def prepare(config: TextConfig, run: Path) -> World:
     """Reads models and text: everything that can be wrong is found here, before any training.
 
     Raises:
-      FileNotFoundError: no such model or text.
-      ValueError: models that do not fit together, a student that cannot be made, too little text.
+      MissingFile: no such model or text.
+      UserError: models that do not fit together, a student that cannot be made, too little text.
     """
     source, rules = config.student.source, config.parallel.student
     # A student or a vocabulary is cut out of the teacher before its kernels are rounded.
@@ -195,5 +196,5 @@ def _prompts(config: TextConfig, heldout: Rows) -> np.ndarray:
     length = config.prompt_tokens
     whole = heldout.segments[:, length - 1] == 1
     if not whole.any():
-        raise ValueError(f"prompt_tokens={length}: no held-out row begins with {length} tokens of one document.")
+        raise UserError(f"prompt_tokens={length}: no held-out row begins with {length} tokens of one document.")
     return heldout.tokens[whole][: config.prompts, :length].astype(np.int32)

@@ -5,6 +5,7 @@ A key of ``config.json`` is used, or known not to matter, or an error with its v
 
 from collections.abc import Callable
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig, EncoderConfig, NetworkConfig, changed
 from distill.weights.families import encoders, gemma, gpt, llama, moe, relatives
 from distill.weights.families.family import HARMLESS, Family, Json, Keys, chosen
@@ -29,11 +30,11 @@ def from_json(values: Json, tensors: Callable[[], set[str]] = set) -> NetworkCon
       True
 
     Raises:
-      ValueError: a family that is not known, a key that is missing, not known, or has a value not supported here.
+      UserError: a family that is not known, a key that is missing, not known, or has a value not supported here.
     """
     name = values.get("model_type")
     if name not in FAMILIES:
-        raise ValueError(f"config.json: model_type={name!r} is not supported; expected one of {', '.join(FAMILIES)}.")
+        raise UserError(f"config.json: model_type={name!r} is not supported; expected one of {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
     keys = Keys(values, family.defaults)
     options = family.options(keys)
@@ -47,7 +48,7 @@ def from_json(values: Json, tensors: Callable[[], set[str]] = set) -> NetworkCon
     found = family.by_tensors({canonical(family, tensor) for tensor in tensors()}) if family.by_tensors else {}
     config = family.config(**(sizes | options | found))
     if unknown:
-        raise ValueError(f"config.json: {', '.join(unknown)} of model_type {name!r}: not known, and it might matter.")
+        raise UserError(f"config.json: {', '.join(unknown)} of model_type {name!r}: not known, and it might matter.")
     return config
 
 
@@ -64,20 +65,20 @@ def family_of(config: NetworkConfig, family: str | None = None) -> str:
       family: the one asked for; None: the first that has all options of the network.
 
     Raises:
-      ValueError: none has them, or not the one asked for.
+      UserError: none has them, or not the one asked for.
     """
     kind = "encoder" if isinstance(config, EncoderConfig) else "decoder"
     known = {name: one for name, one in FAMILIES.items() if isinstance(config, one.config)}
     if family is not None and family not in known:
-        raise ValueError(f"family {family!r} is not known; expected one of {', '.join(known)} for this {kind}.")
+        raise UserError(f"family {family!r} is not known; expected one of {', '.join(known)} for this {kind}.")
     able = [name for name, one in known.items() if one.expresses(config)]
     if not able:
         options = chosen(config) if isinstance(config, DecoderConfig) else changed(config)
         options = {"width": config.width, "heads": config.heads} | options
         text = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise ValueError(f"no family among {', '.join(known)} has all options of this {kind}: {text}.")
+        raise UserError(f"no family among {', '.join(known)} has all options of this {kind}: {text}.")
     if family is not None and family not in able:
-        raise ValueError(f"family {family!r} has not all options of this {kind}; {able[0]!r} has.")
+        raise UserError(f"family {family!r} has not all options of this {kind}; {able[0]!r} has.")
     return family or able[0]
 
 
@@ -90,7 +91,7 @@ def to_json(config: NetworkConfig, family: str | None = None, dtype: str = "floa
       dtype: of the tensors beside it.
 
     Raises:
-      ValueError: a family that is not known or does not have all options of this network.
+      UserError: a family that is not known or does not have all options of this network.
     """
     name = family_of(config, family)
     spec = FAMILIES[name]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from distill.errors import UserError
 from distill.models.config import EncoderConfig
 from distill.weights.families.family import (
     Family,
@@ -162,7 +163,7 @@ def _modernbert(keys: Keys) -> Json:
         rope = dict((keys.get("rope_parameters") or {}).get(kind) or {})
         thetas[i] = rope.pop("rope_theta", thetas[i])
         if rope.pop("rope_type", "default") != "default" or rope:
-            raise ValueError(
+            raise UserError(
                 f"config.json: rope_parameters of {kind}: {keys.get('rope_parameters')[kind]!r}; expected "
                 "rope_type 'default' and a rope_theta."
             )
@@ -170,7 +171,7 @@ def _modernbert(keys: Keys) -> Json:
         activation(key, keys.get(key), _ACTIVATIONS) for key in ("hidden_activation", "classifier_activation")
     )
     if kind != of_head:
-        raise ValueError(
+        raise UserError(
             f"config.json: classifier_activation={keys.get('classifier_activation')!r}; expected that of the layers, "
             f"{keys.get('hidden_activation')!r}."
         )

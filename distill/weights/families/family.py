@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig, NetworkConfig, changed
 from distill.weights.families.rope_json import from_rope_json, to_rope_json
 from distill.weights.table import ParameterPath, Part, Row, Transform, flat, linear, same
@@ -28,7 +29,7 @@ class Keys:
         if value is _ABSENT:
             value = self.defaults.get(key, _ABSENT)
         if value is _ABSENT:
-            raise ValueError(f"config.json: {key} is missing.")
+            raise UserError(f"config.json: {key} is missing.")
         return value
 
     def neutral(self, key: str, *values: Any) -> None:
@@ -36,7 +37,7 @@ class Keys:
         self.seen.add(key)
         value = self.values.get(key, values[0])
         if value not in values:
-            raise ValueError(f"config.json: {key}={value!r} is not supported; expected {values[0]!r}.")
+            raise UserError(f"config.json: {key}={value!r} is not supported; expected {values[0]!r}.")
 
 
 def _head_of(config: Any) -> tuple[str, ...]:
@@ -219,10 +220,10 @@ def activation(key: str, given: str, known: Sequence[str] = tuple(ACTIVATIONS)) 
       known: the values that the network has.
 
     Raises:
-      ValueError: another value.
+      UserError: another value.
     """
     if given not in known:
-        raise ValueError(f"config.json: {key}={given!r} is not supported; expected one of {', '.join(known)}.")
+        raise UserError(f"config.json: {key}={given!r} is not supported; expected one of {', '.join(known)}.")
     return ACTIVATIONS[given]
 
 
@@ -262,7 +263,7 @@ def windows(keys: Keys, used: Any, by_default: Callable[[int], bool]) -> Json:
     if not any(windowed):
         return {}
     if not used:
-        raise ValueError(
+        raise UserError(
             f"config.json: layer_types={kinds!r} with sliding_window={window!r} and "
             f"use_sliding_window={keys.values.get('use_sliding_window')!r}; expected a window that is used."
         )
@@ -273,12 +274,12 @@ def windowed_layers(layers: int, kinds: Sequence[str] | None, by_default: Callab
     """For each layer, whether it has a window by the key ``layer_types``; without that key by default.
 
     Raises:
-      ValueError: a kind that is not known, or another number of layers.
+      UserError: a kind that is not known, or another number of layers.
     """
     if kinds is None:
         return tuple(by_default(n) for n in range(layers))
     if set(kinds) - {"sliding_attention", "full_attention"} or len(kinds) != layers:
-        raise ValueError(
+        raise UserError(
             f"config.json: layer_types={kinds!r}; expected sliding_attention or full_attention for {layers} layers."
         )
     return tuple(kind == "sliding_attention" for kind in kinds)

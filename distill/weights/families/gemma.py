@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.weights.families import usual
 from distill.weights.families.family import (
@@ -106,13 +107,13 @@ def _two_ropes(keys: Keys) -> tuple[Json, float]:
     length, original = keys.get("max_position_embeddings"), keys.get("original_max_position_embeddings")
     strange = sorted(newer.keys() - {"full_attention", "sliding_attention"})
     if strange:
-        raise ValueError(
+        raise UserError(
             f"config.json: rope_parameters has {', '.join(strange)}; expected full_attention and sliding_attention."
         )
     whole = from_rope_json(older, newer.get("full_attention"), keys.get("rope_theta"), length, original)
     local = from_rope_json(None, newer.get("sliding_attention"), keys.get("rope_local_base_freq"), length, original)
     if local["rope_scaling"].kind != "none":
-        raise ValueError(f"config.json: {local['rope_scaling']} in layers with a window; expected none.")
+        raise UserError(f"config.json: {local['rope_scaling']} in layers with a window; expected none.")
     return whole, local["rope_theta"]
 
 
@@ -135,7 +136,7 @@ def text_of(values: Json) -> Json:
     """The ``gemma3_text`` in a ``config.json`` of ``gemma3``, which also reads images.
 
     Raises:
-      ValueError: there is none, or a key beside it that is not known.
+      UserError: there is none, or a key beside it that is not known.
 
     Example:
       >>> text_of({"model_type": "gemma3", "text_config": {"hidden_size": 8}, "vision_config": {}})
@@ -143,11 +144,11 @@ def text_of(values: Json) -> Json:
     """
     text = values.get("text_config")
     if not isinstance(text, dict):
-        raise ValueError("config.json: text_config is missing; expected that of a gemma3 with images.")
+        raise UserError("config.json: text_config is missing; expected that of a gemma3 with images.")
     known = HARMLESS | _OF_IMAGES | {"model_type", "text_config", "tie_word_embeddings"}
     unknown = [f"{key}={value!r}" for key, value in values.items() if key not in known]
     if unknown:
-        raise ValueError(f"config.json: {', '.join(unknown)} of model_type 'gemma3': not known, and it might matter.")
+        raise UserError(f"config.json: {', '.join(unknown)} of model_type 'gemma3': not known, and it might matter.")
     tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
     return tied | text | {"model_type": "gemma3_text"}
 

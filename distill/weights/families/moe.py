@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.weights.families.family import Family, Json, Keys, biases, only, rotary, rotary_keys, row
 from distill.weights.families.usual import DEFAULTS, IGNORED, LAYER, NAMES, SIZES
@@ -30,7 +31,7 @@ def _experts(keys: Keys) -> int:
     """The number of experts, under either key."""
     count, local = keys.get("num_experts"), keys.get("num_local_experts")
     if count is not None and local is not None and count != local:
-        raise ValueError(f"config.json: num_experts={count} and num_local_experts={local}; expected one number.")
+        raise UserError(f"config.json: num_experts={count} and num_local_experts={local}; expected one number.")
     return local if count is None else count
 
 
@@ -68,7 +69,7 @@ def _feed_forward(keys: Keys) -> Json:
     if not any(sparse):
         return {"feed_forward": dense_width}
     if not all(sparse):
-        raise ValueError(
+        raise UserError(
             f"config.json: decoder_sparse_step={step} and mlp_only_layers={dense} give experts to layers "
             f"{[n for n in range(layers) if sparse[n]]} of {layers} only; expected all layers, or none, to have them."
         )

@@ -1,5 +1,6 @@
 """Phi-3 (arXiv 2404.14219), whose files join matrices, and OLMo 2 (arXiv 2501.00656), which normalises outputs."""
 
+from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.weights.families import usual
 from distill.weights.families.family import Family, Json, Keys, biases, has, only, rotary, rotary_keys, row
@@ -20,7 +21,7 @@ def _phi3(keys: Keys) -> Json:
     fields = rotary(keys, 1.0 if fraction is None else fraction)
     kind = fields["rope_scaling"].kind
     if kind not in ("none", "longrope"):
-        raise ValueError(f"config.json: rope_type={kind!r} of model_type 'phi3' is not supported; expected longrope.")
+        raise UserError(f"config.json: rope_type={kind!r} of model_type 'phi3' is not supported; expected longrope.")
     return fields | {"sliding_window": keys.get("sliding_window")}
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from distill.errors import UserError
 from distill.models.config import RopeScaling
 
 Json = dict[str, Any]
@@ -55,7 +56,7 @@ def from_rope_json(
       2.0
 
     Raises:
-      ValueError: a kind or a key that is not known, or one that is missing.
+      UserError: a kind or a key that is not known, or one that is missing.
     """
     given = {key: value for key, value in (older or newer or {}).items() if value is not None}
     theta = float(given.pop("rope_theta", theta))
@@ -63,12 +64,12 @@ def from_rope_json(
     kind = given.pop("rope_type", older_kind)
     kind = "longrope" if kind == "su" else kind  # its older name
     if kind not in _KEYS:
-        raise ValueError(f"config.json: rope_type={kind!r} is not supported; expected one of {', '.join(_KEYS)}.")
+        raise UserError(f"config.json: rope_type={kind!r} is not supported; expected one of {', '.join(_KEYS)}.")
     if fraction is not None or given.get("partial_rotary_factor") == 1.0:
         fraction = given.pop("partial_rotary_factor", fraction)
     unknown = [f"{key}={value!r}" for key, value in given.items() if key not in _KEYS[kind]]
     if unknown:
-        raise ValueError(f"config.json: {', '.join(unknown)} of rope_type {kind!r}: not known, and it might matter.")
+        raise UserError(f"config.json: {', '.join(unknown)} of rope_type {kind!r}: not known, and it might matter.")
     fields = {"rope_theta": theta, "rope_scaling": _scaling(kind, given, length, original)}
     return fields if fraction is None else fields | {"rope_fraction": float(fraction)}
 
@@ -82,7 +83,7 @@ def _scaling(kind: str, given: Json, length: int, original: int | None) -> RopeS
     needed = _KEYS[kind] & {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
     missing = sorted(needed - given.keys())
     if missing:
-        raise ValueError(f"config.json: rope_type {kind!r} without {', '.join(missing)}.")
+        raise UserError(f"config.json: rope_type {kind!r} without {', '.join(missing)}.")
     factor = float(given["factor"])
     if kind == "linear":
         return RopeScaling(kind, factor)
