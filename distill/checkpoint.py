@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill.config import differences, write_json
+from distill.config import check_fields, differences, write_json
 from distill.devices import processes
 from distill.errors import MissingFile, UserError
 from distill.shapes import Params
@@ -63,6 +63,7 @@ class KeepConfig:
     """The best by a metric of the evaluation at its step: one of ``BETTER``, or any as ``max:NAME``, ``min:NAME``."""
 
     def __post_init__(self):
+        check_fields(self, "keep")
         if self.last < 1 or self.every < 0:
             raise UserError(f"keep: last={self.last}, every={self.every}; expected last ≥ 1 and every ≥ 0.")
         if self.best is not None and self.best not in BETTER and self.best.partition(":")[0] not in ("max", "min"):

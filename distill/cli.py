@@ -7,6 +7,7 @@ import argparse
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ _LOST = (
     "\nIf another process ended, its log says why. The same command goes on from the last checkpoint, on another "
     "number of processes or devices too."
 )
+_INTERRUPTED = 128 + signal.SIGINT
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -91,27 +93,35 @@ def set_up_jax(*, keep: bool = False) -> None:
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a script's ``main(argv)`` and turns what it raises into exit codes and one message."""
+    from distill.train import Stopped
+
     argv = sys.argv[1:]
     try:
         main(argv)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, message = explain(error)
         if "--debug" in argv and processes.count() == 1:
             raise
         if "--debug" in argv:
             traceback.print_exc()
-        if code and processes.count() > 1:
+        if processes.count() > 1 and not isinstance(error, Stopped):
             processes.abort(code, f"process {processes.index()}: {message}{_LOST if code == 1 else ''}")
         print(message, file=sys.stderr)
         sys.exit(code)
 
 
-def explain(error: Exception) -> tuple[int, str]:
-    """Exit code and message of an error."""
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of an error.
+
+    0: SIGTERM, state saved. 130: Ctrl-C, as of every command. 2: what was given cannot be used (``UserError``, a file
+    that the system refuses). 1: everything else, a fault of the library or of the machine.
+    """
     from distill.train import Stopped
 
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED, "interrupted; what was saved before is in the run folder."
     if isinstance(error, Stopped):
-        return 0, str(error)
+        return _INTERRUPTED if error.by == signal.SIGINT else 0, str(error)
     written = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore says it
     if (error.errno if isinstance(error, OSError) else written and int(written[1])) in _DISK_FULL:
         return 2, f"error: the disk is full ({error}). Nothing saved was lost: free some space, run the command again."

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.batch import Batch
+from distill.config import check_fields
 from distill.errors import UserError
 from distill.losses import hidden, reduce
 from distill.models.config import EncoderConfig
@@ -49,6 +50,13 @@ class FeatureConfig:
     """Which teacher layers the student's layers learn hidden states and attention from (``losses.layer_map``)."""
 
     def __post_init__(self):
+        hidden, maps, relations = (
+            (vars(self)[name] > 0.0, f"{name}={vars(self)[name]}")
+            for name in ("hidden_weight", "attention_weight", "relation_weight")
+        )
+        either = (hidden[0] or maps[0], f"{hidden[1]}, {maps[1]}")
+        read = {"hidden_loss": hidden, "embeddings": hidden, "average_heads": maps, "layers": either}
+        check_fields(self, "features", read | {"relation_heads": relations, "relation_layer": relations})
         if min(self.hidden_weight, self.attention_weight, self.relation_weight) < 0.0:
             raise UserError("features: weights must be at least 0.")
         if self.relation_heads < 1:

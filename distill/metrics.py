@@ -45,8 +45,8 @@ class Writer:
 
     def __init__(self, run: Path, step: int = 0, tensorboard: bool = False):
         first = processes.index() == 0  # the one that writes
-        if first:
-            _cut(run, step)
+        self.seconds = _cut(run, step) if first else 0.0
+        """Of the lines that were there before: a resumed run counts on from them."""
         self._file: TextIO = open(run / "metrics.jsonl" if first else os.devnull, "a")  # noqa: SIM115 - see close()
         self._board = _tensorboard(run, step) if tensorboard and first else None
 
@@ -64,12 +64,13 @@ class Writer:
             self._board.close()
 
 
-def _cut(run: Path, step: int) -> None:
-    """Leaves the lines up to a step; a kill meanwhile leaves the file as it was."""
+def _cut(run: Path, step: int) -> float:
+    """Leaves the lines up to a step, or the file as it was if it is killed; returns the seconds of the last line."""
     file, partial = run / "metrics.jsonl", run / "metrics.partial"
     kept = [record for record in read_metrics(run) if record["step"] <= step and step]
     partial.write_text("".join(to_json(record) + "\n" for record in kept))
     os.replace(partial, file)
+    return max((record.get("seconds", 0.0) for record in kept), default=0.0)
 
 
 def _tensorboard(run: Path, step: int):

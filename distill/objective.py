@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from distill import losses
 from distill.batch import Batch
+from distill.config import check_fields
 from distill.errors import UserError
 from distill.features import FeatureConfig
 from distill.models.model import Model
@@ -80,6 +81,7 @@ class ObjectiveConfig:
     """Terms between hidden states, attention maps and relations; they need a live teacher."""
 
     def __post_init__(self):
+        check_fields(self, "objective", self._read())
         if not self.temperature > 0.0:
             raise UserError(f"objective: temperature={self.temperature}; expected a number above 0.")
         if self.divergence != "alpha_beta" and not 0.0 <= self.beta <= 1.0:
@@ -105,6 +107,14 @@ class ObjectiveConfig:
                 f"objective: kd_weight={self.kd_weight}, task_weight={self.task_weight}; expected ≥ 0, one above "
                 "(or a weight of objective.features)."
             )
+
+    def _read(self) -> dict[str, tuple[bool, str]]:
+        """Hyperparameter → whether the divergence, or a schedule, reads it."""
+        known = inspect.signature(DIVERGENCES[self.divergence]).parameters if self.divergence in DIVERGENCES else {}
+        beside = f"divergence={self.divergence!r}"
+        read = {name: (name in known, beside) for name in ("temperature", "alpha", "beta", "mu", "interpolation")}
+        read |= {f"final_{name}": read[name] for name in ("temperature", "interpolation")}
+        return read | {"schedule_steps": (self.scheduled, "no final value")}
 
     @property
     def scheduled(self) -> bool:
@@ -206,7 +216,7 @@ MEASURES = (
 )
 """What is logged of student and teacher side by side; no part of the loss, and no gradient."""
 
-RESERVED = frozenset({"loss", "gradient_norm", "skipped"} | {term.name for term in MEASURES})
+RESERVED = frozenset({"loss", "gradient_norm", "skipped", "tokens"} | {term.name for term in MEASURES})
 """Metrics of every step; no term may have such a name."""
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import optax
 
+from distill.config import check_fields
 from distill.errors import UserError
 from distill.shapes import Array, Params
 
@@ -28,6 +29,7 @@ class OptimizerConfig:
     """Bound on the global norm of the gradient; 0: none."""
 
     def __post_init__(self):
+        check_fields(self, "optimizer")
         if not self.learning_rate > 0.0:
             raise UserError(f"optimizer: learning_rate={self.learning_rate}; expected a number above 0.")
         if min(self.warmup_steps, self.weight_decay, self.clip_norm) < 0:

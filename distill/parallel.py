@@ -26,6 +26,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from distill.batch import Batch
+from distill.config import check_fields
 from distill.devices import backend, processes
 from distill.errors import UserError
 from distill.models.model import Model
@@ -95,6 +96,7 @@ class ParallelConfig:
         return {axis: vars(self)[axis] for axis in AXES if axis != "data"}
 
     def __post_init__(self):
+        check_fields(self, "parallel")
         sizes = self.sizes
         if min(sizes.values()) < 1:
             raise UserError(f"parallel: {_listed(sizes)}; expected at least 1.")
@@ -102,9 +104,6 @@ class ParallelConfig:
             raise UserError(
                 f"parallel: {self.backend} cannot shard: {_listed(sizes)}; use backend=mesh, or 1 for each of them."
             )
-        for name, rules in (("student", self.student), ("teacher", self.teacher)):
-            if rules not in RULES:
-                raise UserError(f"parallel: {name}={rules!r}; expected one of {', '.join(RULES)}.")
 
 
 def _listed(sizes: Mapping[str, int]) -> str:

@@ -90,13 +90,14 @@ def make_train_step(
       reduction: of every mean: ``token_mean``, or ``sequence_mean`` (``losses.sequence_weights``).
       remat: what the student's layers keep for the backward pass (``TrainingConfig.remat``).
       skip_not_finite: skip a step whose loss or gradients are not finite; parameters and optimizer stay bit-identical,
-        the step counts, its batch is spent, and the metric ``skipped`` is 1.
+        the step counts, also for the learning rate, its batch is spent, and the metric ``skipped`` is 1.
 
     Returns:
       ``train_step(state, teacher_params, batch) -> (state, metrics)``; metrics are (sum, weight) pairs, global:
       ``loss``, every term by its name, ``agreement`` (share of top-1 tokens equal to the teacher's) and
-      ``teacher_cross_entropy`` where the teacher's logits are known, ``gradient_norm``. For a student with a ``base``
-      the second argument is ``Frozen(teacher_params, base_params)``.
+      ``teacher_cross_entropy`` where the teacher's logits are known, ``gradient_norm``, and ``tokens``, those of the
+      batch that are no padding. For a student with a ``base`` the second argument is
+      ``Frozen(teacher_params, base_params)``.
 
     Raises:
       UserError: terms that name a metric twice, look inside a teacher that is not live, or balance experts that the
@@ -138,7 +139,8 @@ def _train_step(
         updates, opt_state = step.optimizer.update(gradients, state.opt_state, state.params)
         metrics["gradient_norm"] = (optax.tree.norm(gradients), jnp.float32(1.0))
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-    return _or_skipped(state, new, metrics) if step.skip_not_finite else (new, metrics)
+    new, metrics = _or_skipped(state, new, metrics) if step.skip_not_finite else (new, metrics)
+    return new, metrics | {"tokens": (step.global_sum(_tokens(batch)), jnp.float32(1.0))}
 
 
 def _loss_of(
@@ -274,6 +276,13 @@ def _whole(
     return (of_student, of_teacher), view, by_rows(mask)
 
 
+def _tokens(batch: Batch) -> Array:
+    """Tokens of a batch that are no padding, whether they are predicted or not."""
+    if batch.segments is None:
+        return jnp.float32(batch.inputs.size)
+    return jnp.sum(batch.segments > 0, dtype=jnp.float32)
+
+
 def _counted(batch: Batch, weights: Array | None) -> Array:
     return jnp.sum(batch.mask if weights is None else weights, dtype=jnp.float32)
 
@@ -290,12 +299,23 @@ def _total(terms: Sequence[Term], pairs: Metrics) -> Array:
     return sum((term.weight * pairs[term.name][0] for term in terms), start=jnp.float32(0.0))
 
 
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
 def _or_skipped(old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
     """The new state where the step was finite, else the old one and metrics without weight."""
     fine = jnp.isfinite(metrics["loss"][0]) & jnp.isfinite(metrics["gradient_norm"][0])
-    kept = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new[1:], old[1:])
+
+    def kept(a: Any, b: Any) -> Any:
+        # The learning rate goes on, as every other schedule does: their one counter is the step.
+        return a if _is_schedule(a) else jnp.where(fine, a, b)
+
+    params, opt_state = jax.tree.map(kept, new[1:], old[1:], is_leaf=_is_schedule)
     counted = jax.tree.map(lambda x: jnp.where(fine, x, jnp.zeros_like(x)), metrics)
-    return TrainState(new.step, *kept), counted | {"skipped": (1.0 - fine.astype(jnp.float32), jnp.float32(1.0))}
+    return TrainState(new.step, params, opt_state), counted | {
+        "skipped": (1.0 - fine.astype(jnp.float32), jnp.float32(1.0))
+    }
 
 
 def _check(terms: Sequence[Term], student: Model, teacher: Model | None) -> None:

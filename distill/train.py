@@ -43,7 +43,16 @@ Evaluate = Callable[[Params], dict[str, float]]
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C), saved, and can be continued."""
+    """The run was asked to stop (SIGTERM, Ctrl-C), saved, and can be continued.
+
+    Args:
+      message: for the user.
+      by: the signal.
+    """
+
+    def __init__(self, message: str, by: signal.Signals = signal.SIGTERM):
+        super().__init__(message)
+        self.by = by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,9 +284,8 @@ class _Run:
             if at_end or self.step % training.save_every == 0 or self.stop["now"]:
                 self.save()
             if self.stop["now"] and not at_end:
-                raise Stopped(
-                    f"stopped at step {self.step} of {training.steps}; saved. Run the same command to continue."
-                )
+                message = f"stopped at step {self.step} of {training.steps}; saved. Run the same command to continue."
+                raise Stopped(message, signal.SIGINT if self.stop["interrupted"] else signal.SIGTERM)
         return self.state
 
     def read(self) -> tuple | None:
@@ -323,7 +331,8 @@ class _Recorder:
         self.pending: tuple[int, Any] | None = None
         self.measured: dict[int, dict[str, float]] = {}
         """Step of the last evaluation → its metrics."""
-        self.started = self.last = time.perf_counter()
+        self.last = time.perf_counter()
+        self.started = self.last - writer.seconds
 
     def dispatched(self, first: int, metrics: dict[str, Any]) -> None:
         """Records the dispatch before, while this one computes; this one too where it has ended with its call."""
@@ -337,26 +346,30 @@ class _Recorder:
             return
         (first, metrics), self.pending = self.pending, None
         metrics = jax.device_get(metrics)
+        tokens = float(np.sum(metrics.pop("tokens")[0]))
         skipped = self.skips.count(first, metrics)
         values = averages(metrics)
         if "skipped" in metrics:  # of a dispatch of which every step was skipped nothing else is known
             values = (values if skipped < self.training.dispatch else {}) | {"skipped": skipped}
         step = first + self.training.dispatch
-        speed = self._speed()
-        self.writer.write("train", step, values | speed)
+        speed = self._speed(tokens)
+        self.writer.write("train", step, values | {"tokens": tokens} | speed)
         notes = shown_share(speed["mfu"]) + " MFU" if "mfu" in speed else ""
         notes += f"  {self.skips.in_all} skipped" if self.skips.in_all else ""
         shown = {"loss": values.get("loss", np.nan), "tokens_per_second": speed["tokens_per_second"], "notes": notes}
         self.progress.update(step, **shown)
 
-    def _speed(self) -> dict[str, float]:
-        """Of the dispatch whose metrics are here now: from those of the one before, or from an evaluation, to these."""
+    def _speed(self, tokens: float) -> dict[str, float]:
+        """Of the dispatch whose metrics are here now: from those of the one before, or from an evaluation, to these.
+
+        Tokens are counted without padding, FLOPs with it: the devices compute it too.
+        """
         now, length = time.perf_counter(), self.feed.length
-        tokens = self.training.dispatch * self.training.batch_size * length / (now - self.last)
-        self.last = now
-        speed = {"seconds": now - self.started, "tokens_per_second": tokens}
+        spent, self.last = now - self.last, now
+        speed = {"seconds": now - self.started, "tokens_per_second": tokens / spent}
         each = flops_per_token(self.task.student, self.task.teacher, length)
-        return speed | (utilisation(each * tokens, self.devices) if each else {})
+        flops = each * self.training.dispatch * self.training.batch_size * length / spent if each else None
+        return speed | (utilisation(flops, self.devices) if flops else {})
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         keep = self.training.keep
@@ -405,18 +418,24 @@ class _Skips:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[dict[str, bool]]:
-    """``stop["now"]`` becomes True on SIGTERM or Ctrl-C. Outside the main thread signals are left alone.
+    """``stop["now"]`` becomes True on SIGTERM or Ctrl-C, ``stop["interrupted"]`` on the latter.
+
+    A second Ctrl-C does not wait for the running dispatch. Outside the main thread signals are left alone.
 
     Of several processes SIGTERM is JAX's: it tells all of them (``processes.asked_to_stop``).
     """
-    stop = {"now": False}
+    stop = {"now": False, "interrupted": False}
 
-    def ask(*_: Any) -> None:
-        stop["now"] = True
+    def ask(number: int, _: Any) -> None:
+        if stop["interrupted"] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop["interrupted"] |= number == signal.SIGINT
+        if processes.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            stop["now"] = True
 
-    handlers = {signal.SIGTERM: ask, signal.SIGINT: ask}
-    if processes.count() > 1:
-        handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+    handlers = {signal.SIGINT: ask} | ({} if processes.count() > 1 else {signal.SIGTERM: ask})
     try:
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:

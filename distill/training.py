@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from distill.checkpoint import KeepConfig
+from distill.config import check_fields
 from distill.errors import UserError
 from distill.optim import OptimizerConfig
 
@@ -61,6 +62,7 @@ class TrainingConfig:
         return max(n for n in range(1, DISPATCHED + 1) if common % n == 0)
 
     def __post_init__(self):
+        check_fields(self, "training", {"skips_in_a_row": (self.on_nan == "skip", f"on_nan={self.on_nan!r}")})
         counts = ("steps", "batch_size", "micro_batches", "evaluate_every", "save_every", "skips_in_a_row")
         values = {name: vars(self)[name] for name in (*counts, "steps_per_dispatch")}
         for name, value in values.items():
@@ -98,3 +100,6 @@ class LogConfig:
     """Also write RUN/tensorboard (needs the extra ``track``)."""
     profile: bool = False
     """Trace a few steps into RUN/profile, for XProf and TensorBoard, and print where their time goes."""
+
+    def __post_init__(self):
+        check_fields(self, "log")

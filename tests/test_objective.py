@@ -197,8 +197,8 @@ def test_a_custom_term_is_evaluated():
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence_can_be_named(divergence):
     student, teacher, batch = case()
-    config = ObjectiveConfig(divergence=divergence, temperature=2.0, beta=0.3)
     options = {"beta": 0.3} if divergence in ("generalized_jsd", "alpha_beta") else {}
+    config = ObjectiveConfig(divergence=divergence, temperature=2.0, **options)
     want = getattr(losses, divergence)(student, teacher, temperature=2.0, **options)
     got = pairs_of(terms_of(config), student, teacher, batch)[divergence]
     np.testing.assert_allclose(got[0], losses.masked_sum(want, batch.mask)[0], rtol=1e-5)

@@ -13,11 +13,16 @@ from typing import NamedTuple
 import numpy as np
 
 from distill.batch import Batch, shift
+from distill.config import check_fields
 from distill.data import once
 from distill.errors import UserError
 from distill.tokenizer import CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer("0123456789+=")
+
+
+VALIDATION = 0.1
+"""Share of the held-out pairs on which learning curves are measured, and checkpoints chosen; the test has the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,7 @@ class AdditionConfig:
     """Seed of the draw and of the split."""
 
     def __post_init__(self):
+        check_fields(self, "data")
         if not 1 <= self.digits <= 9:
             raise UserError(f"data: digits={self.digits}; expected 1 to 9.")
         if not 0.0 < self.test_fraction < 1.0:
@@ -228,6 +234,22 @@ def load(config: AdditionConfig, data_dir: str | Path | None = None) -> dict[str
         sides[side] = Examples(tokens, np.array([row["carries"] for row in everything], np.int32))
     assert_disjoint(config, sides["train"], sides["test"])
     return sides
+
+
+def split_heldout(config: AdditionConfig, heldout: Examples) -> dict[str, Examples]:
+    """Held-out examples as ``{"validation": …, "test": …}``, split by unordered pair; ``VALIDATION`` says how many.
+
+    Raises:
+      UserError: fewer than two pairs.
+    """
+    pairs = [frozenset(pair) for pair in _operands(config, heldout)]
+    distinct = sorted(set(pairs), key=sorted)
+    if len(distinct) < 2:
+        raise UserError(f"data: {len(distinct)} held-out pair; expected one to validate on and one to test on.")
+    order = np.random.default_rng([config.split_seed, config.digits, len(distinct)]).permutation(len(distinct))
+    chosen = {distinct[i] for i in order[: max(round(VALIDATION * len(distinct)), 1)]}
+    inside = np.array([pair in chosen for pair in pairs])
+    return {"validation": heldout.take(inside), "test": heldout.take(~inside)}
 
 
 def assert_disjoint(config: AdditionConfig, left: Examples, right: Examples) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from distill.config import check_fields
 from distill.errors import UserError
 from distill.students.layers import CHOICES
 
@@ -28,15 +29,13 @@ class StartConfig:
     """Shares embedding and head with the teacher: frozen, and held once in memory. The widths must be equal."""
 
     def __post_init__(self):
-        if self.rank < 1 or not self.alpha > 0.0:
-            raise UserError(f"student_start: rank={self.rank}, alpha={self.alpha}; expected rank ≥ 1 and alpha > 0.")
+        kind = f"kind={self.kind!r}"
         read = {"choice": self.cut, "layers": self.cut, "rank": self.factors, "kernels": self.factors}
         read |= {"alpha": self.kind == "lora", "weighted": self.kind == "low_rank"}
         read |= {"share_embeddings": self.kind != "lora"}
-        for field in dataclasses.fields(self):
-            value = vars(self)[field.name]
-            if value != field.default and not read.get(field.name, True):
-                raise UserError(f"student_start: {field.name}={value!r} means nothing with kind={self.kind}.")
+        check_fields(self, "student_start", {name: (used, kind) for name, used in read.items()})
+        if self.rank < 1 or not self.alpha > 0.0:
+            raise UserError(f"student_start: rank={self.rank}, alpha={self.alpha}; expected rank ≥ 1 and alpha > 0.")
 
     @property
     def cut(self) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 
 from distill import losses
 from distill.batch import Batch
+from distill.config import check_fields
 from distill.devices import processes
 from distill.errors import UserError
 from distill.models.model import Model
@@ -45,14 +46,9 @@ class SignalConfig:
     """sampled: draws at every position."""
 
     def __post_init__(self):
+        beside = f"kind={self.kind!r}, targets={self.targets!r}"
         read = {"targets": self.kind == "stored", "k": self.stores("top_k"), "draws": self.stores("sampled")}
-        for field in dataclasses.fields(self):
-            value = vars(self)[field.name]
-            if value != field.default and not read.get(field.name, True):
-                raise UserError(
-                    f"signal: {field.name}={value!r} is not read with kind={self.kind!r}, targets={self.targets!r}; "
-                    "leave it out."
-                )
+        check_fields(self, "signal", {name: (used, beside) for name, used in read.items()})
         if min(self.k, self.draws) < 1:
             raise UserError(f"signal: k={self.k}, draws={self.draws}; expected at least 1.")
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar, Literal
 
+from distill.config import check_fields
 from distill.data.addition import TOKENIZER, AdditionConfig
 from distill.errors import UserError
 from distill.models.config import DecoderConfig
@@ -19,6 +20,9 @@ class Recipe:
 
     model: DecoderConfig = DecoderConfig()
     training: TrainingConfig = TrainingConfig()
+
+    def __post_init__(self):
+        check_fields(self, "recipe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ class SweepConfig:
     batch_size: int = 100
 
     def __post_init__(self):
+        check_fields(self, "baseline")
         if min(self.labels, self.validation, self.steps, self.evaluate_every, self.batch_size) < 1:
             raise UserError("baseline: labels, validation, steps, evaluate_every and batch_size must be at least 1.")
         if not self.learning_rates or not self.weight_decays:
@@ -75,6 +80,7 @@ class Config:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
+        check_fields(self, "addition")
         for role, recipe in (("teacher", self.teacher), ("student", self.student)):
             if recipe.model.vocab_size < TOKENIZER.vocab_size:
                 raise UserError(

@@ -55,6 +55,7 @@ def prepare(config: Config, run: Path) -> World:
     """The additions; refuses too many labels, and networks that cannot be compared."""
     sides = addition.load(config.data)
     addition.assert_disjoint(config.data, sides["train"], sides["test"])
+    sides |= addition.split_heldout(config.data, sides["test"])
     baseline.labelled(config, sides["train"], 0)
     teacher = network(config.teacher.model)
     learner(config.objective, outline(teacher, config.student.model, config.student_start), teacher)
@@ -142,7 +143,7 @@ def distillation(world: World, teacher: Trained, begin: Callable[[], Start]) -> 
     )
 
     def look() -> Look:
-        few = jax.tree.map(jnp.asarray, sides["test"].take(slice(PREFLIGHT_ROWS)).batch(config.data))
+        few = jax.tree.map(jnp.asarray, sides["validation"].take(slice(PREFLIGHT_ROWS)).batch(config.data))
         first = Side(begin().model, begin().whole(begin().learnt(key)), TOKENIZER)
         return Look(first, Side(*teacher, TOKENIZER), few)
 
@@ -150,9 +151,9 @@ def distillation(world: World, teacher: Trained, begin: Callable[[], Start]) -> 
 
 
 def _curve(model: Model, world: World) -> Evaluate:
-    """Exact match on the test side, for the learning curve."""
-    data, test = world.config.data, world.sides["test"]
-    return lambda params: {"exact_match": float(measure.is_correct(model, params, data, test).mean())}
+    """Exact match on the validation side, for the learning curve and the choice of a checkpoint."""
+    data, validation = world.config.data, world.sides["validation"]
+    return lambda params: {"exact_match": float(measure.is_correct(model, params, data, validation).mean())}
 
 
 def evaluate(world: World, trained: dict[str, Trained]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from distill.config import check_fields
 from distill.errors import UserError
 from distill.features import FeatureConfig
 from distill.parallel import ParallelConfig
@@ -36,6 +37,7 @@ class SentenceConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
+        check_fields(self, "sentences")
         if min(self.sentences, self.held_out) < 2 or self.length < 6 or not self.layers:
             raise UserError("sentences: expected at least 2 sentences on both sides, length ≥ 6, and one layer.")
         if min(self.cosine_weight, self.similarity_weight) < 0.0 or not (

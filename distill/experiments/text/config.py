@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar, Literal
 
+from distill.config import check_fields
 from distill.data.text import TextDataConfig
 from distill.errors import UserError
 from distill.objective import ObjectiveConfig
@@ -35,6 +36,9 @@ class StudentConfig:
     factors or a correction of low rank, or at random."""
 
     def __post_init__(self):
+        measured = any((self.kv_heads, self.feed_forward, self.width, self.start.weighted))
+        beside = "no kv_heads, feed_forward, width or weighted start"
+        check_fields(self, "student", {"calibration_batches": (measured, beside)})
         for name in ("layers", "kv_heads", "feed_forward", "width", "calibration_batches"):
             value = vars(self)[name]
             if value is not None and value < 1:
@@ -98,6 +102,7 @@ class TextConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
+        check_fields(self, "text")
         for name in ("curve_rows", "prompts", "prompt_tokens", "new_tokens"):
             if vars(self)[name] < 1:
                 raise UserError(f"{name}={vars(self)[name]}; expected at least 1.")

@@ -144,7 +144,7 @@ def evaluate(world: World, trained: dict[str, Trained]) -> dict[str, Any]:
         evaluation[name] = world.heldout.measure(model, params) | _sizes(model, length)
         evaluation[name] |= _written(world, model, params)
         if name in trained:
-            evaluation[name] |= training_of(_folder(world, name), world.config)
+            evaluation[name] |= training_of(_folder(world, name))
     evaluation["heldout"] = {"rows": len(world.heldout.batch.inputs), "tokens": world.heldout.tokens}
     evaluation["prompts"] = [world.tokenizer.decode(row) for row in world.prompts]
     packed = prepared.summaries(world.config.data, world.tokenizer, world.config.data_dir)
@@ -187,6 +187,9 @@ def verdict(evaluation: dict[str, Any]) -> list[str]:
             kl, nll = (f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'}" for gain in gains)
             both = "better on both" if min(gains) > 0 else "not better on both"
             lines.append(f"distilled, at {arm.replace('_', ' ')}: KL to the teacher {kl}, nats per token {nll}: {both}")
+    steps = [evaluation.get(arm, {}).get("steps") for arm in ("equal_tokens", "equal_time")]
+    if steps[0] is not None and steps[0] == steps[1]:
+        lines.append(f"equal time is equal tokens here: {steps[0]} steps of cross-entropy take as long as distilling")
     return lines
 
 
