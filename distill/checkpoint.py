@@ -354,7 +354,7 @@ def _unused(path: Path) -> Path:
     return next(other for other in others if not other.exists())
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """What is asked for is not what stands in the run folder."""
 
 

@@ -11,7 +11,7 @@ import os
 import pkgutil
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,14 +99,17 @@ def _expected(hint: Any) -> str:
     return names.get(hint) or f"a {hint.__name__}"
 
 
-def check_fields(config: Any, name: str, read: Mapping[str, tuple[bool, str]] | None = None) -> None:
+Read = Callable[[], Mapping[str, tuple[bool, str]]]
+"""Field → (whether anything reads it, beside which other fields)."""
+
+
+def check_fields(config: Any, name: str, read: Read = dict) -> None:
     """Refuses a value of another type than its field is declared with, and one that nothing would read.
 
     Args:
       config: a dataclass; ``__post_init__`` calls this first.
       name: of the configuration in messages.
-      read: field → (whether something reads it, by which other field). A field that nothing reads must have its
-        default.
+      read: called once the types are right; a field that nothing reads must have its default.
 
     Raises:
       UserError: the field, its value, and what was expected: of a ``Literal``, its choices.
@@ -118,7 +121,7 @@ def check_fields(config: Any, name: str, read: Mapping[str, tuple[bool, str]] | 
       ...     exponent: float = 2.0
       ...
       ...     def __post_init__(self):
-      ...         check_fields(self, "pool", {"exponent": (self.kind == "power", f"kind={self.kind!r}")})
+      ...         check_fields(self, "pool", lambda: {"exponent": (self.kind == "power", f"kind={self.kind!r}")})
       >>> for given in ({"kind": "max"}, {"exponent": 3.0}):
       ...     try:
       ...         Pool(**given)
@@ -134,10 +137,12 @@ def check_fields(config: Any, name: str, read: Mapping[str, tuple[bool, str]] | 
             near = difflib.get_close_matches(str(value), map(str, typing.get_args(hint)), 1)
             meant = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{name}: {field.name}={value!r}; expected {_expected(hint)}.{meant}")
-        used, beside = (read or {}).get(field.name, (True, ""))
-        if not used and value != field.default:
+    known, defaults = read(), {field.name: field.default for field in dataclasses.fields(config)}
+    for field, (used, beside) in known.items():
+        value, default = getattr(config, field), defaults[field]
+        if not used and value != default:
             raise UserError(
-                f"{name}: {field.name}={value!r} is not read with {beside}; leave it out (default: {field.default!r})."
+                f"{name}: {field}={value!r} is not read with {beside}; leave it out (default: {default!r})."
             )
 
 

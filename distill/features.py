@@ -50,17 +50,19 @@ class FeatureConfig:
     """Which teacher layers the student's layers learn hidden states and attention from (``losses.layer_map``)."""
 
     def __post_init__(self):
-        hidden, maps, relations = (
-            (vars(self)[name] > 0.0, f"{name}={vars(self)[name]}")
-            for name in ("hidden_weight", "attention_weight", "relation_weight")
-        )
-        either = (hidden[0] or maps[0], f"{hidden[1]}, {maps[1]}")
-        read = {"hidden_loss": hidden, "embeddings": hidden, "average_heads": maps, "layers": either}
-        check_fields(self, "features", read | {"relation_heads": relations, "relation_layer": relations})
+        check_fields(self, "features", self._read)
         if min(self.hidden_weight, self.attention_weight, self.relation_weight) < 0.0:
             raise UserError("features: weights must be at least 0.")
         if self.relation_heads < 1:
             raise UserError(f"features: relation_heads={self.relation_heads}; expected at least 1.")
+
+    def _read(self) -> dict[str, tuple[bool, str]]:
+        """Hyperparameter → whether a term with a weight above 0 reads it."""
+        weights = {name: vars(self)[name] for name in ("hidden_weight", "attention_weight", "relation_weight")}
+        hidden, maps, relations = ((weight > 0.0, f"{name}={weight}") for name, weight in weights.items())
+        matched = (hidden[0] or maps[0], f"{hidden[1]}, {maps[1]}")
+        read = {"hidden_loss": hidden, "embeddings": hidden, "average_heads": maps, "layers": matched}
+        return read | {"relation_heads": relations, "relation_layer": relations}
 
     @property
     def used(self) -> bool:

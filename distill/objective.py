@@ -81,7 +81,7 @@ class ObjectiveConfig:
     """Terms between hidden states, attention maps and relations; they need a live teacher."""
 
     def __post_init__(self):
-        check_fields(self, "objective", self._read())
+        check_fields(self, "objective", self._read)
         if not self.temperature > 0.0:
             raise UserError(f"objective: temperature={self.temperature}; expected a number above 0.")
         if self.divergence != "alpha_beta" and not 0.0 <= self.beta <= 1.0:
@@ -110,7 +110,7 @@ class ObjectiveConfig:
 
     def _read(self) -> dict[str, tuple[bool, str]]:
         """Hyperparameter → whether the divergence, or a schedule, reads it."""
-        known = inspect.signature(DIVERGENCES[self.divergence]).parameters if self.divergence in DIVERGENCES else {}
+        known = inspect.signature(DIVERGENCES[self.divergence]).parameters
         beside = f"divergence={self.divergence!r}"
         read = {name: (name in known, beside) for name in ("temperature", "alpha", "beta", "mu", "interpolation")}
         read |= {f"final_{name}": read[name] for name in ("temperature", "interpolation")}

@@ -369,6 +369,7 @@ def test_an_experiment_with_features_sequence_means_and_padded_vocabularies(tmp_
     teacher = network(config.teacher.model)
     trained = Trained(teacher, teacher.init(jax.random.key(1)))
     sides = addition.load(config.data)
+    sides |= addition.split_heldout(config.data, sides["test"])
     student = runner.train(student_arm(World(config, tmp_path, sides), trained), config)
     again = restore(network(config.student.model), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, student.params, again.params)

@@ -8,7 +8,9 @@ import threading
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from distill import cli, train
@@ -80,6 +82,17 @@ def test_batches_read_ahead_train_like_batches_in_memory(backend, loader, straig
 # ---- not finite
 
 
+def counted(opt_state) -> list[int]:
+    """Steps that the schedules in an optimizer's state have counted."""
+    found = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    return [int(node.count) for node in found if isinstance(node, optax.ScaleByScheduleState)]
+
+
+def without_schedules(opt_state):
+    is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(lambda node: None if is_schedule(node) else node, opt_state, is_leaf=is_schedule)
+
+
 def test_a_skipped_step_changes_no_bit(loader):
     update = optimizer(TRAINING.optimizer, TRAINING.steps)
     plain, skipping = (
@@ -88,12 +101,27 @@ def test_a_skipped_step_changes_no_bit(loader):
     )
     before, _ = skipping(init_state(MODEL.init(jax.random.key(0)), update), None, loader.batch(0))
     after, metrics = skipping(before, None, with_nan(loader, {1})(1))
-    assert equal_bits(before[1:], after[1:]) and int(after.step) == 2
+    assert equal_bits(before.params, after.params) and int(after.step) == 2
+    assert equal_bits(*(without_schedules(state.opt_state) for state in (before, after)))
+    assert counted(before.opt_state) == [1] and counted(after.opt_state) == [2]  # as state.step
     assert float(metrics["skipped"][0]) == 1.0 and float(metrics["loss"][1]) == 0.0
     after, metrics = skipping(before, None, loader.batch(1))
     want, _ = plain(before, None, loader.batch(1))
     assert equal_bits(after, want) and float(metrics["skipped"][0]) == 0.0
     assert "skipped" not in jax.eval_shape(plain, before, None, loader.batch(1))[1]  # plain steps have none
+
+
+def test_after_a_skipped_step_every_schedule_is_at_the_step(loader):
+    """The learning rate of step 3 is that of step 3, whether step 2 was skipped or not."""
+    rate = optax.piecewise_constant_schedule(1.0, {2: 0.25, 3: 100.0})
+    update = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(rate))
+    step = jax.jit(make_train_step(MODEL, terms_of(ObjectiveConfig()), update, skip_not_finite=True))
+    state, moved = init_state(MODEL.init(jax.random.key(0)), update), []
+    for k in range(3):
+        new, _ = step(state, None, with_nan(loader, {1})(k))
+        moved.append(float(optax.tree.norm(jax.tree.map(jnp.subtract, new.params, state.params))))
+        state = new
+    assert moved[1] == 0.0 and 0.1 < moved[2] / moved[0] < 0.4  # Adam's updates are of about one size
 
 
 def test_non_finite_gradients_with_a_finite_loss_are_skipped(loader):

@@ -84,6 +84,7 @@ def test_metrics_are_those_of_float64(step, state, teacher_params, batch):
         "teacher_cross_entropy": reference.cross_entropy(teacher, labels)[mask].mean(),
     }
     got = means(metrics)
+    assert got.pop("tokens") == batch.inputs.size
     assert got.keys() == want.keys() | {"gradient_norm"}
     for name in want:
         assert got[name] == pytest.approx(want[name], rel=1e-4), name
@@ -129,6 +130,7 @@ def test_repeating_the_batch_changes_nothing(step, state, teacher_params, batch)
     new, metrics = step(state, teacher_params, twice)
     want, want_metrics = step(state, teacher_params, once)
     assert_close(new, want)
+    assert float(metrics.pop("tokens")[0]) == 2.0 * float(want_metrics.pop("tokens")[0])
     assert means(metrics) == pytest.approx(means(want_metrics), rel=1e-4)
 
 
@@ -136,6 +138,7 @@ def test_repeating_the_batch_changes_nothing(step, state, teacher_params, batch)
 def test_a_batch_without_counted_tokens_changes_nothing(step, state, teacher_params, batch):
     new, metrics = step(state, teacher_params, batch._replace(mask=jnp.zeros_like(batch.mask)))
     assert_same_bits(new.params, state.params)
+    assert float(metrics.pop("tokens")[0]) == batch.inputs.size  # read, though none is predicted
     for name, (total, weight) in metrics.items():
         assert float(total) == 0.0 and float(weight) == (1.0 if name == "gradient_norm" else 0.0)
 
@@ -218,8 +221,10 @@ def test_packing_changes_nothing(step, state, teacher_params):
     tokens[0], segments[0] = np.random.default_rng(2).integers(0, VOCAB, 9), [1, 1, 1, 1, 2, 2, 2, 2, 2]
     packed, own_rows = on_device(shift(tokens, np.ones_like(tokens), segments)), padded_rows()
     assert int(packed.mask.sum()) == int(own_rows.mask.sum()) == 7
-    want = step(state, teacher_params, own_rows)
-    assert_close(step(state, teacher_params, packed), want)
+    want, got = (step(state, teacher_params, rows) for rows in (own_rows, packed))
+    for (_, metrics), rows in ((want, own_rows), (got, packed)):
+        assert float(metrics.pop("tokens")[0]) == np.sum(np.asarray(rows.segments) > 0)  # padding is not counted
+    assert_close(got, want)
     crossed = step(state, teacher_params, packed._replace(segments=jnp.ones_like(packed.segments)))
     assert abs(means(crossed[1])["loss"] - means(want[1])["loss"]) > 1e-3
 

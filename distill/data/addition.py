@@ -22,7 +22,7 @@ TOKENIZER = CharacterTokenizer("0123456789+=")
 
 
 VALIDATION = 0.1
-"""Share of the held-out pairs on which learning curves are measured, and checkpoints chosen; the test has the others."""
+"""Share of the held-out pairs on which learning curves are measured and checkpoints chosen; the test has the rest."""
 
 
 @dataclasses.dataclass(frozen=True)

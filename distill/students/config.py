@@ -29,13 +29,15 @@ class StartConfig:
     """Shares embedding and head with the teacher: frozen, and held once in memory. The widths must be equal."""
 
     def __post_init__(self):
-        kind = f"kind={self.kind!r}"
+        check_fields(self, "student_start", self._read)
+        if self.rank < 1 or not self.alpha > 0.0:
+            raise UserError(f"student_start: rank={self.rank}, alpha={self.alpha}; expected rank ≥ 1 and alpha > 0.")
+
+    def _read(self) -> dict[str, tuple[bool, str]]:
         read = {"choice": self.cut, "layers": self.cut, "rank": self.factors, "kernels": self.factors}
         read |= {"alpha": self.kind == "lora", "weighted": self.kind == "low_rank"}
         read |= {"share_embeddings": self.kind != "lora"}
-        check_fields(self, "student_start", {name: (used, kind) for name, used in read.items()})
-        if self.rank < 1 or not self.alpha > 0.0:
-            raise UserError(f"student_start: rank={self.rank}, alpha={self.alpha}; expected rank ≥ 1 and alpha > 0.")
+        return {name: (used, f"kind={self.kind!r}") for name, used in read.items()}
 
     @property
     def cut(self) -> bool:

@@ -46,11 +46,14 @@ class SignalConfig:
     """sampled: draws at every position."""
 
     def __post_init__(self):
-        beside = f"kind={self.kind!r}, targets={self.targets!r}"
-        read = {"targets": self.kind == "stored", "k": self.stores("top_k"), "draws": self.stores("sampled")}
-        check_fields(self, "signal", {name: (used, beside) for name, used in read.items()})
+        check_fields(self, "signal", self._read)
         if min(self.k, self.draws) < 1:
             raise UserError(f"signal: k={self.k}, draws={self.draws}; expected at least 1.")
+
+    def _read(self) -> dict[str, tuple[bool, str]]:
+        beside = f"kind={self.kind!r}, targets={self.targets!r}"
+        read = {"targets": self.kind == "stored", "k": self.stores("top_k"), "draws": self.stores("sampled")}
+        return {name: (used, beside) for name, used in read.items()}
 
     def stores(self, targets: str) -> bool:
         """Are these targets stored?"""

@@ -36,9 +36,7 @@ class StudentConfig:
     factors or a correction of low rank, or at random."""
 
     def __post_init__(self):
-        measured = any((self.kv_heads, self.feed_forward, self.width, self.start.weighted))
-        beside = "no kv_heads, feed_forward, width or weighted start"
-        check_fields(self, "student", {"calibration_batches": (measured, beside)})
+        check_fields(self, "student", self._read)
         for name in ("layers", "kv_heads", "feed_forward", "width", "calibration_batches"):
             value = vars(self)[name]
             if value is not None and value < 1:
@@ -55,6 +53,10 @@ class StudentConfig:
                 "student: as large as the teacher; give --student.layers, --student.width, …, a --student.source, or "
                 "--student.start.kind lora."
             )
+
+    def _read(self) -> dict[str, tuple[bool, str]]:
+        measured = any((self.kv_heads, self.feed_forward, self.width, self.start.weighted))
+        return {"calibration_batches": (measured, "no kv_heads, feed_forward, width or weighted start")}
 
 
 @dataclasses.dataclass(frozen=True)
