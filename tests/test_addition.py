@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from distill.data import addition as module
-from distill.data.addition import TOKENIZER, AdditionConfig, Examples, assert_disjoint, count_carries, encode, pairs
+from distill.data.addition import (
+    TOKENIZER,
+    AdditionConfig,
+    Examples,
+    assert_disjoint,
+    count_carries,
+    encode,
+    pairs,
+    split_heldout,
+)  # fmt: skip
+from distill.errors import UserError
 from distill.tokenizer import CharacterTokenizer, decode_all
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +74,20 @@ def test_the_seed_decides_the_split():
 def test_test_fraction_is_the_share_of_the_test_side():
     sides = pairs(AdditionConfig(test_fraction=0.2))
     assert len(sides["test"]) == 2000 and len(sides["train"]) == 8000
+
+
+def test_the_validation_side_and_the_test_share_no_pair():
+    """Curves and the choice of a checkpoint look at a tenth of the held-out pairs, the test at the others."""
+    config = AdditionConfig()
+    heldout = encode(config, pairs(config)["test"])
+    sides = split_heldout(config, heldout)
+    assert_disjoint(config, sides["validation"], sides["test"])
+    assert len(sides["validation"].tokens) == pytest.approx(500, rel=0.02)
+    together = np.concatenate([sides["validation"].tokens, sides["test"].tokens])
+    np.testing.assert_array_equal(np.unique(together, axis=0), np.unique(heldout.tokens, axis=0))
+    assert len(together) == len(heldout.tokens)
+    with pytest.raises(UserError, match="1 held-out pair; expected one to validate on and one to test on"):
+        split_heldout(config, encode(config, np.array([[1, 2], [2, 1]])))
 
 
 def test_a_pair_on_both_sides_is_detected():

@@ -1,5 +1,9 @@
 """The objective: which positions count, the divisor of a mean, and the factor T²."""
 
+import contextlib
+import dataclasses
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +11,10 @@ import optax
 import pytest
 import reference
 from builders import VOCAB, on_device, rows_of, uneven_batch
+from hypothesis import strategies as st
 
 from distill import losses
+from distill.errors import UserError
 from distill.models import Model, Output
 from distill.objective import DIVERGENCES, ObjectiveConfig, task_term, terms_at, terms_of
 from distill.state import init_state
@@ -268,3 +274,17 @@ def test_names_that_would_hide_a_metric_are_refused():
     for name in ("agreement", "loss", "gradient_norm"):
         with pytest.raises(ValueError, match=f"a term is named '{name}'"):
             make_train_step(GIVEN, [Term(name, 1.0, BOTH_LOGITS, lambda view: view.student_logits[..., 0])], KEEP)
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "c", "kl", "loss", "agreement", "tokens", "skipped"]), max_size=4)
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(NAMES)
+def test_names_of_terms_are_unique_and_not_those_of_metrics(names):
+    """Otherwise two terms would be counted twice, or one would have another's gradient."""
+    reserved = {"loss", "gradient_norm", "skipped", "tokens", "agreement", "teacher_cross_entropy"}
+    terms = [dataclasses.replace(task_term(), name=name) for name in names]
+    fine = names and len(set(names)) == len(names) and not reserved & set(names)
+    with contextlib.nullcontext() if fine else pytest.raises(UserError):
+        make_train_step(GIVEN, terms, KEEP)

@@ -228,6 +228,26 @@ def test_sigterm_saves_and_the_run_resumes(task, tmp_path):
     assert equal_bits(fit(tmp_path, task, TRAINING, **ALONE), fit(tmp_path / "b", task, TRAINING, **ALONE))
 
 
+def test_ctrl_c_saves_and_a_second_one_does_not_wait(task, tmp_path):
+    def ask(times):
+        def evaluate(params):
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            return {}
+
+        return dataclasses.replace(task, evaluate=evaluate)
+
+    with pytest.raises(Stopped, match="stopped at step") as stopped:
+        fit(tmp_path, ask(1), TRAINING, **ALONE)
+    assert stopped.value.by == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "twice", ask(2), TRAINING, **ALONE)
+    want = fit(tmp_path / "straight", task, TRAINING, **ALONE)
+    assert equal_bits(fit(tmp_path, task, TRAINING, **ALONE), want)
+    seconds = [line["seconds"] for line in read_metrics(tmp_path)]
+    assert seconds == sorted(seconds)  # a resumed run counts on
+
+
 SMALL = """
     --data.digits 1 --teacher.model.layers 1 --teacher.model.width 16 --teacher.training.steps 50
     --teacher.training.evaluate-every 50 --teacher.training.save-every 50 --student.training.steps 200
