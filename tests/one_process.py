@@ -76,6 +76,7 @@ def main(folder: Path) -> None:
     import numpy as np
 
     from distill.data import stream
+    from distill.experiments import runner
     from distill.parallel import ParallelConfig
 
     if "ENDLESS" in os.environ:
@@ -102,6 +103,9 @@ def main(folder: Path) -> None:
     stream.StreamLoader.batch = lambda self, k: read.append(batch(self, k)) or read[-1]
     learn_text(folder, ParallelConfig(fsdp=2), streaming=True)
     rows = [int(one.mask.any(axis=1).sum()) for one in read]
+    again = runner.evaluate_folder(folder / "text")
+    told = {"summary": again, "answer": runner.answer(folder / "text", ["the cat"])}
+    (folder / f"process{index}_again.json").write_text(json.dumps(told))
     (folder / f"process{index}_rows.json").write_text(json.dumps(rows))
 
 

@@ -22,6 +22,7 @@ import distill
 from distill import checkpoint
 from distill.devices import processes
 from distill.devices.processes import Start, settings
+from distill.experiments import runner
 from distill.metrics import read_metrics
 from distill.parallel import ParallelConfig
 
@@ -179,6 +180,12 @@ def test_two_processes_distil_on_text_like_one(pair, tmp_path):
     learn_text(tmp_path, ParallelConfig(backend="one_device"))
     together, one = (distill.load(folder / "text" / "student_hf")[1] for folder in (pair, tmp_path))
     assert distance(jax.tree.leaves(together), jax.tree.leaves(one)) < 1e-6
+    told = [json.loads((pair / f"process{index}_again.json").read_text()) for index in (0, 1)]
+    summary = json.loads((tmp_path / "text" / "summary.json").read_text())
+    for again in told:  # as evaluated and written again from the run folder, by both
+        for name, key in (("teacher", "nll"), ("student", "nll"), ("student", "kl"), ("start", "kl")):
+            assert again["summary"][name][key] == pytest.approx(summary[name][key], rel=1e-4)
+        assert again["answer"] == runner.answer(tmp_path / "text", ["the cat"])
     read = [json.loads((pair / f"process{index}_rows.json").read_text()) for index in (0, 1)]
     assert set(read[0]) == set(read[1]) == {4} and len(read[0]) >= 2  # each process reads its own of eight rows
 

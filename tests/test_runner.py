@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from distill.parallel import RULES, ParallelConfig, make_mesh, param_shardings
 from distill.reports.table import cells
 from distill.training import LogConfig, TrainingConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 MODEL = DecoderConfig(vocab_size=14, layers=1, width=8, heads=2, feed_forward=16)
 TRAINING = TrainingConfig(steps=4, batch_size=8, steps_per_dispatch=2, evaluate_every=4, save_every=2)
 CONFIG = Config(
@@ -194,14 +197,37 @@ def test_the_summary_is_printed_with_its_labels(finished, capsys):
 # ---- on a mesh
 
 
-def test_a_run_on_a_mesh_is_evaluated_there_as_on_one_device(tmp_path):
-    alone = text_config(teacher_and_text(tmp_path), arms=(), heldout_rows=9)
-    spread = dataclasses.replace(alone, parallel=ParallelConfig(fsdp=2))
-    one, eight = (runner.run_experiment(config, tmp_path / f"run{i}") for i, config in enumerate((alone, spread)))
-    for name in ("teacher", "student", "start"):
-        keys = one[name].keys() & {"kl", "nll", "agreement"}
-        assert len(keys) >= 1
-        assert {key: eight[name][key] for key in keys} == pytest.approx({key: one[name][key] for key in keys}, rel=1e-4)
-    again = runner.evaluate_folder(tmp_path / "run1")  # parameters as read from the checkpoint
-    assert again["student"]["kl"] == pytest.approx(eight["student"]["kl"], rel=1e-5)
-    assert runner.answer(tmp_path / "run1", ["the cat"]) == runner.answer(tmp_path / "run0", ["the cat"])
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    """A folder with a teacher and text, and the summary of the run on one device."""
+    folder = teacher_and_text(tmp_path_factory.mktemp("one"))
+    return folder, runner.run_experiment(_of(folder, ParallelConfig("one_device")), folder / "run")
+
+
+def _of(folder: Path, parallel: ParallelConfig):
+    return text_config(folder, arms=("equal_tokens",), heldout_rows=9, parallel=parallel)
+
+
+def _measured(summary: dict, name: str) -> dict[str, float]:
+    return {key: value for key, value in summary[name].items() if key in ("kl", "nll", "agreement")}
+
+
+@pytest.mark.parametrize(
+    ("count", "spread"),
+    [(2, ParallelConfig("mesh")), (8, ParallelConfig(fsdp=2, tensor=2))],
+    ids=["2 data", "8 data, fsdp, tensor"],
+)
+def test_text_ends_on_a_mesh_as_on_one_device(on_one_device, tmp_path, monkeypatch, capsys, count, spread):
+    """All arms, tables, the report, and what is evaluated and written again from the run folder."""
+    (folder, one), run, attached = on_one_device, tmp_path / "run", jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: attached[:count])
+    several = runner.run_experiment(_of(folder, spread), run)
+    for name in ("teacher", "student", "equal_tokens", "start"):
+        assert _measured(several, name) == pytest.approx(_measured(one, name), rel=1e-4) != {}
+    for script, arguments in {"evaluate": [], "generate": ["the cat"], "report": []}.items():
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))["main"](["--run", str(run), *arguments])
+    shown = capsys.readouterr().out
+    assert "cross-entropy" in shown and "the cat" in shown and (run / "report.html").stat().st_size > 10_000
+    again = json.loads((run / "summary.json").read_text())  # parameters as read from the checkpoint
+    assert _measured(again, "student") == pytest.approx(_measured(several, "student"), rel=1e-5)
+    assert runner.answer(run, ["the cat"]) == runner.answer(folder / "run", ["the cat"])
