@@ -409,7 +409,7 @@ def test_a_truncated_file_is_refused(tmp_path, share):
     write(tmp_path / "x.gguf", LLAMA, "llama", tensors_of(LLAMA))
     content = (tmp_path / "x.gguf").read_bytes()
     (tmp_path / "x.gguf").write_bytes(content[: max(6, int(share * len(content)))])
-    with pytest.raises(ValueError, match="cut off, damaged or too new"):
+    with pytest.raises(ValueError, match="not readable as GGUF: cut off"):
         GGUFSource(tmp_path / "x.gguf")
 
 

@@ -3,6 +3,7 @@
 ``gguf_tokenizer.py`` builds the tokenizer of such a file.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from distill.errors import UserError
 from distill.models.config import DecoderConfig, RopeScaling
 from distill.models.rope import slowed
+from distill.weights.gguf_header import check_header
 from distill.weights.safetensors import refuse_nonfinite
 from distill.weights.table import Opened, Row, Shape, Table, Transform, flat, linear
 
@@ -39,6 +41,20 @@ _READ = {
 _IRRELEVANT = {"vocab_size"}
 ROPE_FACTORS = "rope_freqs.weight"
 """Tensor with the factor by which each pair of a head turns more slowly."""
+_WHOLE = {
+    "block_count": 2**16,
+    "context_length": 2**40,
+    "embedding_length": 2**24,
+    "feed_forward_length": 2**24,
+    "attention.head_count": 2**16,
+    "attention.head_count_kv": 2**16,
+    "attention.key_length": 2**16,
+    "attention.value_length": 2**16,
+    "rope.dimension_count": 2**16,
+    "rope.scaling.original_context_length": 2**40,
+}
+"""Keys whose values are whole numbers from 1 on → most."""
+_POSITIVE = {"attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.attn_factor"}
 _HARMLESS: Mapping[str, Sequence[Any]] = {
     "rope.scaling.finetuned": (False, True),
     "expert_count": (0,),
@@ -65,14 +81,11 @@ class GGUFSource:
         except ImportError as error:
             raise UserError("reading GGUF files needs a package: pip install 'distill[gguf]'.") from error
         self.path = Path(path)
-        with self.path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise UserError(f"{path}: no GGUF file; it starts with {magic!r}, expected b'GGUF'.")
+        check_header(self.path)
         try:
             reader = gguf.GGUFReader(self.path)
         except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
-            raise UserError(f"{path}: not readable as GGUF: cut off, damaged or too new ({error}).") from error
+            raise UserError(f"{path}: not readable as GGUF: damaged or too new ({error}).") from error
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         if (parts := self.value("split.count", 1)) > 1:
@@ -147,6 +160,7 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
             raise UserError(f"{source.path}: the header has {prefix}{key} = {value!r}, which the decoder lacks.")
         if isinstance(value, list) and key in _READ:
             raise UserError(f"{source.path}: {prefix}{key} differs between layers; the decoder's layers are alike.")
+        _check_value(source, prefix + key, key, value)
     names = source.names()
     if prefix == "llama." and "blk.0.attn_q_norm.weight" in names:
         raise UserError(f"{source.path}: architecture llama with norms of queries; the order in them is not known.")
@@ -157,6 +171,13 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
         return header[key]
 
     heads, width = number("attention.head_count"), number("embedding_length")
+    layers = len({name.split(".")[1] for name in names if name.startswith("blk.")})
+    if number("block_count") != layers:
+        raise UserError(
+            f"{source.path}: {prefix}block_count = {header['block_count']}; it has tensors of {layers} layers."
+        )
+    if width % heads and "attention.key_length" not in header:
+        raise UserError(f"{source.path}: {prefix}embedding_length = {width} is no multiple of {heads} heads.")
     key_size = header.get("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if header.get(key, key_size) != key_size:
@@ -166,7 +187,7 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
     theta = _short(header.get("rope.freq_base", 10_000.0))
     return DecoderConfig(
         vocab_size=source.shape("token_embd.weight")[0],
-        layers=number("block_count"),
+        layers=layers,
         width=width,
         heads=heads,
         kv_heads=header.get("attention.head_count_kv", heads),
@@ -183,6 +204,17 @@ def config_of(source: GGUFSource, dtype: Literal["float32", "bfloat16"] = "float
         norm_epsilon=_short(number("attention.layer_norm_rms_epsilon")),
         dtype=dtype,
     )
+
+
+def _check_value(source: GGUFSource, name: str, key: str, value: Any) -> None:
+    """Kind and range of a number of the header."""
+    if key in _WHOLE and not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _WHOLE[key]):
+        raise UserError(f"{source.path}: {name} = {value!r}; expected a whole number from 1 to {_WHOLE[key]}.")
+    least = 0.0 if key == "rope.scaling.factor" else math.ulp(0.0) if key in _POSITIVE else None
+    if least is None:
+        return
+    if not (isinstance(value, float | int) and not isinstance(value, bool) and least <= value < math.inf):
+        raise UserError(f"{source.path}: {name} = {value!r}; expected a finite number above 0.")
 
 
 def _scaling(source: GGUFSource, header: Mapping[str, Any], half: int, theta: float) -> RopeScaling:
