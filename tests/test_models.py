@@ -209,6 +209,21 @@ def test_the_cache_separates_segments(biased):
     assert np.max(np.abs(want - logits(params, tokens)[:, 3:])) > 0.1
 
 
+def test_tokens_beyond_the_room_of_the_cache_are_refused_or_nan(biased):
+    """An error where the number of tokens is known; under jit NaN, never the last slots written over."""
+    model, params, _, cached = biased
+    tokens = tokens_of(2, 5)
+    with pytest.raises(ValueError, match="5 tokens for a key/value cache with room for 4"):
+        cached(params, tokens, None, model.init_cache(2, 4))
+    full, cache = cached(params, tokens[:, :4], None, model.init_cache(2, 4))
+    assert jnp.isfinite(full).all()
+    with pytest.raises(ValueError, match="5 tokens for a key/value cache with room for 4"):
+        model.apply(params, tokens[:, 4:], cache=cache)
+    for _ in range(2):
+        beyond, cache = cached(params, tokens[:, 4:], None, cache)
+        assert jnp.isnan(beyond).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
