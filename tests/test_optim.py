@@ -129,7 +129,6 @@ def counts(state):
         {"warmup_steps": -1},
         {"weight_decay": -0.1},
         {"clip_norm": -1.0},
-        {"learning_rate": float("nan")},
         {"learning_rate": float("inf")},
         {"weight_decay": float("nan")},
         {"clip_norm": float("inf")},
