@@ -82,8 +82,15 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         check_fields(self, "objective", self._read)
-        if not self.temperature > 0.0:
-            raise UserError(f"objective: temperature={self.temperature}; expected a number above 0.")
+        temperatures = {"temperature": self.temperature, "final_temperature": self.final_temperature}
+        for name, value in temperatures.items():
+            if value is not None and not 0.0 < value < float("inf"):
+                raise UserError(f"objective: {name}={value}; expected a finite number above 0.")
+        if self.divergence == "taid" and not self.interpolation and not self.final_interpolation:
+            raise UserError(
+                "objective: taid with interpolation=0.0 compares the student with itself, so that nothing is learnt; "
+                "set interpolation, or final_interpolation and schedule_steps."
+            )
         if self.divergence != "alpha_beta" and not 0.0 <= self.beta <= 1.0:
             raise UserError(f"objective: beta={self.beta}; expected a number in [0, 1].")
         try:  # the hyperparameters, by the divergence itself; nothing is computed
@@ -93,8 +100,6 @@ class ObjectiveConfig:
             raise UserError(f"objective: {error}") from error
         if self.router_weight is not None and self.router_weight < 0.0:
             raise UserError(f"objective: router_weight={self.router_weight}; expected at least 0, or None.")
-        if self.final_temperature is not None and not self.final_temperature > 0.0:
-            raise UserError(f"objective: final_temperature={self.final_temperature}; expected a number above 0.")
         if self.final_interpolation is not None and not 0.0 <= self.final_interpolation <= 1.0:
             raise UserError(f"objective: final_interpolation={self.final_interpolation}; expected a number in [0, 1].")
         if self.final_kd_weight is not None and self.final_kd_weight < 0.0:

@@ -1,6 +1,7 @@
 """Schedule, optimizer, decay mask. Schedules count optimizer steps, never micro-batches."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -30,10 +31,14 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_fields(self, "optimizer")
-        if not self.learning_rate > 0.0:
-            raise UserError(f"optimizer: learning_rate={self.learning_rate}; expected a number above 0.")
-        if min(self.warmup_steps, self.weight_decay, self.clip_norm) < 0:
-            raise UserError("optimizer: warmup_steps, weight_decay and clip_norm must be at least 0.")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise UserError(f"optimizer: learning_rate={self.learning_rate}; expected a finite number above 0.")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if not 0.0 <= vars(self)[name] < math.inf:
+                raise UserError(f"optimizer: {name}={vars(self)[name]}; expected a finite number of at least 0.")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= vars(self)[name] < 1.0:
+                raise UserError(f"optimizer: {name}={vars(self)[name]}; expected a number in [0, 1).")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

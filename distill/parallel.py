@@ -32,7 +32,7 @@ from distill.errors import UserError
 from distill.models.model import Model
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params
-from distill.state import Frozen, TrainState, TrainStep, init_state
+from distill.state import Frozen, TrainState, TrainStep, in_float32, init_state
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 """Logical axis → the mesh axis, or axes, it is cut over; None: not cut."""
@@ -229,7 +229,7 @@ def draw_state(
     if params is None:
         draw = jax.jit(lambda key: init_state(student.init(key), optimizer), out_shardings=wrapping.places[0])
         return draw(key)
-    placed = processes.spread(_owned(params), wrapping.places[0].params)
+    placed = processes.spread(_owned(in_float32(params)), wrapping.places[0].params)
     make = jax.jit(lambda params: init_state(params, optimizer), out_shardings=wrapping.places[0], donate_argnums=0)
     return make(placed)
 

@@ -26,7 +26,7 @@ from distill.models.model import Model
 from distill.models.output import Output, Routing
 from distill.objective import check_terms, evaluate, position_weights, terms_at
 from distill.shapes import Array, Params
-from distill.state import Frozen, Metrics, TrainState, TrainStep
+from distill.state import Frozen, Metrics, TrainState, TrainStep, check_float32
 from distill.term import Term, Terms, View
 from distill.trees import joined
 
@@ -125,6 +125,7 @@ def make_train_step(
 def _train_step(
     step: _Step, state: TrainState, teacher_params: Params | Frozen | None, batch: Batch
 ) -> tuple[TrainState, Metrics]:
+    check_float32(state.params)
     weight = step.global_sum(_counted(batch, position_weights(step.reduction, batch)))
     differentiate = jax.grad(_loss_of, has_aux=True)
     if step.micro_batches == 1:
@@ -361,7 +362,7 @@ def _split(x: Array, parts: int) -> Array:
 
 
 def _accumulate(function: Callable, parts: Batch):
-    """Sum of ``function(part)`` over the leading axis, one part in memory at a time."""
+    """Sum of ``function(part)`` over the leading axis, in float32, one part in memory at a time."""
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, parts)[0]

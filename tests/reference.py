@@ -118,6 +118,8 @@ def _turn(i, size, theta, scaling, length):
     plain = theta ** (-2.0 * i / size)
     if scaling.kind == "linear":
         return plain / factor
+    if scaling.kind == "longrope":
+        return plain / (scaling.long_factors if length > original else scaling.short_factors)[i]
     if scaling.kind == "llama3":
         wavelength = 2.0 * np.pi / plain
         if wavelength > original / scaling.low_frequency:
@@ -145,9 +147,12 @@ def _rotate(x, position, theta, scaling=None, length=None):
         angle = position * _turn(i, len(x), theta, scaling, length)
         turned[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
         turned[i + half] = x[i] * np.sin(angle) + x[i + half] * np.cos(angle)
-    if scaling is not None and scaling.kind == "yarn":
-        given = scaling.attention_factor
-        turned *= 0.1 * np.log(scaling.factor) + 1.0 if given is None else given
+    if scaling is not None and scaling.kind in ("yarn", "longrope"):
+        given, growth = scaling.attention_factor, np.log(scaling.factor)
+        usual = (
+            0.1 * growth + 1.0 if scaling.kind == "yarn" else np.sqrt(1.0 + growth / np.log(scaling.original_length))
+        )
+        turned *= usual if given is None else given
     return turned
 
 

@@ -1,10 +1,13 @@
 """Softmax attention against loops in float64: groups, masks, scale, softcap."""
 
+import functools
 import re
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -66,6 +69,36 @@ def test_attention_in_blocks_equals_plain_attention(options):
 
     for ours, whole in zip(gradients(in_blocks, block=4), gradients(attend), strict=True):
         assert np.abs(ours - whole).max() < 5e-6 * np.abs(whole).max()
+
+
+FORMS = {
+    "plain": jax.jit(attend),
+    "blocks of 4": jax.jit(functools.partial(in_blocks, block=4)),
+    "fused": jax.jit(functools.partial(fused, implementation="xla")),
+}
+
+
+@settings(max_examples=15, deadline=None, database=None, derandomize=True)
+@given(
+    st.integers(0, 2**16),
+    st.sampled_from([1, 2, 5, 11, 30]),
+    st.lists(st.integers(1, 11), min_size=2, max_size=2),
+    st.lists(st.integers(1, 11), min_size=2, max_size=2),
+    st.sampled_from([1.0, 30.0, 1e3]),
+)
+def test_every_form_agrees_on_windows_packing_and_padding(seed, window, firsts, reals, size):
+    """Two documents a row, then padding, through a window, against loops in float64."""
+    q, k, v, _ = drawn(length=11, seed=seed)
+    index = np.arange(11)
+    segments = np.stack(
+        [np.where(index < first, 1, 2) * (index < real) for first, real in zip(firsts, reals, strict=True)]
+    )
+    near = (index[:, None] >= index) & (index[:, None] - index < window)
+    mask = near[None] & (segments[:, :, None] == segments[:, None, :])
+    want = plain(q * size, k, v, mask)
+    for name, form in FORMS.items():
+        got = form(q * np.float32(size), k, v, jnp.asarray(mask))
+        np.testing.assert_allclose(got, want, atol=2e-6 * size, rtol=0.0, err_msg=name)
 
 
 def test_attention_in_blocks_has_all_derivatives():

@@ -161,7 +161,10 @@ def test_pooling_by_mean_and_by_first_token():
     segments = jnp.asarray([[1, 1, 1, 0], [0, 1, 1, 1]])
     np.testing.assert_allclose(pool(hidden, segments), [hidden[0, :3].mean(0), hidden[1, 1:].mean(0)])
     np.testing.assert_allclose(pool(hidden, segments, "cls"), [hidden[0, 0], hidden[1, 1]])
-    np.testing.assert_allclose(pool(hidden, jnp.zeros_like(segments)), np.zeros((2, 3)))
+    np.testing.assert_allclose(pool(hidden, segments, "last"), [hidden[0, 2], hidden[1, 3]])
+    np.testing.assert_allclose(pool(-hidden, segments, "max"), [-hidden[0, 0], -hidden[1, 1]])
+    for kind in ("mean", "cls", "max", "last"):
+        np.testing.assert_allclose(pool(hidden, jnp.zeros_like(segments), kind), np.zeros((2, 3)))
     gradient = jax.grad(lambda x: pool(x, segments).sum())(hidden)
     np.testing.assert_allclose(gradient[0, :, 0], [1 / 3, 1 / 3, 1 / 3, 0])
 
@@ -214,7 +217,7 @@ def test_invalid_encoders_are_refused(options, message):
         (lambda: states(BERT, jnp.ones((1, 17), jnp.int32)), "17 tokens, but positions for 16"),
         (lambda: encoder(BERT).logits(random_params(encoder(BERT)), TOKENS), "no head, so no logits"),
         (lambda: bert_pooler(MODERN, random_params(encoder(MODERN)), states(MODERN, TOKENS)), "no pooler"),
-        (lambda: pool(states(BERT, TOKENS), TOKENS, "max"), "kind='max'; expected 'mean' or 'cls'"),
+        (lambda: pool(states(BERT, TOKENS), TOKENS, "sum"), "kind='sum'; expected one of mean, cls, max, last"),
         (lambda: keep_layers(BERT, {}, (3,)), r"layers=\(3,\); expected some of 0 … 2"),
         (lambda: keep_layers(MODERN, {}, (1, 2)), "expected 0 first"),
         (lambda: states(BERT, TOKENS, collect=Collect(hidden=(4,))), "hidden of layers .4.; this model has"),

@@ -1,7 +1,9 @@
 """Decoder and adapters: float64 references, and identities between two ways to compute the same logits."""
 
 import dataclasses
+import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from builders import VOCAB, Recurrent, nnx_model, random_params, tiny, tiny_deco
 from flax import nnx
 
 from distill.batch import shift
-from distill.models import DecoderConfig, RopeScaling, decoder
+from distill.models import DecoderConfig, Output, RopeScaling, decoder, from_linen, from_nnx
 from distill.models.layers import rms_norm
 from distill.models.rope import rotate, turns_of
 from distill.parallel import ParallelConfig, make_mesh, param_shardings
@@ -209,6 +211,21 @@ def test_the_cache_separates_segments(biased):
     assert np.max(np.abs(want - logits(params, tokens)[:, 3:])) > 0.1
 
 
+def test_tokens_beyond_the_room_of_the_cache_are_refused_or_nan(biased):
+    """An error where the number of tokens is known; under jit NaN, never the last slots written over."""
+    model, params, _, cached = biased
+    tokens = tokens_of(2, 5)
+    with pytest.raises(ValueError, match="5 tokens for a key/value cache with room for 4"):
+        cached(params, tokens, None, model.init_cache(2, 4))
+    full, cache = cached(params, tokens[:, :4], None, model.init_cache(2, 4))
+    assert jnp.isfinite(full).all()
+    with pytest.raises(ValueError, match="5 tokens for a key/value cache with room for 4"):
+        model.apply(params, tokens[:, 4:], cache=cache)
+    for _ in range(2):
+        beyond, cache = cached(params, tokens[:, 4:], None, cache)
+        assert jnp.isnan(beyond).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -382,3 +399,125 @@ def test_nnx_parameters_are_a_plain_pytree_of_arrays():
     assert model.parameter_count() == VOCAB * 8 + 8 * 8 + 8 + 8 * VOCAB + VOCAB
     doubled = model.logits(params | {"head": jax.tree.map(lambda x: 2 * x, params["head"])}, tokens_of(1, 3))
     np.testing.assert_allclose(doubled, 2 * model.logits(params, tokens_of(1, 3)), rtol=1e-5)
+
+
+class Dropping(nnx.Module):
+    """An NNX student with dropout, a norm and whatever else a test gives it."""
+
+    def __init__(self, rngs, deterministic=True, more=None):
+        self.table, self.norm = nnx.Embed(VOCAB, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, deterministic=deterministic, rngs=rngs)
+        if more is not None:
+            self.more = more()
+
+    def __call__(self, tokens, positions=None, segments=None):
+        return self.drop(self.norm(self.table(tokens)))
+
+    def unembed(self, hidden):
+        return self.table.attend(hidden)
+
+
+def test_random_keys_of_an_nnx_module_are_no_parameters():
+    model = from_nnx(Dropping, VOCAB)
+    params = model.init(jax.random.key(4))
+    assert set(params) == {"table", "norm"}
+    module = Dropping(rngs=nnx.Rngs(jax.random.key(4)))
+    want = module.unembed(module(tokens_of(2, 3)))
+    np.testing.assert_allclose(jax.jit(model.logits)(params, tokens_of(2, 3)), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deterministic": False}, "Dropping draws random numbers or changes its state"),
+        ({"more": lambda: nnx.BatchStat(jnp.zeros(3))}, r"state beside its parameters: BatchStat \(more\)"),
+        ({"more": lambda: nnx.Cache(jnp.zeros(3))}, r"Cache \(more\)"),
+        ({"more": lambda: nnx.Variable(jnp.zeros(3))}, r"Variable \(more\)"),
+    ],
+)
+def test_other_state_of_an_nnx_module_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        from_nnx(functools.partial(Dropping, **options), VOCAB)
+    with pytest.raises(ValueError, match=f"gives {VOCAB} logits; expected vocab_size=5"):
+        from_nnx(Dropping, 5)
+
+
+# ---- Linen
+
+
+class Set(nn.Module):
+    """Submodules in ``setup``, the head used by ``unembed`` alone."""
+
+    norm: type[nn.Module] = nn.LayerNorm
+    rate: float = 0.0
+    tied: bool = False
+
+    def setup(self):
+        self.table, self.normed, self.drop = nn.Embed(VOCAB, 8), self.norm(), nn.Dropout(self.rate, deterministic=None)
+        self.head = nn.Dense(VOCAB)
+
+    def __call__(self, tokens, positions=None, segments=None):
+        x_BLD = self.drop(self.table(tokens), deterministic=self.rate == 0.5)
+        return self.normed(x_BLD)
+
+    def unembed(self, hidden):
+        return self.table.attend(hidden) if self.tied else self.head(hidden)
+
+
+class Compact(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, positions=None, segments=None):
+        return Output(nn.LayerNorm()(nn.Embed(VOCAB, 8, name="table")(tokens)))
+
+    def unembed(self, hidden):
+        return hidden @ self.variables["params"]["table"]["embedding"].T
+
+
+@pytest.mark.parametrize(
+    "module", [Set(), Set(tied=True), Set(rate=0.5), Compact()], ids=["set", "tied", "drop", "compact"]
+)
+def test_an_ordinary_linen_module_is_a_model(module):
+    model, tokens = from_linen(module, VOCAB), tokens_of(2, 3)
+    params = model.init(jax.random.key(1))
+    assert ("head" in params) == (isinstance(module, Set) and not module.tied)
+    table = params["table"]["embedding"]
+    assert np.std(table) > 0.1  # drawn by its own initialiser
+    x = np.asarray(table, np.float64)[np.asarray(tokens)]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    want = x @ np.asarray(params["head"]["kernel"] if "head" in params else table.T, np.float64)
+    np.testing.assert_allclose(jax.jit(model.logits)(params, tokens), want, rtol=1e-4, atol=1e-5)
+
+
+class Unaware(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Embed(VOCAB, 8)(tokens)
+
+    def unembed(self, hidden):
+        return hidden
+
+
+class Headless(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, positions=None, segments=None):
+        return nn.Embed(VOCAB, 8)(tokens)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Set(norm=functools.partial(nn.BatchNorm, use_running_average=True)), "Set has variables in batch_stats"),
+        (Set(rate=0.3), "Set draws random numbers"),
+        (Unaware(), "Unaware.__call__ takes tokens; expected tokens, positions and segments"),
+        (Headless(), "Headless has no unembed"),
+    ],
+    ids=["batch_stats", "dropout", "positions", "unembed"],
+)
+def test_what_a_linen_module_must_not_hold_is_refused_by_name(module, message):
+    with pytest.raises(ValueError, match=message):
+        from_linen(module, VOCAB)
+
+
+def test_another_vocabulary_of_a_linen_module_is_refused():
+    with pytest.raises(ValueError, match=f"Set gives {VOCAB} logits; expected vocab_size=7"):
+        from_linen(Set(), 7)

@@ -129,6 +129,11 @@ def counts(state):
         {"warmup_steps": -1},
         {"weight_decay": -0.1},
         {"clip_norm": -1.0},
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan")},
+        {"clip_norm": float("inf")},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
     ],
 )
 def test_invalid_optimizers_are_refused(options):

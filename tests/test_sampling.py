@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import VOCAB, nnx_model, random_params, tiny_decoder
+import reference
+from builders import VOCAB, nnx_model, random_params, tiny, tiny_decoder
 
 from distill.generation.sampler import greedy
-from distill.models import Model, Output
+from distill.models import Model, Output, decoder
 
 ROWS, PROMPT, NEW = 24, 4, 6
 
@@ -78,3 +79,33 @@ def test_a_model_without_a_cache_is_refused():
     model = nnx_model()
     with pytest.raises(ValueError, match="init_cache"):
         greedy(model, model.init(jax.random.key(0)), jnp.zeros((1, 2), jnp.int32), max_new_tokens=2, eos_id=1)
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(0, 3), (2, 0)])
+def test_decoding_nothing_is_refused(case, prompt, new):
+    model, params, prompts = case
+    with pytest.raises(ValueError, match=f"prompts of {prompt} tokens, max_new_tokens={new}"):
+        greedy(model, params, prompts[:, :prompt], max_new_tokens=new, eos_id=1)
+
+
+# At this size, the last written token fills the last slot; one more column of learned positions would not exist.
+def test_decoding_fills_the_cache_to_its_last_slot():
+    model = tiny_decoder(positions="learned", max_length=PROMPT + NEW)
+    params, prompts = random_params(model), jnp.ones((2, PROMPT), jnp.int32)
+    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_id=VOCAB)
+    text = jnp.concatenate([prompts, written], axis=1)
+    np.testing.assert_array_equal(jnp.argmax(model.logits(params, text), -1)[:, PROMPT - 1 : -1], written)
+    with pytest.raises(ValueError, match=f"a text of {PROMPT + NEW + 1} tokens; expected at most {PROMPT + NEW}"):
+        greedy(model, params, prompts, max_new_tokens=NEW + 1, eos_id=VOCAB)
+
+
+@pytest.mark.parametrize("window", [1, 3, PROMPT + NEW])
+def test_a_window_decodes_to_the_last_slot(window):
+    """Layers with and without the window, against argmax of whole forward passes in float64."""
+    config = tiny(sliding_window=window, window_layers=(True, False), layers=2)
+    model = decoder(config)
+    params, prompts = random_params(model, 3), np.random.default_rng(2).integers(0, VOCAB, (3, PROMPT))
+    written = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=NEW, eos_id=VOCAB))(params, jnp.asarray(prompts))
+    text = np.concatenate([prompts, written], axis=1)
+    want = np.argmax(reference.decoder_logits(config, params, text), axis=-1)
+    np.testing.assert_array_equal(written, want[:, PROMPT - 1 : -1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,10 @@ from distill.experiments.kinds import report_in
 from distill.experiments.sentences import corpus, measure
 from distill.experiments.sentences import run as experiment
 from distill.experiments.sentences.config import SentenceConfig
+from distill.experiments.sentences.pooling import read_pooling
 from distill.features import FeatureConfig
 from distill.models import Collect, EncoderConfig, encoder
+from distill.models.encoder import embed
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig
 from distill.term import View
@@ -116,12 +119,12 @@ def test_an_experiment_runs_and_resumes(given, tmp_path):
     assert {n: again[n] for n in names} == {n: summary[n] for n in names}
     assert runner.evaluate_folder(tmp_path)["student"] == summary["student"]
     model, params = distill.load(tmp_path)  # the content of RUN/student_hf
-    tokens = corpus.sentences(given)["held_out"][0]
-    teacher = experiment.embeddings(*distill.load(given.teacher), tokens)
-    of_file = experiment.compare(experiment.embeddings(model, params, tokens), teacher)
+    tokens, segments, _ = corpus.sentences(given)["held_out"]
+    teacher = experiment.embeddings(*distill.load(given.teacher), tokens, segments)
+    of_file = experiment.compare(experiment.embeddings(model, params, tokens, segments), teacher)
     assert of_file["cosine"] == pytest.approx(summary["student"]["cosine"], abs=1e-6)
     examples = json.loads((tmp_path / "evaluation.json").read_text())["examples"]
-    texts = corpus.sentences(given)["held_out"][1]
+    texts = corpus.sentences(given)["held_out"].texts
     for i, example in enumerate(examples):
         cosines = teacher @ teacher[i]
         cosines[i] = -2.0
@@ -144,31 +147,34 @@ def test_embeddings_are_compiled_once():
     params = random_params(model)
     before = measure._embed._cache_size()
     for rows in (3, 7, 100):
-        experiment.embeddings(model, params, np.ones((rows, 5), np.int32))
+        experiment.embeddings(model, params, *np.ones((2, rows, 5), np.int32))
     assert measure._embed._cache_size() == before + 1
 
 
 def test_no_sentence_is_on_both_sides(given):
     sides = corpus.sentences(given)
-    assert not set(sides["train"][1]) & set(sides["held_out"][1])
-    assert all(((rows > 0).sum(axis=1) >= corpus.SHORTEST).all() for rows, _ in sides.values())
+    assert not set(sides["train"].texts) & set(sides["held_out"].texts)
+    assert all((side.segments.sum(axis=1) >= corpus.SHORTEST).all() for side in sides.values())
     with pytest.raises(ValueError, match="5000 of train asked for; there are"):
         corpus.sentences(dataclasses.replace(given, sentences=5000))
 
 
-@pytest.mark.parametrize("options", [{}, PRE_NORM], ids=["post-norm", "pre-norm"])
-def test_terms_equal_losses_of_the_embeddings(options):
+@pytest.mark.parametrize(
+    ("options", "kind"), [({}, "mean"), (PRE_NORM, "mean"), ({}, "cls")], ids=["post-norm", "pre-norm", "cls"]
+)
+def test_terms_equal_losses_of_the_embeddings(options, kind):
     """Also with a final norm, as in ModernBERT."""
     models = [encoder(dataclasses.replace(TINY, layers=n, token_types=0, **options)) for n in (1, 2)]
     both = [(model, random_params(model, n)) for n, model in enumerate(models)]
-    tokens = np.array([[5, 6, 7, 0], [8, 9, 0, 0], [1, 2, 3, 4]], np.int32)
-    batch = corpus.batch_of(tokens)
+    tokens, segments = corpus.padded([[5, 6, 7], [8, 0], [0, 2, 3, 4]], 4)  # 0 is a token here
+    batch = corpus.batch_of(corpus.Sentences(tokens, segments, []))
+    np.testing.assert_array_equal(batch.mask.sum(axis=1), [3, 2, 4])
     kept = [
         model.apply(params, tokens, segments=batch.segments, collect=Collect(hidden=(n,))).collected
         for n, (model, params) in enumerate(both, start=1)
     ]
-    cosine, similarity = experiment.sentence_terms(CONFIG, *models, both[1][1])
-    student, teacher = (experiment.embeddings(*one, tokens).astype(np.float64) for one in both)
+    cosine, similarity = experiment.sentence_terms(CONFIG, *models, both[1][1], kind)
+    student, teacher = (experiment.embeddings(*one, tokens, segments, kind).astype(np.float64) for one in both)
     view = View(student_features=kept[0], teacher_features=kept[1], batch=batch, params=both[0][1])
     values = cosine.value(view)
     np.testing.assert_allclose(values[:, 0], 1.0 - (student * teacher).sum(-1), atol=1e-5)
@@ -192,3 +198,120 @@ def test_invalid_configurations_are_refused(options, message):
 def test_unsuitable_teachers_are_refused(given, tmp_path):
     with pytest.raises(ValueError, match="length=13; the teacher has 12 positions"):
         experiment.prepare(dataclasses.replace(given, length=13), tmp_path)
+
+
+def test_every_token_of_a_sentence_counts_whatever_its_id(given):
+    """Id 0 is a word of this tokenizer, as <s> is 0 in XLM-R's vocabulary."""
+    held_out = corpus.sentences(given)["held_out"]
+    model, params = distill.load(given.teacher)
+    zero = held_out.tokens.copy()
+    zero[:, 0] = 0
+    lengths = held_out.segments.sum(axis=1)
+    got = measure.embeddings(model, params, zero, held_out.segments)
+    for ids, length, vector in zip(zero[:3], lengths, got, strict=False):
+        alone = measure.embeddings(model, params, ids[None, :length], np.ones((1, length), np.int32))[0]
+        np.testing.assert_allclose(vector, alone, atol=1e-5)
+
+
+# ---- folders of sentence-transformers
+
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+]
+CLS = {"word_embedding_dimension": 8, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+
+
+def folder_of(where, modules=MODULES, pooling=CLS, **files):
+    (where / "1_Pooling").mkdir(parents=True)
+    (where / "1_Pooling/config.json").write_text(json.dumps(pooling))
+    (where / "modules.json").write_text(json.dumps(modules))
+    for name, values in files.items():
+        (where / f"{name}.json").write_text(json.dumps(values))
+    return where
+
+
+@pytest.mark.parametrize(
+    ("pooling", "kind"),
+    [
+        (CLS, "cls"),
+        ({}, "mean"),
+        (CLS | {"include_prompt": True, "pooling_mode_lasttoken": False}, "cls"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "last"),
+        ({"embedding_dimension": 8, "pooling_mode": "lasttoken"}, "last"),
+    ],
+)
+def test_the_pooling_is_that_of_the_folder(pooling, kind, tmp_path):
+    found = read_pooling(folder_of(tmp_path / "a", pooling=pooling, sentence_bert_config={"max_seq_length": 9}), 8)
+    assert (found.kind, found.longest) == (kind, 9)
+    assert json.loads(dict(found.files)["1_Pooling/config.json"]) == pooling
+    assert json.loads(dict(found.files)["modules.json"]) == MODULES
+
+
+def test_without_modules_the_mean_is_taken_and_written_down(tmp_path):
+    found = read_pooling(tmp_path, 8)
+    for name, text in found.files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert found.kind == "mean" == read_pooling(tmp_path, 8).kind
+    assert [module["path"] for module in json.loads((tmp_path / "modules.json").read_text())] == ["", "1_Pooling"]
+
+
+DENSE = {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"modules": [*MODULES[:2], DENSE]}, "Transformer, Pooling, Dense; expected Transformer, Pooling and perhaps"),
+        ({"modules": MODULES[:1]}, "modules.json: Transformer; expected"),
+        ({"modules": {"a": 1}}, "expected a list of modules"),
+        ({"modules": [MODULES[0] | {"path": "0_BERT"}, MODULES[1]]}, "the Transformer is in '0_BERT'"),
+        ({"modules": [MODULES[0], MODULES[1] | {"path": "../1_Pooling"}]}, "the Pooling in '../1_Pooling'"),
+        (
+            {"pooling": CLS | {"pooling_mode_mean_tokens": True}},
+            "pooling is pooling_mode_mean_tokens, pooling_mode_cls",
+        ),
+        ({"pooling": {"pooling_mode": "weightedmean"}}, "the pooling is weightedmean; expected one of mean, cls"),
+        ({"pooling": CLS | {"pooling_mode_head": True}}, "unknown keys pooling_mode_head"),
+        ({"pooling": [1]}, "1_Pooling/config.json: expected an object"),
+        ({"sentence_bert_config": {"do_lower_case": True}}, "do_lower_case='True' changes every text"),
+        ({"config_sentence_transformers": {"default_prompt_name": "query"}}, "default_prompt_name='query'"),
+    ],
+)
+def test_what_a_folder_of_sentence_transformers_may_not_hold_is_named(files, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_pooling(folder_of(tmp_path / "a", **files), 8)
+
+
+def test_a_missing_or_damaged_pooling_is_an_error(tmp_path):
+    where = folder_of(tmp_path / "a")
+    (where / "1_Pooling/config.json").write_text("{")
+    with pytest.raises(ValueError, match="1_Pooling/config.json: cannot be read"):
+        read_pooling(where, 8)
+    (where / "1_Pooling/config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="1_Pooling/config.json: missing; modules.json of this folder names it"):
+        read_pooling(where, 8)
+
+
+def test_teacher_and_student_pool_as_the_folder_says_and_the_student_keeps_it(given, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(given.teacher, teacher)
+    folder_of(tmp_path / "cls")
+    shutil.copytree(tmp_path / "cls", teacher, dirs_exist_ok=True)
+    config = dataclasses.replace(given, teacher=str(teacher))
+    world = experiment.prepare(config, tmp_path / "run")
+    held_out = world.sides["held_out"]
+    want = embed(*world.teacher, held_out.tokens, held_out.segments, "cls")
+    np.testing.assert_allclose(world.embed(*world.teacher, held_out), want, atol=1e-5)
+    assert np.abs(want - embed(*world.teacher, held_out.tokens, held_out.segments)).max() > 1e-3
+    arm = next(iter(experiment.arms(world, {})))
+    runner.export(tmp_path / "run", *arm.export(world.student))
+    assert read_pooling(tmp_path / "run/student_hf", 8) == world.pooling
+    assert world.fingerprints["pooling"] == "cls"
+    with pytest.raises(ValueError, match="length=10; the teacher reads 7 tokens"):
+        (teacher / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7}))
+        experiment.prepare(config, tmp_path / "run")

@@ -23,7 +23,7 @@ A kind of experiment (``kinds.py``) is a module with what is its own:
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -143,8 +143,10 @@ def look_before(arm: Arm, work: Work, config: Any) -> None:
         print_checks(checks)
 
 
-def export(run: Path, model: Model, params: Params, tokenizer: Any = None) -> None:
-    """Writes RUN/student_hf.
+def export(
+    run: Path, model: Model, params: Params, tokenizer: Any = None, files: Mapping[str, str] | None = None
+) -> None:
+    """Writes RUN/student_hf, and in it ``files``: content by name.
 
     A decoder that no family of transformers has is reported and passed over: the run goes on without the folder.
 
@@ -159,6 +161,10 @@ def export(run: Path, model: Model, params: Params, tokenizer: Any = None) -> No
             print(f"{run / STUDENT}: not written: {error}", file=sys.stderr)
             return
     save(run / STUDENT, model, params, tokenizer, family=family)
+    for name, text in (files or {}).items():
+        file = run / STUDENT / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 def open_run(run: Path, best: str | None = None) -> tuple[Any, dict[str, Trained]]:

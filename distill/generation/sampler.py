@@ -27,11 +27,15 @@ def greedy(
       ``[B, T]`` new tokens.
 
     Raises:
-      UserError: the model has no cache.
+      UserError: the model has no cache, no prompt or nothing to write, or more tokens than learned positions.
     """
     if model.init_cache is None:
         raise UserError("greedy: this model has no key/value cache; expected Model.init_cache.")
     batch, length = prompts.shape
+    if length < 1 or max_new_tokens < 1:
+        raise UserError(
+            f"greedy: prompts of {length} tokens, max_new_tokens={max_new_tokens}; expected at least 1 each."
+        )
     prefill = model.apply(params, prompts, cache=model.init_cache(batch, length + max_new_tokens))
 
     def next_token(hidden_BLD: Array) -> Array:

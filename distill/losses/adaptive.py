@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.errors import UserError
-from distill.losses.divergences import _kl, _log_probs, forward_kl
+from distill.losses.divergences import _below_greatest, _kl_of_logits, _log_probs, forward_kl
 from distill.shapes import Logits, Nats, Scalar
 
 
@@ -44,7 +44,13 @@ def adaptive_kl(student_logits: Logits, teacher_logits: Logits, *, mu: float = 0
     head, tail = (jax.lax.stop_gradient(gap) for gap in _gaps(teacher_logits, log_p, log_q, mu))
     total = head + tail
     share = jnp.where(total > 0.0, head / jnp.where(total > 0.0, total, 1.0), 0.5)
-    return _mix(share, _kl(log_p, log_q), _kl(log_q, log_p))
+    return _mix(share, *_both_kls(student_logits, teacher_logits, temperature))
+
+
+def _both_kls(student_logits: Logits, teacher_logits: Logits, temperature: Scalar) -> tuple[Nats, Nats]:
+    """KL(P‖Q) and KL(Q‖P)."""
+    a, b = _below_greatest(teacher_logits, temperature), _below_greatest(student_logits, temperature)
+    return _kl_of_logits(a, b), _kl_of_logits(b, a)
 
 
 def _gaps(teacher_logits: Logits, log_p: Logits, log_q: Logits, mu: float) -> tuple[Nats, Nats]:
@@ -84,13 +90,13 @@ def entropy_aware_kl(student_logits: Logits, teacher_logits: Logits, *, temperat
       >>> round(float(entropy_aware_kl(student, teacher)), 4)
       0.1438
     """
-    log_p, log_q = _log_probs(teacher_logits, temperature), _log_probs(student_logits, temperature)
+    log_p = _log_probs(teacher_logits, temperature)
     possible = log_p != -jnp.inf
     entropy = -jnp.sum(jnp.where(possible, jnp.exp(log_p) * jnp.where(possible, log_p, 0.0), 0.0), axis=-1)
     tokens = jnp.sum(possible, axis=-1)
     share = jnp.where(tokens > 1, entropy / jnp.log(jnp.maximum(tokens, 2).astype(jnp.float32)), 0.0)
     share = jax.lax.stop_gradient(jnp.clip(share, 0.0, 1.0))
-    return _mix(share, _kl(log_p, log_q), _kl(log_q, log_p))
+    return _mix(share, *_both_kls(student_logits, teacher_logits, temperature))
 
 
 def taid(
@@ -115,7 +121,9 @@ def taid(
       temperature: T > 0 divides both logits.
 
     Returns:
-      ``[...]`` nats, float32, ≥ 0 up to rounding.
+      ``[...]`` nats, float32, ≥ 0 up to rounding. For 0 < t < 1, R has the tokens that are possible on both sides.
+      Where there are none, R does not exist and the value is NaN. That is a mask of one side alone, such as a
+      different vocabulary: align both first.
 
     Raises:
       UserError: a Python number outside [0, 1].
@@ -128,7 +136,7 @@ def taid(
     if isinstance(interpolation, float | int) and not 0.0 <= interpolation <= 1.0:
         raise UserError(f"taid: interpolation={interpolation}; expected a number in [0, 1] (1: the teacher itself).")
     t = jnp.asarray(interpolation, jnp.float32)
-    student, teacher = student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
+    student, teacher = (_below_greatest(logits, 1.0) for logits in (student_logits, teacher_logits))
     from_student = jnp.where(t < 1.0, (1.0 - t) * jax.lax.stop_gradient(student), 0.0)  # 0·(−inf) is NaN
     target = from_student + jnp.where(t > 0.0, t * teacher, 0.0)
     return forward_kl(student, target, temperature=temperature)

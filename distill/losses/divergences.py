@@ -5,6 +5,8 @@ Conventions, the same for every function here:
 * ``student_logits, teacher_logits`` in that order, any shape ``[..., V]``; the result has shape ``[...]``, in float32.
 * P is the teacher's distribution ``softmax(teacher_logits / temperature)``, Q the student's.
 * Logits of any float type are read as float32. A logit of −inf is a token that cannot occur, and 0·log 0 = 0.
+* The greatest logit is subtracted before the division by the temperature: the other order costs digits.
+* A temperature that is a number, not a traced array, and not finite and above 0, is a ``UserError``.
 * No averaging, and no factor T²: both belong to the objective (``distill/objective.py``).
 * Gradients flow to both arguments. The train step freezes the teacher; a loss has no business to.
 """
@@ -13,14 +15,34 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from distill.errors import UserError
 from distill.shapes import Array, Logits, Nats, Scalar
 
 
+def check_temperature(temperature: Scalar) -> None:
+    """Raises UserError for a number that is no temperature; a traced array cannot be checked.
+
+    Example:
+      >>> check_temperature(0.5)
+    """
+    known = isinstance(temperature, int | float | np.number)
+    if known and not (math.isfinite(temperature) and temperature > 0.0):
+        raise UserError(f"temperature={temperature}; expected a finite number above 0, which divides the logits.")
+
+
+def _below_greatest(logits: Logits, temperature: Scalar) -> Logits:
+    """(logits − max) / temperature."""
+    check_temperature(temperature)
+    logits = logits.astype(jnp.float32)
+    return (logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))) / temperature
+
+
 def _log_probs(logits: Logits, temperature: Scalar) -> Logits:
-    return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+    below = _below_greatest(logits, temperature)
+    return below - jnp.log(jnp.sum(jnp.exp(below), axis=-1, keepdims=True))
 
 
 def _kl(log_p: Logits, log_q: Logits) -> Nats:
@@ -66,17 +88,13 @@ def _derivative_of_kl(primals, tangents):
         change += jnp.sum(jnp.where(b == -jnp.inf, 0.0, q - p) * db, axis=-1)
     if not isinstance(da, SymbolicZero):  # never in training: the teacher is frozen
         e = jnp.where(b == -jnp.inf, 0.0, difference)
-        change += jnp.sum(p * (e - jnp.sum(p * e, axis=-1, keepdims=True)) * da, axis=-1)
+        for _ in range(2):  # the mean of what is left: one pass loses the digits of a large e under a certain P
+            e = e - jnp.sum(p * e, axis=-1, keepdims=True)
+        change += jnp.sum(p * e * da, axis=-1)
     return nats, change
 
 
 _kl_of_logits.defjvp(_derivative_of_kl, symbolic_zeros=True)
-
-
-def _below_greatest(logits: Logits, temperature: Scalar) -> Logits:
-    """(logits − max) / temperature."""
-    logits = logits.astype(jnp.float32)
-    return (logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))) / temperature
 
 
 def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0) -> Nats:
@@ -275,8 +293,8 @@ def jeffreys(student_logits: Logits, teacher_logits: Logits, *, temperature: Sca
       >>> round(float(jeffreys(student, teacher)), 4)  # .25 log 3
       0.2747
     """
-    log_p, log_q = _log_probs(teacher_logits, temperature), _log_probs(student_logits, temperature)
-    return _kl(log_p, log_q) + _kl(log_q, log_p)
+    a, b = _below_greatest(teacher_logits, temperature), _below_greatest(student_logits, temperature)
+    return _kl_of_logits(a, b) + _kl_of_logits(b, a)
 
 
 def alpha_beta(
@@ -306,8 +324,9 @@ def alpha_beta(
       temperature: T > 0 divides both logits.
 
     Returns:
-      ``[...]`` float32, ≥ 0. A token both rule out adds nothing; one that one side alone rules out adds +inf unless
-      its own power and α+β are positive. A ratio that float32 cannot hold counts as +inf, without a gradient.
+      ``[...]`` float32, ≥ 0, and 0 where P = Q. A token both rule out adds nothing; one that one side alone rules out
+      adds +inf unless its own power and α+β are positive. A term that float32 cannot hold counts as +inf, without a
+      gradient.
 
     Raises:
       UserError: alpha, beta or alpha + beta not finite, or within 0.001 of 0 but not 0, where the division by it
@@ -445,14 +464,19 @@ def _term(high: Array, ratio: Array, u: float, v: float) -> Array:
     """
     if u == v == 0.0:
         return 0.5 * jnp.square(ratio)
-    weight = (u + v) * high
-    fits = (weight < LARGEST) & (weight + v * ratio < LARGEST) & (weight + (u + v) * ratio < LARGEST)
+    weight, equal = (u + v) * high, ratio == 0.0
+    steepest = jnp.maximum(jnp.maximum(v * ratio, (u + v) * ratio), 0.0)
+    # The term is at most exp(weight + steepest) · ratio²/2: small where P ≈ Q, however large the weight.
+    bound = steepest + jnp.minimum(0.0, 2.0 * jnp.log(jnp.where(equal, 1.0, -ratio)))
+    fits = (weight + bound < LARGEST) & (weight < 2.0 * LARGEST) & ~equal
     weight, ratio = jnp.where(fits, weight, 0.0), jnp.where(fits, ratio, 0.0)
+    half = jnp.where(weight > LARGEST, 0.5 * weight, 0.0) if u + v < 0.0 else 0.0  # whose exponential is a float32
+    weight = weight - half
     if u == 0.0:
         term = (jnp.exp(weight + v * ratio) * ratio - _scaled_expm1(weight, ratio, v)) / v
     else:
         term = (_scaled_expm1(weight, ratio, u + v) - _scaled_expm1(weight, ratio, v)) / u
-    return jnp.where(fits, term, jnp.inf)
+    return jnp.where(fits | equal, term * jnp.exp(half) if u + v < 0.0 else term, jnp.inf)
 
 
 def _scaled_expm1(weight: Array, ratio: Array, power: float) -> Array:

@@ -30,7 +30,7 @@ def cross_entropy(student_logits: Logits, labels: Labels, *, label_smoothing: fl
       >>> cross_entropy(logits, jnp.array([0])).round(4)  # −log 0.7
       Array([0.3567], dtype=float32)
     """
-    if not 0.0 <= label_smoothing < 1.0 or z_loss < 0.0:
+    if not (0.0 <= label_smoothing < 1.0 and z_loss >= 0.0):
         raise UserError(
             f"cross_entropy: label_smoothing={label_smoothing}, z_loss={z_loss}; expected label_smoothing in [0, 1) "
             "and z_loss ≥ 0."

@@ -7,6 +7,7 @@ in nats, and have no form for stored targets.
 import jax
 import jax.numpy as jnp
 
+from distill.losses.divergences import check_temperature
 from distill.shapes import Logits, Mask, Nats, Scalar
 
 
@@ -30,12 +31,14 @@ def logit_mse(student_logits: Logits, teacher_logits: Logits, *, temperature: Sc
       >>> float(logit_mse(student, teacher))  # ½ · (1² + 1²)/2
       0.5
     """
+    check_temperature(temperature)
     student, teacher = student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
     counted = (student != -jnp.inf) & (teacher != -jnp.inf)
     number = jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1)
 
     def centred(logits: Logits) -> Logits:
-        kept = jnp.where(counted, logits, 0.0) / temperature
+        high = jnp.max(jnp.where(counted, logits, -jnp.inf), axis=-1, keepdims=True)
+        kept = jnp.where(counted, logits - jax.lax.stop_gradient(high), 0.0) / temperature
         return jnp.where(counted, kept - jnp.sum(kept, axis=-1, keepdims=True) / number, 0.0)
 
     return 0.5 * jnp.sum(jnp.square(centred(student) - centred(teacher)), axis=-1) / number[..., 0]
@@ -62,6 +65,7 @@ def pearson(student_logits: Logits, teacher_logits: Logits, *, temperature: Scal
       >>> abs(round(float(pearson(student, teacher)), 4))  # Q = P/4 + 1/4
       0.0
     """
+    check_temperature(temperature)
     student, teacher = student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
     counted = (student != -jnp.inf) | (teacher != -jnp.inf)
     number = jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1)

@@ -307,7 +307,7 @@ def _at_temperature(targets: SparseTargets, temperature: float, vocab: int) -> S
             f"them at {temperature}, or use {targets.temperature}."
         )
     log_probs = targets.log_probs.astype(jnp.float32)
-    log_probs = jax.nn.log_softmax(log_probs * (targets.temperature / temperature), axis=-1)
+    log_probs = _log_probs(log_probs, temperature / targets.temperature)
     return SparseTargets(targets.ids, log_probs, jnp.full(log_probs.shape[:-1], -jnp.inf), temperature)
 
 

@@ -26,9 +26,11 @@ class RopeScaling:
     """How rotary positions are scaled for texts longer than those of the first training (``rope.py``)."""
 
     kind: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
-    """``linear``: the factor slows every pair. ``dynamic``: NTK-aware, by the length of each row. ``llama3``: the
+    """``linear``: the factor slows every pair. ``dynamic``: NTK-aware, by the length of each text. ``llama3``: the
     factor slows slow pairs, fast ones are kept. ``yarn`` (arXiv 2309.00071): the same between other bounds.
-    ``longrope`` (arXiv 2402.13753): each pair has its factor, by the length of each row."""
+    ``longrope`` (arXiv 2402.13753): each pair has its factor, by the length of each text. Padding and the other
+    texts of a row do not count. With a cache, ``longrope`` reads the text again where it outgrows the original
+    length; ``dynamic`` leaves the keys of earlier tokens as they were turned, as transformers does."""
     factor: float = 1.0
     original_length: int = 0
     """Length of the first training, in tokens; every kind but ``linear`` needs it."""
@@ -46,9 +48,9 @@ class RopeScaling:
     """yarn, longrope: factor of queries and keys; None: 0.1 ln(factor) + 1 for yarn,
     √(1 + ln(factor) / ln(original_length)) for longrope."""
     short_factors: tuple[float, ...] = ()
-    """longrope: the factor of each pair in rows up to the original length."""
+    """longrope: the factor of each pair in texts up to the original length."""
     long_factors: tuple[float, ...] = ()
-    """longrope: the factor of each pair in longer rows."""
+    """longrope: the factor of each pair in longer texts."""
 
     def __post_init__(self):
         if self.kind == "none":

@@ -1,6 +1,9 @@
 """The decoder: embedding, a scan over stacked layers, final norm, head."""
 
+import dataclasses
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from distill.devices import backend
@@ -14,7 +17,7 @@ from distill.models.model import Model
 from distill.models.output import Cache, Collect, Output
 from distill.models.parameters import parameter, rematerialized
 from distill.models.placement import rows_apart
-from distill.models.rope import Turns, turns_of
+from distill.models.rope import BY_LENGTH, Turns, lengths_of, turns_of
 from distill.shapes import Array, Params
 
 
@@ -62,7 +65,7 @@ class Decoder(nn.Module):
         slots_L = start + jnp.arange(length)
         positions_BL = jnp.broadcast_to(slots_L, (batch, length)) if positions is None else positions
         segments_BL = jnp.ones((batch, length), jnp.int32) if segments is None else segments
-        seen = _write_segments(cache, segments_BL)
+        seen = None if cache is None else _written(cache, tokens_BL, positions_BL, segments_BL)
         segments_BS = segments_BL if seen is None else seen.segments_BS
         earlier_LS = jnp.arange(segments_BS.shape[1])[None, :] <= slots_L[:, None]
         mask_BLS = earlier_LS[None] & (segments_BL[:, :, None] == segments_BS[:, None, :])
@@ -75,9 +78,12 @@ class Decoder(nn.Module):
             collect.check(self.config.layers)
             kept = empty(self.config, collect, batch, length, segments_BS.shape[1])
             slots = slots_of(collect, self.config.layers)
-        shared = Shared(_turns(self.config, positions_BL), masks, start, segments_BL > 0)
+        turns = _turns(self.config, positions_BL, _lengths(self.config, positions_BL, segments_BL, seen))
+        shared = Shared(turns, masks, start, segments_BL > 0)
         (x_BLD, kept), (kv, routing) = self.layers((embedded_BLD, kept), shared, Own(kv, slots, kinds))
         hidden_BLD = self.norm(x_BLD)
+        if cache is not None:  # a write beyond the last slot would land on earlier tokens
+            hidden_BLD = jnp.where(seen.length > segments_BS.shape[1], jnp.nan, hidden_BLD)
         if self.is_initializing():
             self.unembed(hidden_BLD)
         return Output(
@@ -112,11 +118,20 @@ def _check_length(config: DecoderConfig, length: int) -> None:
         raise UserError(f"decoder: a text of {length} tokens; expected at most {config.max_length} learned positions.")
 
 
-def _turns(config: DecoderConfig, positions_BL: Array) -> tuple[Turns, ...]:
+def _lengths(config: DecoderConfig, positions_BL: Array, segments_BL: Array, seen: Cache | None) -> Array | None:
+    """Length of the text of each token, where rotations depend on it; ``seen`` is the cache with these tokens."""
+    if config.rope_scaling.kind not in BY_LENGTH:
+        return None
+    if seen is None:
+        return lengths_of(segments_BL, positions_BL, segments_BL)
+    return lengths_of(segments_BL, seen.positions_BS, seen.segments_BS)
+
+
+def _turns(config: DecoderConfig, positions_BL: Array, lengths_BL: Array | None) -> tuple[Turns, ...]:
     """Rotary positions of all layers, and of layers with a window if their theta differs."""
     if config.positions == "learned":
         return ()
-    turns = turns_of(config.rotary_size, positions_BL, config.rope_theta, config.rope_scaling)
+    turns = turns_of(config.rotary_size, positions_BL, config.rope_theta, config.rope_scaling, lengths_BL)
     if config.rope_theta_local is None:
         return (turns,)
     return turns, turns_of(config.rotary_size, positions_BL, config.rope_theta_local)
@@ -135,14 +150,66 @@ def _by_layer(config: DecoderConfig, mask_BLS: Array, slots_L: Array) -> tuple[t
     return masks, kinds
 
 
-def _write_segments(cache: Cache | None, segments_BL: Array) -> Cache | None:
-    if cache is None:
-        return None
-    written = jnp.zeros_like(cache.segments_BS).at[:, : segments_BL.shape[1]].set(segments_BL)
-    slots = jnp.arange(cache.segments_BS.shape[1])
-    new = (slots >= cache.length) & (slots < cache.length + segments_BL.shape[1])
-    segments_BS = jnp.where(new[None], jnp.roll(written, cache.length, axis=1), cache.segments_BS)
-    return cache._replace(segments_BS=segments_BS, length=cache.length + segments_BL.shape[1])
+def _written(cache: Cache, tokens_BL: Array, positions_BL: Array, segments_BL: Array) -> Cache:
+    """The cache after these tokens, their keys and values aside."""
+    length, room = segments_BL.shape[1], cache.segments_BS.shape[1]
+    known = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+    if known + length > room:
+        raise UserError(
+            f"decoder: {known + length} tokens for a key/value cache with room for {room}; give init_cache the length "
+            "of the whole text, prompt and new tokens."
+        )
+    slots = jnp.arange(room)
+    new_BS = ((slots >= cache.length) & (slots < cache.length + length))[None]
+
+    def put(old_BS: Array | None, new_BL: Array) -> Array | None:
+        if old_BS is None:
+            return None
+        placed_BS = jnp.zeros_like(old_BS).at[:, :length].set(new_BL)
+        return jnp.where(new_BS, jnp.roll(placed_BS, cache.length, axis=1), old_BS)
+
+    return cache._replace(
+        segments_BS=put(cache.segments_BS, segments_BL),
+        tokens_BS=put(cache.tokens_BS, tokens_BL),
+        positions_BS=put(cache.positions_BS, positions_BL),
+        length=cache.length + length,
+    )
+
+
+def _reading_again(model: Model) -> Model:
+    """A LongRoPE decoder whose cache is that of the whole text, also where the text outgrows the original length.
+
+    There the long factors replace the short ones in every layer, so that the keys and values of all earlier tokens
+    change. They are computed again from their ids, once for each text.
+    """
+    original = model.config.rope_scaling.original_length
+
+    def apply(params: Params, tokens_BL: Array, *, cache: Cache | None = None, **inputs) -> Output:
+        if cache is None:
+            return model.apply(params, tokens_BL, **inputs)
+        batch, length = tokens_BL.shape
+        given = (inputs.get("positions"), inputs.get("segments"))
+        usual = (cache.length + jnp.arange(length)[None], jnp.int32(1))
+        positions_BL, segments_BL = (
+            jnp.broadcast_to(default if value is None else value, (batch, length))
+            for value, default in zip(given, usual, strict=True)
+        )
+        now = _written(cache, tokens_BL, positions_BL, segments_BL)
+        longer_BS, longer_now_BS = (
+            lengths_of(cache.segments_BS, some.positions_BS, some.segments_BS) > original for some in (cache, now)
+        )
+        crossed = jnp.any((cache.segments_BS > 0) & (longer_BS != longer_now_BS))
+
+        def read_again() -> Cache:
+            empty = cache._replace(segments_BS=jnp.full_like(cache.segments_BS, -1), length=jnp.int32(0))
+            text = {"positions": now.positions_BS, "segments": now.segments_BS}
+            again = model.apply(params, now.tokens_BS, cache=empty, **text).cache
+            return cache._replace(keys_NBGSK=again.keys_NBGSK, values_NBGSK=again.values_NBGSK)
+
+        cache = jax.lax.cond(crossed, read_again, lambda: cache)
+        return model.apply(params, tokens_BL, cache=cache, **inputs)
+
+    return dataclasses.replace(model, apply=apply)
 
 
 def decoder(config: DecoderConfig) -> Model:
@@ -152,9 +219,14 @@ def decoder(config: DecoderConfig) -> Model:
         _check_length(config, length)
         shape = (config.layers, batch, config.groups, length, config.key_size)
         zeros = jnp.zeros(shape, config.dtype)
-        return Cache(zeros, zeros, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
+        cache = Cache(zeros, zeros, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
+        if config.rope_scaling.kind not in BY_LENGTH:
+            return cache
+        numbers = jnp.zeros((batch, length), jnp.int32)
+        return cache._replace(tokens_BS=numbers, positions_BS=numbers)
 
     def head(params: Params) -> Head:
         return _head(config, params["embedding"].T if config.tied else params["head"])
 
-    return from_linen(Decoder(config), config.vocab_size, config=config, init_cache=init_cache, head=head)
+    model = from_linen(Decoder(config), config.vocab_size, config=config, init_cache=init_cache, head=head)
+    return _reading_again(model) if config.rope_scaling.kind == "longrope" else model

@@ -5,7 +5,7 @@ and gates it is a ModernBERT. ``distill/weights/families/encoders.py`` lists the
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -242,13 +242,17 @@ def bert_pooler(config: EncoderConfig, params: Params, hidden_BLD: Array) -> Arr
     return Encoder(config).apply({"params": params}, hidden_BLD, method="pooled")
 
 
-def pool(hidden_BLD: Array, segments_BL: Array, kind: Literal["mean", "cls"] = "mean") -> Array:
-    """One vector for each row, ``[B, D]`` float32: the mean over its tokens, or its first token.
+Kind = Literal["mean", "cls", "max", "last"]
+"""How tokens become one vector (``pool``)."""
+
+
+def pool(hidden_BLD: Array, segments_BL: Array, kind: Kind = "mean") -> Array:
+    """One vector for each row, ``[B, D]`` float32: of its tokens the mean, the first, the largest numbers or the last.
 
     Args:
       hidden_BLD: hidden states.
       segments_BL: 0 is padding, which is left out; a row without a token gives 0.
-      kind: ``mean``, as MiniLM does, or ``cls``.
+      kind: ``mean``, as MiniLM does; ``cls``, the first token, as BGE does; ``max``, number by number; ``last``.
 
     Raises:
       UserError: another kind.
@@ -257,16 +261,21 @@ def pool(hidden_BLD: Array, segments_BL: Array, kind: Literal["mean", "cls"] = "
       >>> pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]]))
       Array([[2.]], dtype=float32)
     """
-    if kind not in ("mean", "cls"):
-        raise UserError(f"pool: kind={kind!r}; expected 'mean' or 'cls'.")
+    if kind not in get_args(Kind):
+        raise UserError(f"pool: kind={kind!r}; expected one of {', '.join(get_args(Kind))}.")
     real_BL = segments_BL > 0
-    counts_BL = real_BL if kind == "mean" else real_BL & (jnp.cumsum(real_BL, axis=1) == 1)
+    if kind == "max":
+        states_BLD = jnp.where(real_BL[..., None], hidden_BLD.astype(jnp.float32), -jnp.inf)
+        return jnp.where(jnp.any(real_BL, axis=1)[:, None], jnp.max(states_BLD, axis=1), 0.0)
+    order_BL = jnp.cumsum(real_BL, axis=1)
+    wanted = {"mean": order_BL, "cls": 1, "last": order_BL[:, -1:]}[kind]
+    counts_BL = real_BL & (order_BL == wanted)
     states_BLD = jnp.where(counts_BL[..., None], hidden_BLD.astype(jnp.float32), 0.0)
     number_B = jnp.sum(counts_BL, axis=1, dtype=jnp.float32)
     return jnp.sum(states_BLD, axis=1) / jnp.maximum(number_B, 1.0)[:, None]
 
 
-def embed(model: Model, params: Params, tokens: Array, segments: Array, kind: Literal["mean", "cls"] = "mean") -> Array:
+def embed(model: Model, params: Params, tokens: Array, segments: Array, kind: Kind = "mean") -> Array:
     """Sentence embeddings of norm 1, ``[B, D]`` float32: their products are cosine similarities (arXiv 1908.10084).
 
     Args:

@@ -8,13 +8,20 @@ from distill.shapes import Array, Float, Int
 
 
 class Cache(NamedTuple):
-    """Key/value cache: keys and values of every layer for the tokens seen so far, and the slots that are filled."""
+    """Key/value cache: keys and values of every layer for the tokens seen so far, and the slots that are filled.
+
+    More tokens than it has room for are an error where their number is known when tracing. Otherwise every hidden state
+    of that call and of later ones is NaN.
+    """
 
     keys_NBGSK: Float[Array, "N B G S K"]
     values_NBGSK: Float[Array, "N B G S K"]
     segments_BS: Int[Array, "B S"]
     """Segment of each slot; −1 for an empty slot."""
     length: Int[Array, ""]
+    tokens_BS: Int[Array, "B S"] | None = None
+    """Ids and positions of the slots, for models whose rotations depend on the length of the text; otherwise None."""
+    positions_BS: Int[Array, "B S"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

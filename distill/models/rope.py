@@ -15,6 +15,9 @@ from distill.shapes import Array
 PLAIN = RopeScaling()
 """No scaling."""
 
+BY_LENGTH = ("dynamic", "longrope")
+"""Kinds of scaling whose angles depend on the length of the text."""
+
 
 class Turns(NamedTuple):
     """Cosine and sine of the angle of every pair at every position, ``[B, 1, L, K/2]``."""
@@ -37,7 +40,28 @@ def rotate(x_BHLK: Array, turns: Turns) -> Array:
     return jnp.concatenate(turned, axis=-1).astype(x_BHLK.dtype)
 
 
-def turns_of(size: int, positions_BL: Array, theta: float, scaling: RopeScaling = PLAIN) -> Turns:
+def lengths_of(segments_BL: Array, positions_BS: Array, segments_BS: Array) -> Array:
+    """Length of the text of each token, ``[B, L]``: the largest position of its segment, plus 1.
+
+    Padding and other segments of the row do not count.
+
+    Args:
+      segments_BL: of the tokens that ask.
+      positions_BS: of all tokens.
+      segments_BS: of all tokens.
+
+    Example:
+      >>> segments = jnp.array([[1, 1, 2, 2, 2, 0, 0, 0, 0]])
+      >>> lengths_of(segments[:, :5], jnp.array([[0, 1, 0, 1, 2, 0, 1, 2, 3]]), segments)
+      Array([[2, 2, 3, 3, 3]], dtype=int32)
+    """
+    same_BLS = segments_BL[:, :, None] == segments_BS[:, None, :]
+    return jnp.max(jnp.where(same_BLS, positions_BS[:, None, :], -1), axis=2) + 1
+
+
+def turns_of(
+    size: int, positions_BL: Array, theta: float, scaling: RopeScaling = PLAIN, lengths_BL: Array | None = None
+) -> Turns:
     """The pair (i, i + K/2) turns by position · theta^(−2i/K).
 
     ``scaling`` slows some pairs down; YaRN and LongRoPE also scale queries and keys, here by a factor of the turns.
@@ -47,19 +71,21 @@ def turns_of(size: int, positions_BL: Array, theta: float, scaling: RopeScaling 
       positions_BL: of the tokens.
       theta: the base.
       scaling: of the positions.
+      lengths_BL: length of the text of each token (``lengths_of``), which the kinds in ``BY_LENGTH`` read. None: the
+        row is one text, without padding.
 
     Example:
       >>> turns_of(8, jnp.array([[0, 1, 2]]), 1e4).cos.shape
       (1, 1, 3, 4)
     """
     half = size // 2
-    if scaling.kind == "dynamic":
-        frequency = _dynamic(half, positions_BL, theta, scaling)
-    elif scaling.kind == "longrope":
-        frequency = _by_length(half, positions_BL, theta, scaling)
+    if scaling.kind in BY_LENGTH:
+        if lengths_BL is None:
+            lengths_BL = jnp.broadcast_to(jnp.max(positions_BL, axis=1, keepdims=True) + 1, positions_BL.shape)
+        by_length = _dynamic if scaling.kind == "dynamic" else _longrope
+        frequency = by_length(half, lengths_BL, theta, scaling)[:, None]
     else:
-        frequency = jnp.asarray(slowed(half, theta, scaling), jnp.float32)
-    frequency = frequency[None, None, None] if frequency.ndim == 1 else frequency[:, None, None]
+        frequency = jnp.asarray(slowed(half, theta, scaling), jnp.float32)[None, None, None]
     angle = positions_BL[:, None, :, None].astype(jnp.float32) * frequency
     turns = Turns(*(backend.materialize(x) for x in (jnp.cos(angle), jnp.sin(angle))))
     return turns if scaling.magnitude == 1.0 else Turns(*(x * scaling.magnitude for x in turns))
@@ -72,23 +98,20 @@ def choose(local: Array, turns: Sequence[Turns]) -> Turns:
     return jax.tree.map(lambda far, near: jnp.where(local, near, far), *turns)
 
 
-def _by_length(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> Array:
-    """LongRoPE's frequencies ``[B, K/2]``: the long factors in rows beyond the original length."""
+def _longrope(half: int, lengths_BL: Array, theta: float, scaling: RopeScaling) -> Array:
+    """LongRoPE's frequencies ``[B, L, K/2]``: the long factors in texts beyond the original length."""
     plain = theta ** (-np.arange(half) / half)
     short, long = (jnp.asarray(plain / np.array(f), jnp.float32) for f in (scaling.short_factors, scaling.long_factors))
-    longer_B = jnp.max(positions_BL, axis=1) + 1 > scaling.original_length
-    return jnp.where(longer_B[:, None], long[None], short[None])
+    longer_BL1 = lengths_BL[..., None] > scaling.original_length
+    return jnp.where(longer_BL1, long[None, None], short[None, None])
 
 
-def _dynamic(half: int, positions_BL: Array, theta: float, scaling: RopeScaling) -> Array:
-    """NTK-aware frequencies ``[B, K/2]``: theta grows with a row's length beyond the original one.
-
-    Each row depends on its length alone, not on the other rows of the batch.
-    """
-    length_B = jnp.maximum(jnp.max(positions_BL, axis=1) + 1, scaling.original_length).astype(jnp.float32)
-    stretch_B = scaling.factor * length_B / scaling.original_length - (scaling.factor - 1.0)
-    theta_B = theta * stretch_B ** (half / (half - 1))
-    return theta_B[:, None] ** (-jnp.arange(half, dtype=jnp.float32) / half)[None]
+def _dynamic(half: int, lengths_BL: Array, theta: float, scaling: RopeScaling) -> Array:
+    """NTK-aware frequencies ``[B, L, K/2]``: theta grows with a text's length beyond the original one."""
+    length_BL = jnp.maximum(lengths_BL, scaling.original_length).astype(jnp.float32)
+    stretch_BL = scaling.factor * length_BL / scaling.original_length - (scaling.factor - 1.0)
+    theta_BL = theta * stretch_BL ** (half / (half - 1))
+    return theta_BL[..., None] ** (-jnp.arange(half, dtype=jnp.float32) / half)[None, None]
 
 
 def slowed(half: int, theta: float, scaling: RopeScaling) -> np.ndarray:

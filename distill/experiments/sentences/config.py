@@ -17,7 +17,7 @@ class SentenceConfig:
     kind: ClassVar[str] = "sentences"
     name: str = "minilm"
     teacher: str | None = None
-    """Folder of an encoder with tokenizer.json; None: all-MiniLM-L6-v2, fetched."""
+    """Folder of an encoder with tokenizer.json, pooled as its modules.json says; None: all-MiniLM-L6-v2, fetched."""
     layers: tuple[int, ...] = (1, 3, 5)
     """Layers of the teacher the student starts as, counted from 0; of ModernBERT layer 0 must be among them."""
     sentences: int = 20_000

@@ -1,7 +1,9 @@
 """Sentences of dialogues, to train on and to judge by."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +15,16 @@ from distill.experiments.sentences.config import SentenceConfig
 HELD_OUT_DIALOGUES = 700
 SHORTEST = 6
 """Tokens of the shortest sentence."""
-Sentences = tuple[np.ndarray, list[str]]
-"""Ids ``[n, L]`` with 0 for padding, and the texts."""
+
+
+class Sentences(NamedTuple):
+    """Tokenized sentences. Which of the ids are padding is known by the segments alone: any id may be a token."""
+
+    tokens: np.ndarray
+    """Ids ``[n, L]``."""
+    segments: np.ndarray
+    """``[n, L]``: 1 for a token, 0 for padding."""
+    texts: list[str]
 
 
 def teacher_folder(config: SentenceConfig) -> Path:
@@ -47,15 +57,27 @@ def sentences(config: SentenceConfig) -> dict[str, Sentences]:
         if len(fits) < count:
             raise UserError(f"sentences: {count} of {name} asked for; there are {len(fits)} of a fitting length.")
         chosen = np.random.default_rng(0).permutation(fits)[:count]
-        rows = np.zeros((count, config.length), np.int32)
-        for row, i in zip(rows, chosen, strict=True):
-            row[: len(encoded[i])] = encoded[i]
-        sides[name] = rows, [texts[i] for i in chosen]
+        sides[name] = Sentences(*padded([encoded[i] for i in chosen], config.length), [texts[i] for i in chosen])
         known.update(texts)
     return sides
 
 
-def batch_of(tokens: np.ndarray) -> Batch:
+def padded(encoded: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and segments ``[n, L]`` of sentences of at most ``length`` tokens.
+
+    Example:
+      >>> [rows.tolist() for rows in padded([[0, 7], [5]], 3)]
+      [[[0, 7, 0], [5, 0, 0]], [[1, 1, 0], [1, 0, 0]]]
+    """
+    tokens = np.zeros((len(encoded), length), np.int32)
+    segments = np.zeros_like(tokens)
+    for i, ids in enumerate(encoded):
+        tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
+    return tokens, segments
+
+
+def batch_of(sentences: Sentences) -> Batch:
     """Sentences as examples: every token that is not padding counts; labels are not used."""
+    tokens, segments, _ = sentences
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return Batch(tokens, tokens, tokens > 0, np.ascontiguousarray(positions), (tokens > 0).astype(np.int32))
+    return Batch(tokens, tokens, segments > 0, np.ascontiguousarray(positions), segments)

@@ -3,10 +3,9 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from distill.models.encoder import embed
+from distill.models.encoder import Kind, embed
 from distill.models.model import Model
 from distill.shapes import Array, Params
 
@@ -14,15 +13,19 @@ ROWS = 100
 """Sentences embedded at a time."""
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(model: Model, params: Params, tokens: Array) -> Array:
-    return embed(model, params, tokens, (tokens > 0).astype(jnp.int32))
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _embed(model: Model, params: Params, tokens: Array, segments: Array, kind: Kind) -> Array:
+    return embed(model, params, tokens, segments, kind)
 
 
-def embeddings(model: Model, params: Params, tokens: np.ndarray) -> np.ndarray:
-    """Sentence embeddings ``[n, D]``, ``ROWS`` at a time; compiled once for a model."""
-    padded = np.pad(tokens, ((0, -len(tokens) % ROWS), (0, 0)))
-    parts = [np.asarray(_embed(model, params, padded[i : i + ROWS])) for i in range(0, len(padded), ROWS)]
+def embeddings(
+    model: Model, params: Params, tokens: np.ndarray, segments: np.ndarray, kind: Kind = "mean"
+) -> np.ndarray:
+    """Sentence embeddings ``[n, D]``, ``ROWS`` at a time; compiled once for a model. Arguments as for ``embed``."""
+    rows = [np.pad(x, ((0, -len(tokens) % ROWS), (0, 0))) for x in (tokens, segments)]
+    parts = [
+        np.asarray(_embed(model, params, *(x[i : i + ROWS] for x in rows), kind)) for i in range(0, len(rows[0]), ROWS)
+    ]
     return np.concatenate(parts)[: len(tokens)]
 
 
