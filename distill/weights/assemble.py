@@ -122,9 +122,7 @@ def _check_number(table: Table, shapes: Shapes, there: set[str]) -> None:
     known = [path for path in shapes if path in table]
     number = sum(math.prod(shapes[path][: len(_stacked(table[path].name))]) for path in known)
     if number > 100 * (len(there) + 100):
-        raise UserError(
-            f"the model has {number} parameters in {len(there)} tensors of the files; expected one for each."
-        )
+        raise UserError(f"the model has {number} tensors, the files {len(there)}; expected the same number.")
 
 
 def _check_names(wanted: set[str], there: set[str], ignored: Sequence[str]) -> None:

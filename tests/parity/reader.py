@@ -19,6 +19,8 @@ def by_transformers(folder: Path, ids: np.ndarray) -> np.ndarray:
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     options = {"attn_implementation": "eager", "torch_dtype": torch.float32}
     model = getattr(transformers, name).from_pretrained(folder, **options).eval()
+    if model.config.model_type in ("mixtral", "qwen3_moe") and transformers.__version__ > "5":
+        model.set_experts_implementation("eager")  # grouped products want rows of 16 bytes
     with torch.no_grad():
         output = model(torch.tensor(ids))
     return (output.logits if "logits" in output else output.last_hidden_state).numpy()

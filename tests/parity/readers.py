@@ -1,4 +1,4 @@
-"""What ``save`` writes, read by other programs in environments of their own: ``make parity-oldest``, ``make parity-mlx``.
+"""What ``save`` writes, read by other programs, each in its environment: ``make parity-oldest``, ``make parity-mlx``.
 
 python tests/parity/readers.py transformers .venv-oldest/bin/python
 python tests/parity/readers.py mlx .venv-mlx/bin/python

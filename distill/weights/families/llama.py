@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.weights.families import usual
 from distill.weights.families.family import (
@@ -15,7 +14,7 @@ from distill.weights.families.family import (
     row,
     windows,
 )
-from distill.weights.families.keys import Json, Keys, shown
+from distill.weights.families.keys import Json, Keys
 
 
 def _family(
@@ -38,22 +37,6 @@ def _family(
         prefix=usual.PREFIX,
         copies=usual.COPIES,
     )
-
-
-def _mistral(keys: Keys) -> Json:
-    """One window in all layers; ``layer_types``, which mlx-lm needs to know of it, must agree."""
-    window, kinds = keys.get("sliding_window"), keys.get("layer_types")
-    if kinds is not None and set(kinds) != {"full_attention" if window is None else "sliding_attention"}:
-        raise UserError(
-            f"config.json: layer_types={shown(kinds)} with sliding_window={window} of model_type 'mistral'; expected "
-            "a window in all layers, or none."
-        )
-    return {"sliding_window": window}
-
-
-def _mistral_keys(c: DecoderConfig) -> Json:
-    window = {"sliding_window": c.sliding_window}
-    return window if c.sliding_window is None else window | {"layer_types": layer_types(c)}
 
 
 def _window(keys: Keys, by_default: Callable[[int], bool]) -> Json:
@@ -111,10 +94,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": _family(
         "MistralForCausalLM",
-        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
-        | {"layer_types": None},
-        options=_mistral,
-        keys=_mistral_keys,
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
+        options=lambda keys: {"sliding_window": keys.get("sliding_window")},
+        keys=lambda c: {"sliding_window": c.sliding_window},  # with layer_types transformers 5 opens it as a Ministral
         expresses=lambda c: only(c, "sliding_window"),
     ),
     "qwen2": _family(

@@ -56,7 +56,12 @@ FAMILIES: dict[str, Family] = {
         | {"sliding_window": None},
         options=_phi3,
         keys=_phi3_keys,
-        expresses=lambda c: only(c, "sliding_window", "rope_fraction") and c.rope_scaling.kind in ("none", "longrope"),
+        expresses=lambda c: (
+            only(c, "sliding_window", "rope_fraction")
+            and c.rope_scaling.kind in ("none", "longrope")
+            # transformers counts LongRoPE's factors by hidden_size / heads
+            and (c.rope_scaling.kind == "none" or c.key_size * c.heads == c.width)
+        ),
         row=lambda config, path: row(path, _PHI3_NAMES, usual.LAYER, parts=_PARTS),
         ignored=usual.IGNORED,
         prefix=usual.PREFIX,
