@@ -84,7 +84,7 @@ def test_a_number_of_layers_that_is_none_is_refused_at_once(kind, value, message
         (
             "rope_parameters",
             {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0},
-            "rope_theta=1.0 of rope_type 'yarn'; expected above 1",
+            "rope_theta=1.0; yarn needs more than 1",
         ),
         ("model_type", ["llama"], r"model_type=\['llama'\] is not supported"),
         ("quantization_config", {"quant_method": "fp8", "modules_to_not_convert": ["a"] * 400}, "'fp8'}: .*quantised"),
@@ -164,6 +164,19 @@ def test_a_damaged_configuration_opens_or_is_refused(kind, tmp_path):
         except UserError:
             pass
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_configuration_with_a_number_that_is_none_is_refused(wrong):
+    for name in ("norm_epsilon", "rope_theta", "attention_scalar", "attention_softcap", "logit_softcap"):
+        with pytest.raises(UserError, match=f"model: {name}={wrong}; expected a number above 0"):
+            DecoderConfig(**{name: wrong})
+    for name in ("norm_epsilon", "rope_theta", "rope_theta_local"):
+        with pytest.raises(UserError, match=f"encoder: {name}={wrong}; expected a number above 0"):
+            EncoderConfig(**{name: wrong})
+    for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
+        with pytest.raises(UserError, match=f"rope_scaling: {name}={wrong}; expected"):
+            RopeScaling("yarn", **({"factor": 2.0, "original_length": 8} | {name: wrong}))
 
 
 # ---- written, for this version of transformers and for older readers

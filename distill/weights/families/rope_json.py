@@ -113,8 +113,6 @@ def _read(name: str, values: Json, beside: Beside) -> Json:
     unknown = [f"{key}={shown(value)}" for key, value in given.items() if key not in _KEYS[kind]]
     if unknown:
         raise UserError(f"config.json: {some(unknown)} of rope_type {kind!r}: not known, and it might matter.")
-    if kind == "yarn" and not theta > 1.0:
-        raise UserError(f"config.json: rope_theta={theta} of rope_type 'yarn'; expected above 1.")
     fields = {"rope_theta": theta, "rope_scaling": _scaling(kind, given, beside)}
     return fields if beside.usual_fraction is None else fields | {"rope_fraction": fraction}
 
