@@ -347,7 +347,10 @@ def test_keys_of_the_configuration_become_fields(values, fields):
         (json_of("qwen2", layer_types=["full_attention"] * 2), "layer_types.*for 3 layers"),
         (json_of("qwen2", layer_types=["sliding_attention"] * 3), "expected a window that is used"),
         (json_of(rope_scaling={"type": "longrope"}), "rope_type 'longrope' without long_factor, short_factor"),
-        (json_of(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 3}), "beta_fast=3 of rope_type 'linear'"),
+        (
+            json_of(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 3}),
+            "beta_fast=3.0 of rope_type",
+        ),
         (json_of(rope_scaling={"type": "linear"}), "without factor"),
         (json_of(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "without high_freq_factor, low_freq_factor"),
         (json_of(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "full_attention="),

@@ -373,7 +373,7 @@ def test_the_nnx_adapter_returns_the_logits_of_the_module():
         ({"positions": "learned"}, "learned positions need max_length, got None"),
         ({"positions": "learned", "max_length": 4, "rope_fraction": 0.5}, "no rope options"),
         ({"qk_norm_joint": True}, "qk_norm_joint without qk_norm"),
-        ({"logit_softcap": 0.0}, "logit_softcap=0.0; expected above 0, or None"),
+        ({"logit_softcap": 0.0}, "logit_softcap=0.0; expected a number above 0"),
         ({"attention_scalar": -1.0}, "attention_scalar=-1.0"),
         ({"rope_fraction": 0.5, "head_dim": 6}, "rope_fraction=0.5 rotates 3; rotary positions need an even number"),
         ({"rope_fraction": 1.5}, "rope_fraction=1.5 rotates"),

@@ -16,7 +16,8 @@ import distill
 from distill.weights import folder as folders
 from distill.weights import replace
 from distill.weights import safetensors as files
-from distill.weights.safetensors import SINGLE, refuse_nonfinite
+from distill.weights.files import SINGLE
+from distill.weights.safetensors import refuse_nonfinite
 
 MODEL = tiny_decoder()
 SHARDS = {"shard_bytes": 1500}

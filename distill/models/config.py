@@ -21,6 +21,12 @@ def _check_sizes(model: str, fields: dict[str, Any], names: tuple[str, ...]) -> 
             raise UserError(f"{model}: {name}={fields[name]}; expected at least 1.")
 
 
+def _check_positive(model: str, fields: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if fields[name] is not None and not 0.0 < fields[name] < math.inf:
+            raise UserError(f"{model}: {name}={fields[name]}; expected a number above 0.")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary positions are scaled for texts longer than those of the first training (``rope.py``)."""
@@ -59,8 +65,10 @@ class RopeScaling:
                     f"rope_scaling: {self} has no kind; expected linear, dynamic, llama3, yarn or longrope."
                 )
             return
-        if not self.factor >= 1.0:
+        if not 1.0 <= self.factor < math.inf:
             raise UserError(f"rope_scaling: factor={self.factor}; expected at least 1.")
+        numbers = ("low_frequency", "high_frequency", "beta_fast", "beta_slow", "attention_factor")
+        _check_positive("rope_scaling", vars(self), numbers)
         if self.kind != "linear" and self.original_length < 1:
             raise UserError(f"rope_scaling: {self.kind} needs original_length; got {self.original_length}.")
         if self.kind == "longrope" and not 0 < len(self.short_factors) == len(self.long_factors):
@@ -159,17 +167,15 @@ class DecoderConfig:
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
 
     def __post_init__(self):
-        _check_sizes("model", vars(self), (*_SIZES, "kv_heads", "head_dim"))
+        _check_sizes("model", vars(self), (*_SIZES, "kv_heads", "head_dim", "max_length"))
+        _check_positive("model", vars(self), ("norm_epsilon", "rope_theta", "rope_theta_local"))
         if self.head_dim is None and self.width % self.heads:
             raise UserError(f"model: width={self.width} is no multiple of heads={self.heads}; set head_dim.")
         if self.heads % self.groups:
             raise UserError(f"model: heads={self.heads} is no multiple of kv_heads={self.groups}.")
         if self.qk_norm_joint and not self.qk_norm:
             raise UserError("model: qk_norm_joint without qk_norm.")
-        scalars = {"attention_scalar": self.attention_scalar, "attention_softcap": self.attention_softcap}
-        for name, value in (scalars | {"logit_softcap": self.logit_softcap}).items():
-            if value is not None and not value > 0.0:
-                raise UserError(f"model: {name}={value}; expected above 0, or None.")
+        _check_positive("model", vars(self), ("attention_scalar", "attention_softcap", "logit_softcap"))
         self._check_layers()
         self._check_positions()
         self._check_experts()
@@ -209,6 +215,8 @@ class DecoderConfig:
                 f"model: the size of a head is {self.key_size}, of which rope_fraction={self.rope_fraction} rotates "
                 f"{size}; rotary positions need an even number."
             )
+        if self.rope_scaling.kind == "yarn" and not self.rope_theta > 1.0:
+            raise UserError(f"model: rope_theta={self.rope_theta}; yarn needs more than 1.")
         if self.rope_scaling.kind == "dynamic" and size < 4:
             raise UserError(f"model: dynamic rope_scaling needs heads of size 4 or more; got {size}.")
         if self.rope_scaling.kind == "longrope" and len(self.rope_scaling.short_factors) != size // 2:
@@ -299,6 +307,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         _check_sizes("encoder", vars(self), (*_SIZES, "max_length"))
+        _check_positive("encoder", vars(self), ("norm_epsilon", "rope_theta", "rope_theta_local"))
         if self.token_types < 0:
             raise UserError(f"encoder: token_types={self.token_types}; expected at least 0.")
         if self.width % self.heads:

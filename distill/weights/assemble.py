@@ -1,6 +1,7 @@
 """Conversion between named tensors and parameters by a name table."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,8 +42,8 @@ def assemble(
       UserError: names that are missing or left over, a tensor of another shape, a table that does not fit.
     """
     place = place or Place()
-    wanted = _wanted(table, shapes)
-    _check_names(set(wanted), source.names(), ignored)
+    _check_number(table, shapes, source.names())
+    _check_names(set(_wanted(table, shapes)), source.names(), ignored)
     params: Params = {}
     beside = _beside(table, shapes)
     for path, shape in shapes.items():
@@ -114,6 +115,14 @@ def _wanted(table: Table, shapes: Shapes) -> list[str]:
             raise UserError(f"the name table uses {name.format(layer=0, expert=0)} twice.")
         names += [full_name for full_name, _ in _names(name, shapes[paths[0]])]
     return names
+
+
+def _check_number(table: Table, shapes: Shapes, there: set[str]) -> None:
+    """Compares numbers before a name is made for every tensor: those of a damaged configuration may be astronomical."""
+    known = [path for path in shapes if path in table]
+    number = sum(math.prod(shapes[path][: len(_stacked(table[path].name))]) for path in known)
+    if number > 100 * (len(there) + 100):
+        raise UserError(f"the model has {number} tensors, the files {len(there)}; expected the same number.")
 
 
 def _check_names(wanted: set[str], there: set[str], ignored: Sequence[str]) -> None:

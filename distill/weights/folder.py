@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -25,8 +24,11 @@ from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
 from distill.weights import gguf
 from distill.weights.assemble import assemble
-from distill.weights.families import FAMILIES, canonical, from_json, to_json
+from distill.weights.families import FAMILIES, from_json, left_out, name_in, to_json
+from distill.weights.families.family import Family
 from distill.weights.families.gemma import text_of
+from distill.weights.families.keys import shown
+from distill.weights.files import check, json_object
 from distill.weights.networks import network, shapes_of, table_of, tensors
 from distill.weights.place import Place
 from distill.weights.replace import replacing, there
@@ -114,13 +116,37 @@ def _opened(path_or_name: str | Path, revision: str | None, activations: Literal
         return gguf.opened(path, activations)
     folder = path if path.is_dir() else download(path_or_name, revision)
     config, name = _config_of(folder)
-    config, family, source = dataclasses.replace(config, dtype=activations), FAMILIES[name], SafetensorsSource(folder)
-    table = {
-        path: dataclasses.replace(row, name=row.name.removeprefix(family.prefix))
-        for path, row in table_of(config, name).items()
-    }
-    renamed = Completed(Renamed(source, functools.partial(canonical, family)), family.absent(config))
-    return Opened(config, table, renamed, family.ignored + family.ignored_by(config))
+    family, source = FAMILIES[name], SafetensorsSource(folder)
+    _refuse_more_layers(config, source)
+    config, table = dataclasses.replace(config, dtype=activations), table_of(config, name)
+    named = Renamed(source, name_in(family, table))
+    config = _with_head(config, family, source, named)
+    absent = {name_in(family, table)(tensor): array for tensor, array in family.absent(config).items()}
+    return Opened(config, table_of(config, name), Completed(named, absent), left_out(family, config))
+
+
+def _refuse_more_layers(config: NetworkConfig, source: SafetensorsSource) -> None:
+    """Compares the layers with the tensors before anything is made for every layer."""
+    if config.layers > len(source.names()):
+        raise UserError(
+            f"config.json: {config.layers} layers, but {source.folder} holds {len(source.names())} tensors; expected "
+            "some for every layer."
+        )
+
+
+def _with_head(config: NetworkConfig, family: Family, source: SafetensorsSource, named: Renamed) -> NetworkConfig:
+    """A tied head as the files hold it: transformers takes a stored head that differs, and one without an embedding."""
+    tied = config.tied if isinstance(config, DecoderConfig) else config.mlm_head
+    for copy, original in family.copies.items() if tied else ():
+        if copy not in named.where:
+            continue
+        if original not in named.where:
+            named.read_as(copy, original)
+        elif not source.same(named.where[copy], named.where[original]):
+            if isinstance(config, EncoderConfig):
+                raise UserError(f"{copy} differs from {original}; expected the same numbers: the head is tied.")
+            config = dataclasses.replace(config, tied=False)
+    return config
 
 
 def located(path: str | Path) -> Path:
@@ -160,13 +186,9 @@ def read_config(folder: str | Path, activations: Literal["float32", "bfloat16"] 
 
 def _config_of(folder: Path) -> tuple[NetworkConfig, str]:
     """The network of a folder's ``config.json``, and its family."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise MissingFile(f"{file}: missing; expected a Hugging Face folder.")
+    check(folder)
+    values = json_object(folder / "config.json")
     try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise UserError("config.json: expected an object.")
         _refuse_code(values)
         values = text_of(values) if values.get("model_type") == "gemma3" else values
         return from_json(values, lambda: SafetensorsSource(folder).names()), values["model_type"]
@@ -175,10 +197,10 @@ def _config_of(folder: Path) -> tuple[NetworkConfig, str]:
 
 
 def _refuse_code(values: dict[str, Any]) -> None:
-    family = FAMILIES.get(values.get("model_type"))
+    family = FAMILIES.get(str(values.get("model_type")))
     if values.get("auto_map") and (family is None or "auto_map" not in family.harmless):
         raise UserError(
-            f"config.json: auto_map names code for model_type {values.get('model_type')!r} that comes with "
+            f"config.json: auto_map names code for model_type {shown(values.get('model_type'))} that comes with "
             "the weights; it is never run (there is no trust_remote_code)."
         )
 
@@ -259,7 +281,7 @@ def _special_ids(tokenizer: Any) -> dict[str, Any]:
     """Ids of special tokens, None where unknown: for a missing key transformers would take the original model's id."""
     if isinstance(tokenizer, str | Path):
         file = Path(tokenizer) / "config.json"
-        values = json.loads(file.read_text()) if file.is_file() else {}
+        values = json_object(file) if file.is_file() else {}
         return {key: values.get(key) for key in _SPECIAL}
     if isinstance(tokenizer, TextTokenizer):
         pad = None if tokenizer.pad is None else tokenizer.pad_id

@@ -48,6 +48,7 @@ def replacing(folder: Path, size: int, stale: Callable[[str], bool]) -> Iterator
             os.replace(before, folder)
         _empty(partial, size)
         yield partial
+        _open_to_others(partial)
         if folder.exists():
             _keep(folder, partial, stale)
             shutil.rmtree(before, ignore_errors=True)
@@ -80,6 +81,14 @@ def _empty(partial: Path, size: int) -> None:
     free = shutil.disk_usage(partial).free
     if free < size:
         raise OSError(f"the disk is full: {free} bytes free, {size} needed")
+
+
+def _open_to_others(partial: Path) -> None:
+    """Gives new files the permissions that the umask says: safetensors writes files for their owner alone."""
+    allowed = partial.stat().st_mode & 0o666  # the folder was made under the same umask
+    for path in partial.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(allowed)
 
 
 def _keep(old: Path, new: Path, stale: Callable[[str], bool]) -> None:

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.errors import MissingFile, UserError
+from distill.weights.families.keys import shown
+from distill.weights.files import INDEX, SINGLE, check_beside_index, json_object, only_file
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_UNPICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _KINDS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
 _KINDS["BF16"] = jnp.dtype(jnp.bfloat16)
@@ -45,14 +44,15 @@ class SafetensorsSource:
         if not self.folder.is_dir():
             raise MissingFile(f"{folder}: no such folder.")
         index = self.folder / INDEX
-        if index.is_file():
+        if index.exists():
             where = _read_index(index)
+            check_beside_index(self.folder, set(where.values()))
             self._headers = {file: _header(self.folder / file) for file in sorted(set(where.values()))}
             for name, file in sorted(where.items()):
                 if name not in self._headers[file]:
                     raise UserError(f"{self.folder / file}: lacks {name}, which {INDEX} places there.")
         else:
-            file = _only_file(self.folder)
+            file = only_file(self.folder)
             self._headers = {file: _header(self.folder / file)}
             where = dict.fromkeys(self._headers[file], file)
         self._where = where
@@ -61,14 +61,33 @@ class SafetensorsSource:
         """Every tensor's name."""
         return set(self._where)
 
+    def same(self, one: str, other: str, piece: int = 2**20) -> bool:
+        """Whether two tensors hold the same numbers; a piece at a time."""
+        (kind, shape, start), (other_kind, other_shape, other_start) = map(self._place, (one, other))
+        if shape != other_shape or not {kind, other_kind} <= _KINDS.keys():
+            return False
+        size, ours, theirs = math.prod(shape), _KINDS[kind], _KINDS[other_kind]
+        for first in range(0, size, piece):
+            count = min(piece, size - first)
+            a = np.fromfile(self._path(one), ours, count, offset=start + first * ours.itemsize)
+            b = np.fromfile(self._path(other), theirs, count, offset=other_start + first * theirs.itemsize)
+            if not np.array_equal(a.astype(np.float64), b.astype(np.float64)):
+                return False
+        return True
+
+    def _path(self, name: str) -> Path:
+        return self.folder / self._where[name]
+
+    def _place(self, name: str) -> tuple[str, tuple[int, ...], int]:
+        return self._headers[self._where[name]][name]
+
     def get(self, name: str) -> np.ndarray:
         """One tensor, read now, in the file's type; the file is not mapped, so the rest of it is not in memory.
 
         Raises:
           UserError: a type that is no float of 16 bits or more, such as a quantised one; NaN or infinity.
         """
-        path = self.folder / self._where[name]
-        kind, shape, start = self._headers[path.name][name]
+        path, (kind, shape, start) = self._path(name), self._place(name)
         if kind not in _KINDS:
             raise UserError(
                 f"{path}: tensor {name} has type {kind}; expected floats of 16 bits or more, not quantised."
@@ -82,8 +101,10 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """Tensor → type, shape, and where its bytes begin; ``safe_open`` checks that the file is whole."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.exists():
+        raise MissingFile(f"{path}: missing; {INDEX}, or a link, names it. Was the download cut off?")
     if not path.is_file():
-        raise MissingFile(f"{path}: missing; {INDEX} names it. Was the download cut off?")
+        raise UserError(f"{path}: no regular file; expected one.")
     try:
         with safe_open(path, framework="numpy") as opened:
             names = set(opened.keys())
@@ -111,30 +132,13 @@ def refuse_nonfinite(array: np.ndarray, path: Path, name: str, piece: int = 2**1
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        where = json.loads(index.read_text())["weight_map"]
-        files = set(where.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not readable ({error!r}); expected a weight_map from names to files.") from error
-    strange = sorted(str(file) for file in files if not isinstance(file, str) or not _SHARD.fullmatch(file))
-    if strange or not files:
-        raise UserError(f"{index}: names {strange or 'nothing'}; expected files beside it.")
+    where = json_object(index).get("weight_map")
+    if not isinstance(where, dict):
+        raise UserError(f"{index}: not readable; expected a weight_map from names to files, got {shown(where)}.")
+    strange = sorted({str(file) for file in where.values() if not (isinstance(file, str) and _SHARD.fullmatch(file))})
+    if strange or not where:
+        raise UserError(f"{index}: names {shown(strange) if strange else 'nothing'}; expected files beside it.")
     return where
-
-
-def _only_file(folder: Path) -> str:
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if SINGLE in files or len(files) == 1:
-        return SINGLE if SINGLE in files else files[0]
-    if files:
-        raise UserError(f"{folder}: {', '.join(files)} without {INDEX}; expected one file, or an index.")
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _UNPICKLED)
-    if pickled:
-        raise UserError(
-            f"{folder}: only {', '.join(pickled[:3])}, which can run code when opened and is not read; "
-            "expected safetensors: convert it, or take another revision."
-        )
-    raise UserError(f"{folder}: no safetensors file.")
 
 
 def is_weights(name: str) -> bool:

@@ -52,6 +52,10 @@ class Renamed:
         """The tensor of that name."""
         return self.source.get(self.where[name])
 
+    def read_as(self, name: str, other: str) -> None:
+        """From here on the tensor ``name`` has the name ``other``."""
+        self.where[other] = self.where.pop(name)
+
 
 class Completed:
     """A source with tensors added that the stacked parameters have and no file holds.

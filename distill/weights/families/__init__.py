@@ -3,12 +3,15 @@
 A key of ``config.json`` is used, or known not to matter, or an error with its value: none is skipped silently.
 """
 
+import re
 from collections.abc import Callable
 
 from distill.errors import UserError
 from distill.models.config import DecoderConfig, EncoderConfig, NetworkConfig, changed
 from distill.weights.families import encoders, gemma, gpt, llama, moe, relatives
-from distill.weights.families.family import HARMLESS, Family, Json, Keys, chosen
+from distill.weights.families.family import HARMLESS, Family, chosen
+from distill.weights.families.keys import Json, Keys, shown, some, written
+from distill.weights.table import Table
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | relatives.FAMILIES | moe.FAMILIES | gemma.FAMILIES | gpt.FAMILIES
 FAMILIES |= encoders.FAMILIES
@@ -33,8 +36,10 @@ def from_json(values: Json, tensors: Callable[[], set[str]] = set) -> NetworkCon
       UserError: a family that is not known, a key that is missing, not known, or has a value not supported here.
     """
     name = values.get("model_type")
-    if name not in FAMILIES:
-        raise UserError(f"config.json: model_type={name!r} is not supported; expected one of {', '.join(FAMILIES)}.")
+    if not isinstance(name, str) or name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"config.json: model_type={shown(name)} is not supported; expected one of {known}.")
+    _refuse_quantized(values)
     family = FAMILIES[name]
     keys = Keys(values, family.defaults)
     options = family.options(keys)
@@ -42,19 +47,63 @@ def from_json(values: Json, tensors: Callable[[], set[str]] = set) -> NetworkCon
         if key not in keys.seen:
             keys.neutral(key, *allowed)
     sizes = {field: keys.get(key) for field, key in family.sizes.items()}
-    sizes |= {"tied": bool(sizes["tied"])} if "tied" in sizes else {}
     understood = keys.seen | HARMLESS | family.harmless
-    unknown = [f"{key}={value!r}" for key, value in values.items() if key not in understood]
+    unknown = [f"{key}={shown(value)}" for key, value in values.items() if key not in understood]
     found = family.by_tensors({canonical(family, tensor) for tensor in tensors()}) if family.by_tensors else {}
     config = family.config(**(sizes | options | found))
     if unknown:
-        raise UserError(f"config.json: {', '.join(unknown)} of model_type {name!r}: not known, and it might matter.")
+        raise UserError(f"config.json: {some(unknown)} of model_type {name!r}: not known, and it might matter.")
     return config
+
+
+_QUANTIZED = ("quantization_config", "quantization", "compression_config")
+"""Keys of quantised weights: of transformers, mlx-lm and compressed-tensors."""
+
+_WRAPPERS = re.compile(r"^((_orig_mod|_forward_module|module)\.)+|(?<=\.)_orig_mod\.")
+"""What ``torch.compile`` and the wrappers of data parallel training put into names."""
+
+
+def _refuse_quantized(values: Json) -> None:
+    for key in _QUANTIZED:
+        if (given := values.get(key)) is not None:
+            fields = given if isinstance(given, dict) else {}
+            how = {name: fields[name] for name in ("quant_method", "bits") if name in fields}
+            raise UserError(
+                f"config.json: {key}={shown(how or given)}: the weights are quantised; expected floats of 16 bits or "
+                "more: take the release that is not quantised."
+            )
 
 
 def canonical(family: Family, tensor: str) -> str:
     """The name of a tensor in a table without the family's prefix, from its name in a file."""
-    return family.rename(tensor).removeprefix(family.prefix)
+    return family.rename(_WRAPPERS.sub("", tensor)).removeprefix(family.prefix)
+
+
+def name_in(family: Family, table: Table) -> Callable[[str], str]:
+    """The name of a tensor in a table from its name in a file, which may lack the family's prefix, as in transformers.
+
+    Example:
+      >>> config = DecoderConfig(layers=1)
+      >>> table = {("norm", "scale"): FAMILIES["llama"].row(config, ("norm", "scale"))}
+      >>> name_in(FAMILIES["llama"], table)("norm.weight"), name_in(FAMILIES["llama"], table)("lm_head.weight")
+      ('model.norm.weight', 'lm_head.weight')
+    """
+    rows = [row.name for row in table.values() if row.name.startswith(family.prefix)]
+    modules = {name.removeprefix(family.prefix).split(".")[0] for name in rows}
+
+    def name(tensor: str) -> str:
+        bare = canonical(family, tensor)
+        return family.prefix + bare if bare.split(".")[0] in modules else bare
+
+    return name
+
+
+def left_out(family: Family, config: NetworkConfig) -> tuple[str, ...]:
+    """Regular expressions of tensors that are not needed: computed ones, and copies of a tied head."""
+    patterns = family.ignored + family.ignored_by(config)
+    tied = config.tied if isinstance(config, DecoderConfig) else config.mlm_head
+    copies = tuple(map(re.escape, family.copies)) if tied else ()
+    return tuple(f"({re.escape(family.prefix)})?(?:{pattern})" for pattern in patterns) + copies
 
 
 def family_of(config: NetworkConfig, family: str | None = None) -> str:
@@ -96,11 +145,6 @@ def to_json(config: NetworkConfig, family: str | None = None, dtype: str = "floa
     name = family_of(config, family)
     spec = FAMILIES[name]
     values = vars(config) | spec.derived(config)
-    return {
-        "architectures": [spec.architecture],
-        "model_type": name,
-        "dtype": dtype,
-        **{key: values[field] for field, key in spec.sizes.items()},
-        **spec.constant,
-        **spec.keys(config),
-    }
+    keys = {key: values[field] for field, key in spec.sizes.items()} | spec.constant | spec.keys(config)
+    of_file = {"architectures": [spec.architecture], "model_type": name, "dtype": dtype, "torch_dtype": dtype}
+    return written(of_file | keys)

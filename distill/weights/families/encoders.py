@@ -11,25 +11,26 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from distill.errors import UserError
-from distill.models.config import EncoderConfig
+from distill.models.config import EncoderConfig, RopeScaling
 from distill.weights.families.family import (
     Family,
-    Json,
-    Keys,
     activation,
     activation_key,
+    beside,
+    every,
     has,
     layer_types,
     row,
     windowed_layers,
 )
+from distill.weights.families.keys import OBJECT, Json, Keys, shown
+from distill.weights.families.rope_json import from_rope_json, to_rope_json
 from distill.weights.table import ParameterPath, Part, Row
 
 _NEUTRAL = {
     "add_cross_attention": (False,),
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
-    "quantization_config": (None,),
     "tie_word_embeddings": (True,),
     "tie_encoder_decoder": (False,),
     "use_bfloat16": (False, True),
@@ -154,32 +155,38 @@ _MODERNBERT_SIZES = {
 
 
 def _modernbert(keys: Keys) -> Json:
-    layers, every = keys.get("num_hidden_layers"), keys.get("global_attn_every_n_layers")
+    layers, step = keys.get("num_hidden_layers"), keys.get("global_attn_every_n_layers")
     kinds, window = keys.get("layer_types"), keys.get("local_attention")
-    local = windowed_layers(layers, kinds, lambda n: n % every != 0)
-    keys.neutral("rope_scaling", None)
-    thetas = [keys.get("global_rope_theta"), keys.get("local_rope_theta")]
-    for i, kind in enumerate(("full_attention", "sliding_attention")):
-        rope = dict((keys.get("rope_parameters") or {}).get(kind) or {})
-        thetas[i] = rope.pop("rope_theta", thetas[i])
-        if rope.pop("rope_type", "default") != "default" or rope:
-            raise UserError(
-                f"config.json: rope_parameters of {kind}: {keys.get('rope_parameters')[kind]!r}; expected "
-                "rope_type 'default' and a rope_theta."
-            )
+    if step is None and kinds is None:
+        raise UserError("config.json: global_attn_every_n_layers=None without layer_types; expected one of them.")
+    local = windowed_layers(layers, kinds, lambda n: n % step != 0)
+    thetas = _thetas(keys)
     kind, of_head = (
         activation(key, keys.get(key), _ACTIVATIONS) for key in ("hidden_activation", "classifier_activation")
     )
     if kind != of_head:
         raise UserError(
-            f"config.json: classifier_activation={keys.get('classifier_activation')!r}; expected that of the layers, "
-            f"{keys.get('hidden_activation')!r}."
+            f"config.json: classifier_activation={shown(keys.get('classifier_activation'))}; expected that of the "
+            f"layers, {keys.get('hidden_activation')!r}."
         )
     keys.neutral("decoder_bias", True)
     windows = {"sliding_window": window // 2, "window_layers": local} if any(local) else {}
     bias = keys.get("attention_bias")
     fields = {"qkv_bias": bias, "output_bias": bias, "activation": kind}
-    return _MODERNBERT | windows | fields | {"rope_theta": thetas[0], "rope_theta_local": thetas[1]}
+    return _MODERNBERT | windows | fields | dict(zip(("rope_theta", "rope_theta_local"), thetas, strict=True))
+
+
+def _thetas(keys: Keys) -> list[float]:
+    """Theta of layers without a window, and of those with one, in either spelling."""
+    keys.neutral("rope_scaling", None)
+    newer, thetas = keys.get("rope_parameters") or {}, []
+    for kind, theta in {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}.items():
+        rope = OBJECT.read(f"rope_parameters.{kind}", newer.get(kind))
+        fields = from_rope_json(None, rope, beside(keys, theta))
+        if fields["rope_scaling"].kind != "none":
+            raise UserError(f"config.json: rope_parameters of {kind}: {shown(rope)}; expected rope_type 'default'.")
+        thetas.append(fields["rope_theta"])
+    return thetas
 
 
 def _modernbert_keys(c: EncoderConfig) -> Json:
@@ -191,7 +198,10 @@ def _modernbert_keys(c: EncoderConfig) -> Json:
         "attention_bias": c.qkv_bias,
         "layer_types": layer_types(c),
         "local_attention": 128 if c.sliding_window is None else 2 * c.sliding_window,
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
+        "global_attn_every_n_layers": every(c, shift=0),
+        "rope_parameters": {kind: to_rope_json(theta, RopeScaling()) for kind, theta in thetas.items()},
+        "global_rope_theta": c.rope_theta,
+        "local_rope_theta": c.rope_theta_local,
     }
 
 
@@ -225,6 +235,10 @@ FAMILIES: dict[str, Family] = {
             "transform": "cls.predictions.transform.dense",
             "transform_norm": "cls.predictions.transform.LayerNorm",
             "head_bias": "cls.predictions",
+        },
+        copies={
+            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
         },
         ignored=(
             r"embeddings\.position_ids",
@@ -273,6 +287,7 @@ FAMILIES: dict[str, Family] = {
             "transform_norm": "vocab_layer_norm",
             "head_bias": "vocab_projector",
         },
+        copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
         ignored=(r"vocab_projector\.weight", r"embeddings\.position_ids"),
         harmless=frozenset({"dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds", "tie_weights_"}),
         sizes=_DISTILBERT_SIZES,
@@ -300,6 +315,7 @@ FAMILIES: dict[str, Family] = {
             "norm": "final_norm",
         },
         head={"transform": "head.dense", "transform_norm": "head.norm", "head_bias": "decoder"},
+        copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
         ignored=(r"decoder\.weight",),
         harmless=frozenset(
             {
@@ -336,6 +352,7 @@ FAMILIES: dict[str, Family] = {
             "layer_types": None,
             "global_attn_every_n_layers": 3,
             "rope_parameters": None,
+            "original_max_position_embeddings": None,
             "global_rope_theta": 160_000.0,
             "local_rope_theta": 10_000.0,
         },

@@ -8,44 +8,12 @@ import numpy as np
 
 from distill.errors import UserError
 from distill.models.config import DecoderConfig, NetworkConfig, changed
-from distill.weights.families.rope_json import from_rope_json, to_rope_json
+from distill.weights.families.keys import Json, Keys, shown
+from distill.weights.families.rope_json import Beside, from_rope_json, to_older_json, to_rope_json
 from distill.weights.table import ParameterPath, Part, Row, Transform, flat, linear, same
 
-Json = dict[str, Any]
 
-_ABSENT = object()
-
-
-class Keys:
-    """A ``config.json`` that records which keys were read."""
-
-    def __init__(self, values: Json, defaults: Json):
-        self.values, self.defaults, self.seen = values, defaults, {"model_type"}
-
-    def get(self, key: str) -> Any:
-        """The value of a key, or its default; ValueError if there is neither."""
-        self.seen.add(key)
-        value = self.values.get(key, _ABSENT)
-        if value is _ABSENT:
-            value = self.defaults.get(key, _ABSENT)
-        if value is _ABSENT:
-            raise UserError(f"config.json: {key} is missing.")
-        return value
-
-    def neutral(self, key: str, *values: Any) -> None:
-        """A key that must have one of these values if it is there; ValueError otherwise."""
-        self.seen.add(key)
-        value = self.values.get(key, values[0])
-        if value not in values:
-            raise UserError(f"config.json: {key}={value!r} is not supported; expected {values[0]!r}.")
-
-
-def _head_of(config: Any) -> tuple[str, ...]:
-    """The head, where it is the embedding."""
-    return (r"lm_head\.weight",) if config.tied else ()
-
-
-def _derived(config: Any) -> Json:
+def lengths(config: Any) -> Json:
     """Sizes of a decoder that a ``config.json`` always has. Dynamic scaling reads the original length from its key."""
     scaling = config.rope_scaling
     length = config.max_length or max(2048, int(scaling.factor * scaling.original_length))
@@ -75,7 +43,7 @@ class Family:
     """Where a parameter stands in a file."""
     by_tensors: Callable[[set[str]], Json] | None = None
     """Fields of the configuration that only the names of the tensors tell."""
-    derived: Callable[[Any], Json] = _derived
+    derived: Callable[[Any], Json] = lengths
     """Values of ``sizes`` that are no field, or not the field's."""
     constant: Json = dataclasses.field(default_factory=lambda: {"use_cache": True})
     """Keys that are always written."""
@@ -85,10 +53,12 @@ class Family:
     """Keys of this family that change no output."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors, without the prefix, that are computed, not learned."""
-    ignored_by: Callable[[Any], tuple[str, ...]] = _head_of
+    ignored_by: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """The same, for tensors that depend on the configuration."""
-    prefix: str = ""
+    prefix: str
     """Prefix of tensor names, which files may leave out."""
+    copies: Mapping[str, str]
+    """Tensor of a tied head that a file may hold too → the tensor it is a copy of; names with the prefix."""
     rename: Callable[[str], str] = lambda name: name
     """Another name in files → the name in the table."""
     absent: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
@@ -103,6 +73,7 @@ HARMLESS = {
     "bos_token_id",
     "cache_implementation",
     "chunk_size_feed_forward",
+    "compression_config",
     "dtype",
     "eos_token_id",
     "id2label",
@@ -115,6 +86,8 @@ HARMLESS = {
     "pad_token_id",
     "pretraining_tp",
     "problem_type",
+    "quantization",
+    "quantization_config",
     "return_dict",
     "torch_dtype",
     "transformers.js_config",
@@ -123,7 +96,8 @@ HARMLESS = {
     "unsloth_version",
     "use_cache",
 }
-"""Keys that change no logit: of training, of sampling, or of the program that wrote the file."""
+"""Keys that change no logit: of training, of sampling, or of the program that wrote the file; or null, where quantised
+weights are refused."""
 
 NEUTRAL = {
     "attention_bias": (False,),
@@ -132,7 +106,6 @@ NEUTRAL = {
     "is_encoder_decoder": (False,),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
     "rope_interleaved": (False,),
     "sliding_window": (None,),
     "tie_encoder_decoder": (False,),
@@ -223,7 +196,7 @@ def activation(key: str, given: str, known: Sequence[str] = tuple(ACTIVATIONS)) 
       UserError: another value.
     """
     if given not in known:
-        raise UserError(f"config.json: {key}={given!r} is not supported; expected one of {', '.join(known)}.")
+        raise UserError(f"config.json: {key}={shown(given)} is not supported; expected one of {', '.join(known)}.")
     return ACTIVATIONS[given]
 
 
@@ -232,21 +205,41 @@ def activation_key(c: NetworkConfig) -> str:
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.activation)
 
 
-def rotary(keys: Keys, fraction: float | None = None, theta: str = "rope_theta") -> Json:
-    """``rope_theta`` (of the key ``theta``) and ``rope_scaling``; and ``rope_fraction``, if a default is given."""
-    names = ("rope_scaling", "rope_parameters", theta, "max_position_embeddings", "original_max_position_embeddings")
-    return from_rope_json(*(keys.get(key) for key in names), fraction)
+def beside(keys: Keys, theta: str = "rope_theta", fraction: str = "", usual: float | None = None) -> Beside:
+    """What ``config.json`` holds beside its rotary objects.
+
+    Args:
+      keys: of the file.
+      theta: the key of theta.
+      fraction: the key of the rotated part of a head; empty: the family always rotates whole heads.
+      usual: the rotated part where no key has it.
+    """
+    length, original = keys.get("max_position_embeddings"), keys.get("original_max_position_embeddings")
+    own = keys.given(fraction) if fraction else None
+    usual_theta = None if theta in keys.values else keys.defaults[theta]
+    return Beside(keys.given(theta), usual_theta, length, original, own, usual)
 
 
-def rotary_keys(c: DecoderConfig, *, fraction: bool = False) -> Json:
-    """The inverse of ``rotary``."""
-    rope = to_rope_json(c.rope_theta, c.rope_scaling)
-    return {"rope_parameters": rope | ({"partial_rotary_factor": c.rope_fraction} if fraction else {})}
+def rotary(keys: Keys, theta: str = "rope_theta", fraction: str = "", usual: float | None = None) -> Json:
+    """``rope_theta`` and ``rope_scaling``; and ``rope_fraction``, if the family has its key."""
+    return from_rope_json(keys.get("rope_scaling"), keys.get("rope_parameters"), beside(keys, theta, fraction, usual))
+
+
+def rotary_keys(c: DecoderConfig, theta: str = "rope_theta", fraction: str = "") -> Json:
+    """The inverse of ``rotary``, in both spellings."""
+    part = {"partial_rotary_factor": c.rope_fraction} if fraction else {}
+    older = to_older_json(c.rope_scaling)
+    return {
+        "rope_parameters": to_rope_json(c.rope_theta, c.rope_scaling) | part,
+        theta: c.rope_theta,
+        **({fraction: c.rope_fraction} if fraction else {}),
+        **({} if older is None else {"rope_scaling": older}),
+    }
 
 
 def biases(keys: Keys) -> Json:
     """Biases of queries, keys, values and the output, which share one key."""
-    bias = bool(keys.get("attention_bias"))
+    bias = keys.get("attention_bias")
     return {"qkv_bias": bias, "output_bias": bias}
 
 
@@ -264,7 +257,7 @@ def windows(keys: Keys, used: Any, by_default: Callable[[int], bool]) -> Json:
         return {}
     if not used:
         raise UserError(
-            f"config.json: layer_types={kinds!r} with sliding_window={window!r} and "
+            f"config.json: layer_types={shown(kinds)} with sliding_window={window!r} and "
             f"use_sliding_window={keys.values.get('use_sliding_window')!r}; expected a window that is used."
         )
     return {"sliding_window": window, "window_layers": () if all(windowed) else windowed}
@@ -280,7 +273,8 @@ def windowed_layers(layers: int, kinds: Sequence[str] | None, by_default: Callab
         return tuple(by_default(n) for n in range(layers))
     if set(kinds) - {"sliding_attention", "full_attention"} or len(kinds) != layers:
         raise UserError(
-            f"config.json: layer_types={kinds!r}; expected sliding_attention or full_attention for {layers} layers."
+            f"config.json: layer_types={shown(kinds)}; expected sliding_attention or full_attention for {layers} "
+            "layers."
         )
     return tuple(kind == "sliding_attention" for kind in kinds)
 
@@ -289,3 +283,17 @@ def layer_types(c: NetworkConfig) -> list[str]:
     """The key ``layer_types``."""
     windowed = c.window_layers or (c.sliding_window is not None,) * c.layers
     return ["sliding_attention" if there else "full_attention" for there in windowed]
+
+
+def every(c: NetworkConfig, shift: int) -> int | None:
+    """The step of a pattern of windows: layer n has none where n + shift is a multiple of it; None: no such pattern.
+
+    Older readers know the pattern alone. null, which they cannot use, keeps them from taking another one.
+
+    Example:
+      >>> every(DecoderConfig(layers=3, sliding_window=4, window_layers=(True, True, False)), shift=1)
+      3
+    """
+    whole = [kind == "full_attention" for kind in layer_types(c)]
+    steps = (step for step in range(1, c.layers + 2) if whole == [(n + shift) % step == 0 for n in range(c.layers)])
+    return next(steps, None)

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 
 from distill.errors import UserError
-from distill.models.config import DecoderConfig
+from distill.models.config import DecoderConfig, RopeScaling
 from distill.weights.families import usual
 from distill.weights.families.family import (
     HARMLESS,
     Family,
-    Json,
-    Keys,
     activation,
     activation_key,
+    beside,
     biases,
+    every,
     has,
     layer_types,
     only,
@@ -21,7 +21,8 @@ from distill.weights.families.family import (
     row,
     windows,
 )
-from distill.weights.families.rope_json import from_rope_json, to_rope_json
+from distill.weights.families.keys import OBJECT, Json, Keys, shown, some
+from distill.weights.families.rope_json import from_rope_json, to_older_json, to_rope_json
 from distill.weights.table import ParameterPath, Row
 
 NAMES = usual.NAMES | {
@@ -32,6 +33,9 @@ NAMES = usual.NAMES | {
 
 _ALWAYS = {"norm_plus_one": True, "norm_place": "around", "scaled_embedding": True}
 
+_WINDOW = 4096
+"""Where no layer has a window: transformers runs no layer without this key."""
+
 _DEFAULTS = {
     "head_dim": 256,
     "num_attention_heads": 8,
@@ -41,7 +45,7 @@ _DEFAULTS = {
     "attention_bias": False,
     "hidden_activation": None,
     "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
+    "sliding_window": _WINDOW,
     "layer_types": None,
 }
 
@@ -65,13 +69,15 @@ def _common(keys: Keys, windowed: Callable[[int], bool]) -> Json:
 
 
 def _common_keys(c: DecoderConfig) -> Json:
+    kind = activation_key(c)
     return {
-        "hidden_activation": activation_key(c),
+        "hidden_act": kind,
+        "hidden_activation": kind,
         "attention_bias": c.qkv_bias,
         "query_pre_attn_scalar": c.key_size if c.attention_scalar is None else c.attention_scalar,
         "attn_logit_softcapping": c.attention_softcap,
         "final_logit_softcapping": c.logit_softcap,
-        "sliding_window": c.sliding_window,
+        "sliding_window": _WINDOW if c.sliding_window is None else c.sliding_window,
         "layer_types": layer_types(c),
     }
 
@@ -84,6 +90,7 @@ def _expresses(c: DecoderConfig, *more: str) -> bool:
         and c.qkv_bias == c.output_bias
         and only(c, *_ALWAYS, *options, *more)
         and c.width % c.heads == 0
+        and float(c.attention_scalar or 1).is_integer()  # transformers takes a whole number only
     )
 
 
@@ -95,8 +102,10 @@ def _every_other(layer: int) -> bool:
 
 
 def _gemma3(keys: Keys) -> Json:
-    every = keys.get("sliding_window_pattern")
-    fields = _common(keys, lambda layer: (layer + 1) % every != 0) | {"qk_norm": True}
+    step, kinds = keys.get("sliding_window_pattern"), keys.get("layer_types")
+    if step is None and kinds is None:
+        raise UserError("config.json: sliding_window_pattern=None without layer_types; expected one of them.")
+    fields = _common(keys, lambda layer: (layer + 1) % step != 0) | {"qk_norm": True}
     whole, local = _two_ropes(keys)
     return fields | whole | ({"rope_theta_local": local} if "sliding_window" in fields else {})
 
@@ -104,26 +113,31 @@ def _gemma3(keys: Keys) -> Json:
 def _two_ropes(keys: Keys) -> tuple[Json, float]:
     """Positions of layers without a window, and theta of those with one, in either spelling."""
     older, newer = keys.get("rope_scaling"), keys.get("rope_parameters") or {}
-    length, original = keys.get("max_position_embeddings"), keys.get("original_max_position_embeddings")
     strange = sorted(newer.keys() - {"full_attention", "sliding_attention"})
     if strange:
         raise UserError(
-            f"config.json: rope_parameters has {', '.join(strange)}; expected full_attention and sliding_attention."
+            f"config.json: rope_parameters has {some(strange)}; expected full_attention and sliding_attention."
         )
-    whole = from_rope_json(older, newer.get("full_attention"), keys.get("rope_theta"), length, original)
-    local = from_rope_json(None, newer.get("sliding_attention"), keys.get("rope_local_base_freq"), length, original)
+    newer = {kind: OBJECT.read(f"rope_parameters.{kind}", value) for kind, value in newer.items()}
+    whole = from_rope_json(older, newer.get("full_attention"), beside(keys))
+    local = from_rope_json(None, newer.get("sliding_attention"), beside(keys, "rope_local_base_freq"))
     if local["rope_scaling"].kind != "none":
-        raise UserError(f"config.json: {local['rope_scaling']} in layers with a window; expected none.")
+        raise UserError(f"config.json: {shown(local['rope_scaling'])} in layers with a window; expected none.")
     return whole, local["rope_theta"]
 
 
 def _gemma3_keys(c: DecoderConfig) -> Json:
     local = c.rope_theta if c.rope_theta_local is None else c.rope_theta_local
-    ropes = {
-        "full_attention": to_rope_json(c.rope_theta, c.rope_scaling),
-        "sliding_attention": {"rope_type": "default", "rope_theta": local},
+    ropes = {"full_attention": to_rope_json(c.rope_theta, c.rope_scaling)}
+    ropes |= {"sliding_attention": to_rope_json(local, RopeScaling())}
+    older = to_older_json(c.rope_scaling)
+    return _common_keys(c) | {
+        "rope_parameters": ropes,
+        "rope_theta": c.rope_theta,
+        "rope_local_base_freq": local,
+        "sliding_window_pattern": every(c, shift=1),
+        **({} if older is None else {"rope_scaling": older}),
     }
-    return _common_keys(c) | {"rope_parameters": ropes}
 
 
 # ---- Gemma 3 with images: its text model alone
@@ -146,9 +160,9 @@ def text_of(values: Json) -> Json:
     if not isinstance(text, dict):
         raise UserError("config.json: text_config is missing; expected that of a gemma3 with images.")
     known = HARMLESS | _OF_IMAGES | {"model_type", "text_config", "tie_word_embeddings"}
-    unknown = [f"{key}={value!r}" for key, value in values.items() if key not in known]
+    unknown = [f"{key}={shown(value)}" for key, value in values.items() if key not in known]
     if unknown:
-        raise UserError(f"config.json: {', '.join(unknown)} of model_type 'gemma3': not known, and it might matter.")
+        raise UserError(f"config.json: {some(unknown)} of model_type 'gemma3': not known, and it might matter.")
     tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
     return tied | text | {"model_type": "gemma3_text"}
 
@@ -181,6 +195,8 @@ FAMILIES: dict[str, Family] = {
         expresses=_expresses,
         row=_row,
         ignored=usual.IGNORED,
+        prefix=usual.PREFIX,
+        copies=usual.COPIES,
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
@@ -203,6 +219,8 @@ FAMILIES: dict[str, Family] = {
         ),
         row=_row,
         ignored=usual.IGNORED + OF_IMAGES,
+        prefix=usual.PREFIX,
+        copies=usual.COPIES,
         harmless=frozenset({"_sliding_window_pattern"}),
         rename=text_name,
     ),

@@ -3,8 +3,6 @@
 from distill.models.config import DecoderConfig
 from distill.weights.families.family import (
     Family,
-    Json,
-    Keys,
     activation,
     activation_key,
     biases,
@@ -14,6 +12,7 @@ from distill.weights.families.family import (
     rotary_keys,
     row,
 )
+from distill.weights.families.keys import Json, Keys
 from distill.weights.families.usual import ROTARY
 from distill.weights.table import ParameterPath, Part, Row, conv1d
 
@@ -67,7 +66,11 @@ def _gpt2(keys: Keys) -> Json:
 
 def _gpt2_keys(c: DecoderConfig) -> Json:
     kind = "gelu_new" if c.activation == "gelu_tanh" else activation_key(c)
-    return {"n_inner": c.feed_forward, "activation_function": kind}
+    return {
+        "n_inner": c.feed_forward,
+        "activation_function": kind,
+        "n_ctx": c.max_length,
+    }  # n_ctx: for mlx-lm, llama.cpp
 
 
 # ---- GPT-NeoX
@@ -94,13 +97,16 @@ def _neox_row(config: DecoderConfig, path: ParameterPath) -> Row:
 
 def _neox(keys: Keys) -> Json:
     kind = activation("hidden_act", keys.get("hidden_act"))
-    fields = rotary(keys, keys.get("rotary_pct"), "rotary_emb_base") | biases(keys) | _ALWAYS
-    return fields | {"activation": kind, "parallel": bool(keys.get("use_parallel_residual"))}
+    fields = rotary(keys, "rotary_emb_base", "rotary_pct", usual=0.25) | biases(keys) | _ALWAYS
+    keys.neutral("rope_theta", fields["rope_theta"])  # transformers 4 writes theta and the fraction under both names
+    keys.neutral("partial_rotary_factor", fields["rope_fraction"])
+    return fields | {"activation": kind, "parallel": keys.get("use_parallel_residual")}
 
 
 def _neox_keys(c: DecoderConfig) -> Json:
     own = {"hidden_act": activation_key(c), "attention_bias": c.qkv_bias, "use_parallel_residual": c.parallel}
-    return rotary_keys(c, fraction=True) | own
+    twice = {"rope_theta": c.rope_theta, "partial_rotary_factor": c.rope_fraction}
+    return rotary_keys(c, "rotary_emb_base", "rotary_pct") | twice | own
 
 
 FAMILIES: dict[str, Family] = {
@@ -129,6 +135,7 @@ FAMILIES: dict[str, Family] = {
         ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
         harmless=frozenset(_GPT2_HARMLESS),
         prefix="transformer.",
+        copies={"lm_head.weight": "transformer.wte.weight"},
     ),
     "gpt_neox": Family(
         architecture="GPTNeoXForCausalLM",
@@ -145,7 +152,6 @@ FAMILIES: dict[str, Family] = {
         defaults={
             **ROTARY,
             "rotary_emb_base": 10_000.0,
-            "rotary_pct": 0.25,
             "layer_norm_eps": 1e-5,
             "tie_word_embeddings": False,
             "use_parallel_residual": True,
@@ -159,7 +165,9 @@ FAMILIES: dict[str, Family] = {
             and _has(c, _ALWAYS, "qkv_bias", "output_bias", "activation", "parallel", "rope_fraction")
         ),
         row=_neox_row,
-        ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+        ignored=(r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+        prefix="gpt_neox.",
+        copies={"embed_out.weight": "gpt_neox.embed_in.weight"},
         harmless=frozenset({"classifier_dropout", "hidden_dropout"}),
     ),
 }

@@ -6,8 +6,6 @@ from distill.models.config import DecoderConfig
 from distill.weights.families import usual
 from distill.weights.families.family import (
     Family,
-    Json,
-    Keys,
     biases,
     layer_types,
     only,
@@ -16,6 +14,7 @@ from distill.weights.families.family import (
     row,
     windows,
 )
+from distill.weights.families.keys import Json, Keys
 
 
 def _family(
@@ -35,6 +34,8 @@ def _family(
         expresses=expresses,
         row=lambda config, path: row(path, usual.NAMES, usual.LAYER),
         ignored=usual.IGNORED,
+        prefix=usual.PREFIX,
+        copies=usual.COPIES,
     )
 
 
@@ -53,13 +54,21 @@ def _window_keys(c: DecoderConfig) -> Json:
     return {"use_sliding_window": used, "sliding_window": c.sliding_window, "layer_types": layer_types(c)}
 
 
+def _late_window_keys(c: DecoderConfig) -> Json:
+    """With the first windowed layer for readers that do not know ``layer_types``, if all later ones have a window."""
+    kinds = layer_types(c)
+    first = kinds.count("full_attention")
+    late = set(kinds[first:]) <= {"sliding_attention"}
+    return _window_keys(c) | ({"max_window_layers": first} if late else {})
+
+
 def _smollm3(keys: Keys) -> Json:
     layers, interval = keys.get("num_hidden_layers"), keys.get("no_rope_layer_interval")
     rotated = keys.get("no_rope_layers")  # 1 where positions rotate, whatever the key is called
     if rotated is None:
         rotated = [(n + 1) % interval != 0 for n in range(layers)]
     rotated = tuple(bool(there) for there in rotated[:layers])
-    fields = biases(keys) | _window(keys, lambda layer: not rotated[layer]) | {"mlp_bias": bool(keys.get("mlp_bias"))}
+    fields = biases(keys) | _window(keys, lambda layer: not rotated[layer]) | {"mlp_bias": keys.get("mlp_bias")}
     return fields | {"rope_layers": () if all(rotated) else rotated}
 
 
@@ -79,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     "llama": _family(
         "LlamaForCausalLM",
         defaults={"mlp_bias": False},
-        options=lambda keys: biases(keys) | {"mlp_bias": bool(keys.get("mlp_bias"))},
+        options=lambda keys: biases(keys) | {"mlp_bias": keys.get("mlp_bias")},
         keys=lambda c: {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias},
         expresses=lambda c: _one_bias(c) and only(c, "qkv_bias", "output_bias", "mlp_bias") and c.width % c.heads == 0,
     ),
@@ -87,14 +96,14 @@ FAMILIES: dict[str, Family] = {
         "MistralForCausalLM",
         defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
         options=lambda keys: {"sliding_window": keys.get("sliding_window")},
-        keys=lambda c: {"sliding_window": c.sliding_window},
+        keys=lambda c: {"sliding_window": c.sliding_window},  # with layer_types transformers 5 opens it as a Ministral
         expresses=lambda c: only(c, "sliding_window"),
     ),
     "qwen2": _family(
         "Qwen2ForCausalLM",
         defaults={"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32, **_WINDOWS},
         options=lambda keys: {"qkv_bias": True} | _late_window(keys),
-        keys=_window_keys,
+        keys=_late_window_keys,
         expresses=lambda c: c.qkv_bias and only(c, "qkv_bias", "sliding_window", "window_layers"),
     ),
     "qwen3": _family(
@@ -107,7 +116,7 @@ FAMILIES: dict[str, Family] = {
             **_WINDOWS,
         },
         options=lambda keys: {"qk_norm": True} | biases(keys) | _late_window(keys),
-        keys=lambda c: {"attention_bias": c.qkv_bias, **_window_keys(c)},
+        keys=lambda c: {"attention_bias": c.qkv_bias, **_late_window_keys(c)},
         expresses=lambda c: (
             c.qk_norm
             and _one_bias(c)

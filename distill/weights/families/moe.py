@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from distill.errors import UserError
 from distill.models.config import DecoderConfig
-from distill.weights.families.family import Family, Json, Keys, biases, only, rotary, rotary_keys, row
-from distill.weights.families.usual import DEFAULTS, IGNORED, LAYER, NAMES, SIZES
+from distill.weights.families.family import Family, biases, only, rotary, rotary_keys, row
+from distill.weights.families.keys import Json, Keys, shown
+from distill.weights.families.usual import COPIES, DEFAULTS, IGNORED, LAYER, NAMES, PREFIX, SIZES
 from distill.weights.table import ParameterPath, Row
 
 _MIXTRAL = {
@@ -56,7 +57,7 @@ def _mixtral_keys(c: DecoderConfig) -> Json:
 
 def _qwen(keys: Keys) -> Json:
     window = keys.get("sliding_window") if keys.get("use_sliding_window") else None
-    own = {"qk_norm": True, "normalize_experts": bool(keys.get("norm_topk_prob")), "sliding_window": window}
+    own = {"qk_norm": True, "normalize_experts": keys.get("norm_topk_prob"), "sliding_window": window}
     return rotary(keys) | biases(keys) | own | _feed_forward(keys)
 
 
@@ -70,8 +71,9 @@ def _feed_forward(keys: Keys) -> Json:
         return {"feed_forward": dense_width}
     if not all(sparse):
         raise UserError(
-            f"config.json: decoder_sparse_step={step} and mlp_only_layers={dense} give experts to layers "
-            f"{[n for n in range(layers) if sparse[n]]} of {layers} only; expected all layers, or none, to have them."
+            f"config.json: decoder_sparse_step={step} and mlp_only_layers={shown(dense)} give experts "
+            f"to layers {shown([n for n in range(layers) if sparse[n]])} of {layers} only; expected all layers, or "
+            "none, to have them."
         )
     return routing | {"feed_forward": width}
 
@@ -97,6 +99,8 @@ FAMILIES: dict[str, Family] = {
         expresses=lambda c: c.experts > 0 and c.normalize_experts and only(c, *_OPTIONS),
         row=_named(_MIXTRAL),
         ignored=IGNORED,
+        prefix=PREFIX,
+        copies=COPIES,
         harmless=frozenset({"output_router_logits"}),
     ),
     "qwen3_moe": Family(
@@ -117,6 +121,8 @@ FAMILIES: dict[str, Family] = {
         ),
         row=_named(_QWEN),
         ignored=IGNORED,
+        prefix=PREFIX,
+        copies=COPIES,
         harmless=frozenset({"output_router_logits"}),
     ),
 }

@@ -3,7 +3,9 @@
 from distill.errors import UserError
 from distill.models.config import DecoderConfig
 from distill.weights.families import usual
-from distill.weights.families.family import Family, Json, Keys, biases, has, only, rotary, rotary_keys, row
+from distill.weights.families.family import Family, biases, has, lengths, only, rotary, rotary_keys, row
+from distill.weights.families.keys import Json, Keys
+from distill.weights.families.rope_json import to_phi3_json
 from distill.weights.table import Part
 
 # ---- Phi-3
@@ -17,8 +19,7 @@ _PHI3_NAMES |= {"layers/mlp/gate": "mlp.gate_up_proj", "layers/mlp/up": "mlp.gat
 
 
 def _phi3(keys: Keys) -> Json:
-    fraction = keys.get("partial_rotary_factor")
-    fields = rotary(keys, 1.0 if fraction is None else fraction)
+    fields = rotary(keys, fraction="partial_rotary_factor", usual=1.0)
     kind = fields["rope_scaling"].kind
     if kind not in ("none", "longrope"):
         raise UserError(f"config.json: rope_type={kind!r} of model_type 'phi3' is not supported; expected longrope.")
@@ -26,10 +27,14 @@ def _phi3(keys: Keys) -> Json:
 
 
 def _phi3_keys(c: DecoderConfig) -> Json:
-    window = {"hidden_act": "silu", "sliding_window": c.sliding_window}
-    if c.rope_scaling.kind == "longrope":
-        window["original_max_position_embeddings"] = c.rope_scaling.original_length
-    return rotary_keys(c, fraction=True) | window
+    scaling, length = c.rope_scaling, lengths(c)["max_length"]
+    older = to_phi3_json(scaling, length)
+    return rotary_keys(c, fraction="partial_rotary_factor") | {
+        "hidden_act": "silu",
+        "sliding_window": c.sliding_window,
+        "original_max_position_embeddings": scaling.original_length or length,
+        **({} if older is None else {"rope_scaling": older}),
+    }
 
 
 # ---- OLMo 2
@@ -48,12 +53,19 @@ FAMILIES: dict[str, Family] = {
         sizes=usual.SIZES,
         defaults=usual.DEFAULTS
         | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
-        | {"sliding_window": None, "partial_rotary_factor": None},
+        | {"sliding_window": None},
         options=_phi3,
         keys=_phi3_keys,
-        expresses=lambda c: only(c, "sliding_window", "rope_fraction") and c.rope_scaling.kind in ("none", "longrope"),
+        expresses=lambda c: (
+            only(c, "sliding_window", "rope_fraction")
+            and c.rope_scaling.kind in ("none", "longrope")
+            # transformers counts LongRoPE's factors by hidden_size / heads
+            and (c.rope_scaling.kind == "none" or c.key_size * c.heads == c.width)
+        ),
         row=lambda config, path: row(path, _PHI3_NAMES, usual.LAYER, parts=_PARTS),
         ignored=usual.IGNORED,
+        prefix=usual.PREFIX,
+        copies=usual.COPIES,
         harmless=frozenset({"auto_map", "embd_pdrop", "resid_pdrop"}),
     ),
     "olmo2": Family(
@@ -67,5 +79,7 @@ FAMILIES: dict[str, Family] = {
         ),
         row=lambda config, path: row(path, _OLMO2_NAMES, usual.LAYER),
         ignored=usual.IGNORED,
+        prefix=usual.PREFIX,
+        copies=usual.COPIES,
     ),
 }

@@ -27,8 +27,11 @@ DEFAULTS = {
     **ROTARY,
 }
 
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
+IGNORED = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
 """In older files."""
+
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
+"""The head, where it is tied to the embedding."""
 
 NAMES = {
     "embedding": "model.embed_tokens",
@@ -47,5 +50,7 @@ NAMES = {
     "layers/mlp/down": "mlp.down_proj",
 }
 """The module a parameter belongs to → the module in the file."""
+
+PREFIX = "model."
 
 LAYER = "model.layers.{layer}."
