@@ -33,7 +33,7 @@ def endless(case):
 
 def test_greedy_decoding_equals_the_naive_loop(case, endless):
     model, params, prompts = case
-    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_id=VOCAB)  # an id that is never generated
+    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_ids=(VOCAB,))  # an id that is never generated
     assert written.shape == (ROWS, NEW) and written.dtype == jnp.int32
     assert len(np.unique(endless)) > 3
     np.testing.assert_array_equal(written, endless)
@@ -45,19 +45,19 @@ def test_decoding_stops_at_the_end_token_and_pads_after_it(case, endless):
     eos = int(np.bincount(endless[:, 1:4].ravel()).argmax())  # a token that some rows generate halfway
     ended = np.cumsum(endless == eos, axis=1) - (endless == eos) > 0
     assert 0 < np.sum(ended.any(axis=1)) < ROWS
-    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_id=eos, pad_id=VOCAB - 1)
+    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_ids=(eos,), pad_id=VOCAB - 1)
     np.testing.assert_array_equal(written, np.where(ended, VOCAB - 1, endless))
 
 
 def test_jit_does_not_change_the_tokens(case, endless):
     model, params, prompts = case
-    written = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=NEW, eos_id=VOCAB))(params, prompts)
+    written = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=NEW, eos_ids=(VOCAB,)))(params, prompts)
     np.testing.assert_array_equal(written, endless)
 
 
 def test_decoding_a_single_token(case, endless):
     model, params, prompts = case
-    np.testing.assert_array_equal(greedy(model, params, prompts, max_new_tokens=1, eos_id=VOCAB), endless[:, :1])
+    np.testing.assert_array_equal(greedy(model, params, prompts, max_new_tokens=1, eos_ids=(VOCAB,)), endless[:, :1])
 
 
 def test_decoding_ends_early_when_every_row_has_ended():
@@ -68,7 +68,7 @@ def test_decoding_ends_early_when_every_row_has_ended():
         return Output(jax.nn.one_hot(jnp.ones_like(tokens), 3), cache)
 
     always_eos = Model(dict, apply, lambda params, hidden: hidden, 3, init_cache=lambda batch, length: jnp.zeros(()))
-    written = greedy(always_eos, {}, jnp.zeros((2, 3), jnp.int32), max_new_tokens=50, eos_id=1)
+    written = greedy(always_eos, {}, jnp.zeros((2, 3), jnp.int32), max_new_tokens=50, eos_ids=(1,))
     jax.effects_barrier()
     np.testing.assert_array_equal(written, [[1] + [0] * 49] * 2)
     assert len(calls) == 2  # the prompt and the next token
@@ -77,4 +77,4 @@ def test_decoding_ends_early_when_every_row_has_ended():
 def test_a_model_without_a_cache_is_refused():
     model = nnx_model()
     with pytest.raises(ValueError, match="init_cache"):
-        greedy(model, model.init(jax.random.key(0)), jnp.zeros((1, 2), jnp.int32), max_new_tokens=2, eos_id=1)
+        greedy(model, model.init(jax.random.key(0)), jnp.zeros((1, 2), jnp.int32), max_new_tokens=2, eos_ids=(1,))
