@@ -9,7 +9,7 @@ from pyarrow import parquet
 from text_builders import CHAT, CHATML, MARKED, TEXTS, tiny_tokenizer, write_lines
 
 from distill.data import prepared, text
-from distill.data.chat import chat_with_turns, encode_chat
+from distill.data.chat import conversation, encode_chat
 from distill.data.loader import Loader
 from distill.data.packing import Rows, Summary, best_fit, cut, pack
 from distill.data.prepared import prepare
@@ -188,9 +188,11 @@ def test_every_byte_of_a_turn_counts():
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     rewrites = CHATML.replace("m['content']", "(m['content'] if loop.last else '…')")
     tokenizer = tiny_tokenizer(chat_template=rewrites)
-    assert chat_with_turns(tokenizer, CHAT[1:2])[0]
+    assert conversation(tokenizer, CHAT[1:2]).turns
     found = [Document(messages=tuple(CHAT), where="a.jsonl:7")]
-    with pytest.raises(ValueError, match="a.jsonl:7: the chat template is not prefix-stable"):
+    with pytest.raises(
+        ValueError, match="a.jsonl:7: message 0: the chat template does not write its content, 'a quick fox"
+    ):
         list(encode(found, tokenizer, TextDataConfig()))
     with pytest.raises(ValueError, match="a.jsonl:7: the tokenizer has no chat template"):
         list(encode(found, TOKENIZER, TextDataConfig()))
@@ -242,7 +244,7 @@ def test_every_token_of_a_long_document_is_predicted_once():
 # Fault: the wrong side is cut.
 @pytest.mark.parametrize(
     ("overflow", "start", "want"),
-    [("keep_start", 0, [0, 1, 2, 3]), ("keep_end", 0, [6, 7, 8, 9]), ("keep_end", 1, [0, 7, 8, 9])],
+    [("keep_start", (), [0, 1, 2, 3]), ("keep_end", (), [6, 7, 8, 9]), ("keep_end", (0,), [0, 7, 8, 9])],
 )
 def test_overflow_keeps_the_configured_side(overflow, start, want):
     (kept,) = cut(Encoded(np.arange(10), np.arange(10) % 2 == 0), 3, overflow, start)
