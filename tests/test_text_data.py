@@ -191,7 +191,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     assert conversation(tokenizer, CHAT[1:2]).turns
     found = [Document(messages=tuple(CHAT), where="a.jsonl:7")]
     with pytest.raises(
-        ValueError, match="a.jsonl:7: message 0: the chat template does not write its content, 'a quick fox"
+        ValueError, match="a.jsonl:7: message 0: the chat template does not write content 'a quick fox"
     ):
         list(encode(found, tokenizer, TextDataConfig()))
     with pytest.raises(ValueError, match="a.jsonl:7: the tokenizer has no chat template"):

@@ -115,7 +115,7 @@ def _written(
             continue
         wrong = [(i, j) for i, j, call in calls if not _arguments_in(text, function_of(call).get("arguments"))]
         if not wrong:
-            return formed, text, generated
+            return _without_none(tokenizer, formed, tools, text, generated)
     if failed is not None:
         raise failed
     raise UserError(
@@ -123,6 +123,20 @@ def _written(
         "are, neither given as an object nor as JSON text. Use a template that writes them, or put the call into the "
         "content."
     )
+
+
+def _without_none(
+    tokenizer: TextTokenizer, messages: list[dict[str, Any]], tools: Sequence[Any], text: str, generated: list[Span]
+) -> tuple[list[dict[str, Any]], str, list[Span]]:
+    """The same, with empty content for calls without one, where the template would write ``None`` for it."""
+    if all(message.get("content") is not None for message in messages):
+        return messages, text, generated
+    filled = [message | {"content": message.get("content") or ""} for message in messages]
+    try:
+        other, marks = tokenizer.chat_with_marks(filled, tools)
+    except UserError:
+        return messages, text, generated
+    return (filled, other, marks) if other.count("None") < text.count("None") else (messages, text, generated)
 
 
 def _with_arguments(message: dict[str, Any], as_object: bool) -> dict[str, Any]:
@@ -206,7 +220,7 @@ def _texts(messages: Sequence[Message], empty: bool) -> list[_Text]:
     """The texts of messages that have a character; with ``empty``, also empty answers, to find their place."""
     found = []
     for i, message in enumerate(messages):
-        own = {key: message[key] for key in (*REASONING, "content") if message.get(key, "").strip()}
+        own = {key: message[key] for key in (*REASONING, "content") if (message.get(key) or "").strip()}
         for key in [key for key in REASONING if key in own][1:]:
             del own[key]  # the same text under another name
         calls = message.get("tool_calls") or []
@@ -323,20 +337,20 @@ def _not_written(one: _Text) -> str:
         if reasoning
         else "Use a template that writes it, or remove it."
     )
-    beside = " beside its arguments" if one.field.startswith("tool_calls") else ""
-    return (
-        f"message {one.message}: the chat template does not write its {one.field}, {short(one.text)},{beside} as it is. "
-        f"{advice}"
-    )
+    field = one.field + (", beside its arguments," if one.field.startswith("tool_calls") else "")
+    return f"message {one.message}: the chat template does not write {field} {short(one.text)}. {advice}"
 
 
 def _around(text: str, place: int, before: str, after: str) -> Span | None:
     """Where a text is whose marker stands at ``place``; None if the template does not write it whole.
 
-    White space may be trimmed or changed.
+    White space may be trimmed or changed, and the text may be written as JSON, as Llama 3 writes what a tool returns.
     """
-    first, last = _back(text, place, before), _on(text, place, after)
-    return None if first is None or last is None else (first, last)
+    for form in (str, lambda part: json.dumps(part, ensure_ascii=False)[1:-1]):
+        first, last = _back(text, place, form(before)), _on(text, place, form(after))
+        if first is not None and last is not None:
+            return first, last
+    return None
 
 
 def _on(text: str, place: int, after: str) -> int | None:

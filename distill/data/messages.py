@@ -97,8 +97,9 @@ def counts(message: Mapping[str, Any], here: str = "a message") -> bool:
 
 
 def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as the chat template gets it: without marks."""
-    return {key: field for key, field in message.items() if key not in MARKS}
+    """A message as the chat template gets it: without marks, and with tools that are called, or none."""
+    plain = {key: field for key, field in message.items() if key not in MARKS and (key != "tool_calls" or field)}
+    return {"content": None} | plain if "tool_calls" in plain else plain
 
 
 def without_nulls(value: Any) -> Any:
