@@ -181,8 +181,8 @@ def _arguments_in(text: str, arguments: Any) -> bool:
     }
     if any(spelling in text for spelling in spellings):
         return True
-    quoted = {json.dumps(spelling, ensure_ascii=ascii)[1:-1] for spelling in spellings for ascii in (False, True)}
-    if repr(value) in text or any(spelling in text for spelling in quoted):
+    bare = text.replace("\\", "")  # JSON inside a JSON text has its quotes behind backslashes
+    if repr(value) in text or any(spelling.replace("\\", "") in bare for spelling in spellings):
         return False
     return all(part in text for part in _leaves(value))
 

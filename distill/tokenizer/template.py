@@ -287,9 +287,11 @@ def _environment() -> Any:
             budget.operation(operator, left, right)
             return budget.size(super().call_binop(context, operator, left, right))
 
-        def format_string(self, text, /, *values, **options):
-            _budget.get().pattern(text)
-            return super().format_string(text, *values, **options)
+        def wrap_str_format(self, function, /):
+            method = isinstance(function, type("".join)) and isinstance(function.__self__, str)
+            if method and function.__name__ in ("format", "format_map"):
+                _budget.get().pattern(function.__self__)
+            return super().wrap_str_format(function)
 
         def call(self, context, function, /, *values, **options):
             budget = _budget.get()
