@@ -10,6 +10,10 @@ from typing import Any
 
 from distill.errors import UserError
 
+Message = Mapping[str, Any]
+Span = tuple[int, int]
+"""Characters ``[from, to)`` of a text."""
+
 ASSISTANT = "assistant"
 """Role of the turns that are learnt."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
