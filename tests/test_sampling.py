@@ -49,6 +49,17 @@ def test_decoding_stops_at_the_end_token_and_pads_after_it(case, endless):
     np.testing.assert_array_equal(written, np.where(ended, VOCAB - 1, endless))
 
 
+def test_each_stop_token_ends_a_row(case, endless):
+    model, params, prompts = case
+    stops = tuple(np.unique(endless[:, 1:4]).tolist()[:3])
+    ended = np.cumsum(np.isin(endless, stops), axis=1) - np.isin(endless, stops) > 0
+    assert all((np.isin(endless, stops) & ~ended)[endless == one].any() for one in stops)  # each ends a row
+    written = greedy(model, params, prompts, max_new_tokens=NEW, eos_ids=stops, pad_id=VOCAB - 1)
+    np.testing.assert_array_equal(written, np.where(ended, VOCAB - 1, endless))
+    never = greedy(model, params, prompts, max_new_tokens=NEW, eos_ids=())
+    np.testing.assert_array_equal(never, endless)
+
+
 def test_jit_does_not_change_the_tokens(case, endless):
     model, params, prompts = case
     written = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=NEW, eos_ids=(VOCAB,)))(params, prompts)

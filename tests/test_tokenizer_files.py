@@ -13,6 +13,7 @@ from distill.tokenizer import TextTokenizer
 BASE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
 TEXT = "a quick<|tool|> fox <|im_end|></s> brown<|more|>"
 SIZE = 315
+CONFIGS = ("generation_config.json", "config.json")
 ANSWER = "{{ messages[-1]['content'] }}"
 
 
@@ -267,8 +268,13 @@ def test_a_saved_model_stops_where_its_teacher_did(tmp_path):
     distill.save(
         tmp_path / "a", model, params, tiny_tokenizer(chat_template=CHATML, pad="<unk>", stops=("<|im_start|>",))
     )
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 3, "temperature": 0.5}')
     distill.save(tmp_path / "b", model, params, tmp_path / "a")  # the files of a folder are copied
-    for at in (tmp_path / "a", tmp_path / "b"):
+    distill.save(tmp_path / "c", model, params, theirs(tmp_path / "b"))  # of transformers, which knows eos alone
+    found = [json.loads((tmp_path / at / name).read_text()) for at in "bc" for name in CONFIGS]
+    assert [values["eos_token_id"] for values in found] == [[2, 3, 4], [2, 3, 4], [2, 4], [2, 4]]
+    assert found[0]["temperature"] == 0.5
+    for at in (tmp_path / "b",):
         read = GenerationConfig.from_pretrained(at)
         assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (1, [2, 3, 4], 0)
         assert json.loads((at / "config.json").read_text())["eos_token_id"] == [2, 3, 4]

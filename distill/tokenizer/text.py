@@ -247,10 +247,14 @@ class TextTokenizer:
             return tuple(self.special_in(after)[:1])
         return ()
 
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(filter(None, self.special_tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is found nowhere
+
     def special_in(self, text: str) -> list[str]:
         """The special tokens written in a text, in order."""
-        longest_first = sorted(filter(None, self.special_tokens), key=len, reverse=True)
-        return re.findall("|".join(map(re.escape, longest_first)), text) if longest_first else []
+        return self._special_pattern.findall(text)
 
     @property
     def bos_id(self) -> int | None:

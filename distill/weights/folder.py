@@ -242,7 +242,7 @@ def save(
     dtype = str(np.dtype(params["embedding"].dtype)) if "embedding" in params else "float32"
     params = processes.fetch(params) if processes.count() > 1 else params
     params = params if model.merge is None else model.merge(params)
-    values = to_json(config, family, dtype) | _special_ids(tokenizer)
+    values = to_json(config, family, dtype)
     written = tensors(config, values["model_type"], params)
     stale = {"config.json"} | (set() if tokenizer is None else {*TOKENIZER_FILES, TEMPLATES})
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 2**20
@@ -250,23 +250,41 @@ def save(
     def write_all() -> None:
         with replacing(Path(folder), size, lambda name: is_weights(name) or name in stale) as partial:
             _save_tokenizer(partial, tokenizer)
+            values.update(_special_ids(partial, tokenizer))
+            _save_stops(partial, values)
             write(partial, written, shard_bytes)
             (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
     processes.from_first(write_all)
 
 
-def _special_ids(tokenizer: Any) -> dict[str, Any]:
-    """Ids of special tokens, None where unknown: for a missing key transformers would take the original model's id."""
-    if isinstance(tokenizer, str | Path):
-        values = read_json(Path(tokenizer) / "config.json")
-        found = [values.get("eos_token_id"), read_json(Path(tokenizer) / "generation_config.json").get("eos_token_id")]
-        stops = sorted({i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
-        eos = stops if len(stops) > 1 else next(iter(stops), None)
-        return {key: values.get(key) for key in _SPECIAL} | {"eos_token_id": eos}
+def _special_ids(saved: Path, tokenizer: Any) -> dict[str, Any]:
+    """Ids of special tokens, None where unknown: for a missing key transformers would take the original model's id.
+
+    Of several stop tokens (``TextTokenizer.stop_ids``), ``eos_token_id`` is a list. ``saved`` is the folder into which
+    the tokenizer was just saved.
+    """
     if isinstance(tokenizer, TextTokenizer):
         return tokenizer.special_token_ids()
-    return {key: getattr(tokenizer, key, None) for key in _SPECIAL}
+    if isinstance(tokenizer, str | Path):
+        given = read_json(Path(tokenizer) / "config.json")
+        ids = {key: given.get(key) for key in _SPECIAL}
+    else:
+        ids = {key: getattr(tokenizer, key, None) for key in _SPECIAL}
+    several = (ids["eos_token_id"], read_json(saved / "generation_config.json").get("eos_token_id"))
+    stops = {i for some in several if some is not None for i in np.atleast_1d(some).tolist()}
+    if (saved / "tokenizer.json").is_file():
+        with contextlib.suppress(UserError):  # one that only transformers reads
+            stops |= set(TextTokenizer.from_folder(saved).stop_ids)
+    return ids | {"eos_token_id": sorted(stops) if len(stops) > 1 else next(iter(stops), None)}
+
+
+def _save_stops(folder: Path, values: dict[str, Any]) -> None:
+    """Writes the stop tokens where readers look for them when a model writes; other keys stay."""
+    if values["eos_token_id"] is not None:
+        file = folder / "generation_config.json"
+        ids = {key: values[key] for key in _SPECIAL if values[key] is not None}
+        file.write_text(json.dumps(read_json(file) | ids, indent=2) + "\n")
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
