@@ -38,6 +38,12 @@ R1 = (
     "{{ '<|im_end|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_end|><think>\n' }}{% endif %}"
 )
+R1_LINE = R1.replace("'<|im_end|>' + m", "'<|im_end|>\n' + m")
+NOTES = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '<think></think>' }}"
+    "{% endif %}{{ m.content }}{% if loop.last and m.role == 'user' %}{{ ' (answer)' }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}" + ASK
+)
 MISTRAL = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}"
     "{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
@@ -161,6 +167,9 @@ def test_the_line_of_a_template_is_named():
         (QWEN3, TALK[:2] * 2, ["cd<|im_end|>", "<think>\n\n</think>\n\ncd<|im_end|>"]),
         (QWEN3, THINKS[2:], ["<think>\nnew\n</think>\n\ngh<|im_end|>"]),
         (R1, TALK, ["cd</s>", "g\nh</s>"]),  # the header of an answer alone has <think>
+        (R1_LINE, TALK, ["\ncd</s>", "\ng\nh</s>"]),
+        (NOTES, TALK, ["<think></think>cd<|im_end|>", "<think></think>g\nh<|im_end|>"]),  # a note to the last question
+        (NOTES, TALK[1:2], ["<think></think>cd<|im_end|>"]),
         (MISTRAL, TALK, [" cd</s>", " g\nh</s>"]),
         (MISTRAL, TALK[1:2], ["cd</s>"]),  # the first message: nothing says what asks for it
         (CHATML, [TALK[0], {"role": "assistant", "content": ""}], ["<|im_end|>"]),
@@ -216,7 +225,9 @@ def test_a_text_that_a_template_leaves_out_or_changes_is_an_error(source, error)
 
 @pytest.mark.parametrize("as_text", [True, False])
 @pytest.mark.parametrize("arguments", [{"a": 2, "s": 'x"y', "n": {"k": ["v", None, True]}}, {}], ids=str)
-@pytest.mark.parametrize("written", ["c.function.arguments | tojson", "c.function.arguments", "(c.function.arguments)"])
+@pytest.mark.parametrize(
+    "written", ["c.function.arguments | tojson", "c.function.arguments", "(c.function.arguments ~ '')"]
+)
 def test_arguments_are_written_once_whatever_form_they_have(as_text, arguments, written):
     given = json.dumps(arguments) if as_text else arguments
     call = {"type": "function", "function": {"name": "add", "arguments": given}}

@@ -227,10 +227,13 @@ def test_special_tokens_occur_once():
     assert inside.count(3) == 1
 
 
+VOCABULARY = ["<unk>", "<s>", "</s>", *"▁2+=4ab.", "=4", "a▁"]
+
+
 def prefixing(strip=True):
     """A tokenizer that puts a space before every text, as those of Llama 2 and Mistral do."""
     backend = Tokenizer(
-        models.BPE({t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *"▁2+=4ab."])}, [], unk_token="<unk>")
+        models.BPE({t: i for i, t in enumerate(VOCABULARY)}, [("=", "4"), ("a", "▁")], unk_token="<unk>")
     )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if strip else [])]
