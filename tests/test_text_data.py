@@ -69,6 +69,11 @@ def test_records_are_recognised_by_their_fields(tmp_path):
         (b"{", "a.jsonl:3: not JSON"),
         (b"\xff", "a.jsonl:3: not JSON"),
         (b"[1]", "a.jsonl:3: a JSON list; expected an object"),
+        (b"[" * 9999, "a.jsonl:3: not JSON"),
+        (
+            b'{"text": ' + b"[" * 400 + b"]" * 400 + b"}",
+            "a.jsonl:3: lists or objects inside one another, more than 100",
+        ),
         (b"{}", "a.jsonl:3: field 'text' is missing"),
         (b'{"text": 1}', "a.jsonl:3: field 'text' is a int"),
     ],

@@ -118,8 +118,11 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def well_formed(value: Any) -> Any:
+def well_formed(value: Any, depth: int = 100) -> Any:
     """A value whose texts are Unicode: halves of surrogate pairs become U+FFFD, a byte order mark in front goes.
+
+    Raises:
+      UserError: lists and objects inside one another, deeper than ``depth``.
 
     Example:
       >>> well_formed({"text": "\\ufeffa \\ud83d smile"})
@@ -128,9 +131,11 @@ def well_formed(value: Any) -> Any:
     if isinstance(value, str):
         text = value.removeprefix("\ufeff")
         return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
+    if depth < 0:
+        raise UserError("lists or objects inside one another, more than 100 deep; expected a flatter record.")
     if isinstance(value, Mapping):
-        return {well_formed(key): well_formed(inner) for key, inner in value.items()}
-    return [well_formed(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {well_formed(key): well_formed(inner, depth - 1) for key, inner in value.items()}
+    return [well_formed(inner, depth - 1) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def short(value: Any) -> str:

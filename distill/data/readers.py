@@ -172,7 +172,10 @@ def read(
         where = f"{path}:{number}"
         # Decided once per file: a later record of another kind is then an error instead of a silent mixture.
         form = guess(record, fields, where) if form == "auto" else form
-        clean = well_formed(record)
+        try:
+            clean = well_formed(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         if clean != record:  # also where a byte order mark was taken away
             left_out["records with half of a surrogate pair, which is read as U+FFFD"] += _broken(record)
         if unread := [str(name) for name in sorted(set(clean) - _read_by(form, fields)) if clean[name] is not None]:

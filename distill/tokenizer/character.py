@@ -47,7 +47,8 @@ class CharacterTokenizer:
         """Ids of a text. Raises UserError on a character outside the alphabet."""
         unknown = sorted(set(text) - set(self.characters))
         if unknown:
-            raise UserError(f"cannot encode {text!r}: unknown {unknown}; expected only {self.characters!r}.")
+            shown = text if len(text) <= 60 else text[:59] + "…"
+            raise UserError(f"cannot encode {shown!r}: unknown {unknown[:9]}; expected only {self.characters!r}.")
         return [self.characters.index(character) + 2 for character in text]
 
     def decode(self, ids: Iterable[int]) -> str:

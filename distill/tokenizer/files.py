@@ -455,7 +455,7 @@ def write(
         config = config | {"chat_template": several if len(several) > 1 else several[0]["template"]}
     (folder / "tokenizer.json").write_text(serialized, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "generation_config.json", read_json(folder / "generation_config.json") | special_ids)
+    _write_json(folder / "generation_config.json", read_json(folder / "generation_config.json") | dict(special_ids))
     for old in (folder / TEMPLATES).glob("*.jinja"):
         old.unlink()
     for name in ("chat_template.jinja", *OTHER_FILES):

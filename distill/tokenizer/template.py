@@ -129,14 +129,14 @@ def render(
       >>> render("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", chat, (), answer=False).text
       '<user>hi'
     """
-    values = {
-        "messages": [_one_name_of_reasoning(_plain(message)) for message in messages],
-        "tools": [_plain(tool) for tool in tools] or None,
-        "documents": None,
-        "add_generation_prompt": answer,
-    }
     token = _budget.set(_Budget())
     try:
+        values = {
+            "messages": [_one_name_of_reasoning(_plain(message)) for message in messages],
+            "tools": [_plain(tool) for tool in tools] or None,
+            "documents": None,
+            "add_generation_prompt": answer,
+        }
         return _split("".join(_pieces(_compiled(template), values | names)))
     except Exception as error:  # what a template raises can be anything
         line = _line(error)

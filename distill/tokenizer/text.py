@@ -101,9 +101,17 @@ class TextTokenizer:
             raise UserError(f"{folder}: no file names an end-of-text token; give one: from_folder(..., eos='</s>').")
         chosen = files.choose(folder, found.templates, template)
         more = {name: text for name, text in found.templates.items() if text != chosen}
-        kept = {"options": found.options, "templates": more, "stops": found.stops}
+        special = {name: tokens.get(name) for name in ("bos", "pad", "unknown")}
         try:
-            made = cls(found.serialized, **tokens, chat_template=chosen, **kept)
+            made = cls(
+                found.serialized,
+                tokens["eos"],
+                **special,
+                chat_template=chosen,
+                options=found.options,
+                templates=more,
+                stops=found.stops,
+            )
             ends = {"add_bos_token": made.bos_id in made.start, "add_eos_token": made.eos_id in made.end}
         except ValueError as error:
             raise UserError(f"{file}: {error}") from error
@@ -155,7 +163,7 @@ class TextTokenizer:
         config = {**self.options, **tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
         default = {} if self.chat_template is None else {"default": self.chat_template}
         ids = {key: value for key, value in self.special_token_ids().items() if value is not None}
-        files.write(Path(folder), self.serialized, config, default | self.templates, ids)
+        files.write(Path(folder), self.serialized, config, default | dict(self.templates), ids)
 
     def special_token_ids(self) -> dict[str, int | list[int] | None]:
         """Ids by their keys in ``config.json`` and ``generation_config.json``; of several stop tokens a list."""

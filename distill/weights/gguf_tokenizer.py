@@ -146,8 +146,9 @@ def text_tokenizer(source: GGUFSource, *, eos: str | None = None) -> TextTokeniz
     if (eos := eos or named.pop("eos", None)) is None:
         raise UserError(f"{source.path}: the file names no end-of-text token; give one: eos='</s>'.")
     named.pop("eos", None)
-    templates = {"chat_template": chat_template(source), "templates": named_templates(source)}
-    return TextTokenizer(tokenizer_of(source).to_str(), eos, stops=ends, **templates, **named)
+    template, more = chat_template(source), named_templates(source)
+    made = tokenizer_of(source).to_str()
+    return TextTokenizer(made, eos, **named, chat_template=template, templates=more, stops=ends)
 
 
 def _token(source: GGUFSource, tokens: list[str], name: str, i: int) -> str:
