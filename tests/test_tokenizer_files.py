@@ -166,6 +166,19 @@ def test_files_that_agree_are_accepted(tmp_path):
     assert TextTokenizer.from_folder(at, eos="<s>").eos == "<s>"  # the caller's word settles it
 
 
+def test_a_class_that_transformers_builds_by_other_rules_is_logged(tmp_path, caplog):
+    from tokenizers import Tokenizer, models, normalizers
+
+    backend = Tokenizer(models.BPE({"</s>": 0, "▁": 1, "a": 2}, []))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    for name, lines in (("LlamaTokenizerFast", 1), ("PreTrainedTokenizerFast", 0)):
+        caplog.clear()
+        config = {"eos_token": "</s>", "tokenizer_class": name}
+        at = folder(tmp_path, tokenizer_config__json=config, tokenizer__json=backend.to_str())
+        assert TextTokenizer.from_folder(at).encode("</s>a") == [0, 1, 2]  # transformers 5 with LlamaTokenizer: [0, 2]
+        assert len(caplog.records) == lines
+
+
 def test_a_regular_expression_that_never_ends_is_an_error():
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 

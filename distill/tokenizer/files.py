@@ -1,9 +1,12 @@
 """Files of a tokenizer's folder: each one that can change a token is used, known to agree, or an error that names it.
 
-The ids are those of ``AutoTokenizer`` of transformers. Where readers in use differ over a folder, it is refused.
+The ids are those of ``tokenizer.json`` with the tokens that other files add, as ``AutoTokenizer`` of transformers
+gives them; where readers in use differ over a folder, it is refused. One difference is logged instead: for the class
+LlamaTokenizer transformers 5 replaces the rules for spaces in ``tokenizer.json`` by rules of its own.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +30,9 @@ _NOT_KEPT = {
     *("is_local", "local_files_only"),
 }
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+log = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
@@ -82,6 +88,7 @@ def read(folder: Path, file: Path, *, given: Iterable[str] = ()) -> Found:
     text = _with_added(file, text, parsed, added)
     _check_vocabulary(folder, parsed)
     _check_prefix(folder, config, parsed)
+    _log_other_spaces(folder, config, parsed)
     kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
     return Found(text, tokens, _templates(folder, config), _stops(folder, text), kept)
 
@@ -316,6 +323,18 @@ def _prefixes(parsed: dict) -> Iterator[bool]:
             yield part.get("prepend_scheme", "always") != "never"
         if part.get("type") == "Prepend":
             yield True
+
+
+def _log_other_spaces(folder: Path, config: dict, parsed: dict) -> None:
+    """Logs where transformers 5 gives other ids: it builds a LlamaTokenizer without the normalizer of the file."""
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    if name == "LlamaTokenizer" and '"Prepend"' in json.dumps(parsed.get("normalizer")):
+        log.warning(
+            "%s: spaces before a text and after a special token are those of tokenizer.json; transformers 5 builds a %s "
+            "by rules of its own, whose ids can differ there",
+            folder,
+            name,
+        )
 
 
 def check_ends(folder: Path, start: Mapping[str, bool]) -> None:

@@ -75,12 +75,13 @@ class TextTokenizer:
     def from_folder(
         cls, folder: str | Path, *, eos: str | None = None, pad: str | None = None, template: str | None = None
     ) -> "TextTokenizer":
-        """The tokenizer of a Hugging Face folder, or of a ``tokenizer.json``: the ids of transformers' AutoTokenizer.
+        """The tokenizer of a Hugging Face folder, or of a ``tokenizer.json``.
 
         Every file beside ``tokenizer.json`` that can change a token is used, known to agree, or refused
         (``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``, ``vocab.json``, ``merges.txt``,
-        the chat templates). ``generation_config.json`` and ``config.json`` give ``stops``. A ``tokenizer.model`` is not
-        opened, as in every reader that finds a ``tokenizer.json``.
+        the chat templates), so that the ids are those of transformers' AutoTokenizer (``files.py`` says where its
+        release 5 has others). ``generation_config.json`` and ``config.json`` give ``stops``. A ``tokenizer.model`` is
+        not opened, as in every reader that finds a ``tokenizer.json``.
 
         Args:
           folder: holds ``tokenizer.json`` and, as a rule, ``tokenizer_config.json``; or the first file itself.
