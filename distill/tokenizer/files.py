@@ -330,7 +330,7 @@ def _log_other_spaces(folder: Path, config: dict, parsed: dict) -> None:
     name = str(config.get("tokenizer_class")).removesuffix("Fast")
     if name == "LlamaTokenizer" and '"Prepend"' in json.dumps(parsed.get("normalizer")):
         log.warning(
-            "%s: spaces before a text and after a special token are those of tokenizer.json; transformers 5 builds a %s "
+            "%s: spaces before a text and after a special token are those of tokenizer.json; transformers 5 builds %s "
             "by rules of its own, whose ids can differ there",
             folder,
             name,
