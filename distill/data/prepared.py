@@ -94,7 +94,10 @@ def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
 def ready(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
     """The builder with its rows prepared: by process 0, or by each process where they share no folder."""
     made = once.prepared(lambda: builder(config, tokenizer, data_dir))
-    _report(made.name, tuple(line for side in SIDES for line in _lines(Summary(**made.info.metadata[side]), side)))
+    _report(
+        made.builder_config.name,
+        tuple(line for side in SIDES for line in _lines(Summary(**made.info.metadata[side]), side)),
+    )
     return made
 
 
