@@ -181,6 +181,38 @@ def test_turns_are_found_as_the_whole_conversation_has_them(source, messages, wa
     assert turns(source, messages) == want
 
 
+def test_turns_are_those_of_the_same_template_with_marks():
+    parts = [
+        "a",
+        "fox ",
+        "<b>",
+        "</b>",
+        " ",
+        "\n",
+        "<|im_end|>",
+        "</think>",
+        "[x]",
+        "🦊",
+        "assistant",
+        "<|im_start|>",
+        "'",
+    ]
+    rng = np.random.default_rng(0)
+    plain, marked = (tiny_tokenizer(chat_template=source) for source in (CHATML, MARKED))
+    for _ in range(100):
+        roles = rng.choice(["user", "assistant", "tool"], rng.integers(1, 6)).tolist()
+        talk = [{"role": role, "content": "".join(rng.choice(parts, rng.integers(0, 5)))} for role in roles]
+        for ours, want in zip(encode_chat(plain, talk), encode_chat(marked, talk), strict=True):
+            np.testing.assert_array_equal(ours, want, err_msg=str(talk))
+
+
+def test_an_empty_message_that_a_template_leaves_out_is_an_error():
+    source = CHATML.replace("{{ '<|im_start|>' + m", "{{ '' if not m['content'] else '<|im_start|>' + m")
+    assert turns(source) == ["cd<|im_end|>", "g\nh<|im_end|>"]
+    with pytest.raises(UserError, match="message 2: an empty message, whose place"):
+        turns(source, [*TALK[:2], {"role": "user", "content": ""}, TALK[3]])
+
+
 def test_a_text_twice_in_a_conversation_is_two_turns():
     same = [{"role": role, "content": "ab"} for role in ("user", "assistant", "user", "assistant")]
     found = conversation(tiny_tokenizer(chat_template=CHATML), same)

@@ -103,7 +103,7 @@ def conversation(
 
 
 def _texts(messages: Sequence[Message], empty: bool) -> list[_Text]:
-    """The texts of messages that have a character; with ``empty``, also empty answers, to find their place."""
+    """The texts of messages that have a character; with ``empty``, also of those without, to find their place."""
     found = []
     for i, message in enumerate(messages):
         own = {key: message[key] for key in (*REASONING, "content") if (message.get(key) or "").strip()}
@@ -111,8 +111,8 @@ def _texts(messages: Sequence[Message], empty: bool) -> list[_Text]:
             del own[key]  # the same text under another name
         calls = message.get("tool_calls") or []
         own |= {f"tool_calls[{j}].function.name": function_of(call)["name"] for j, call in enumerate(calls)}
-        if empty and not own and message["role"] == ASSISTANT:
-            own = {"content": ""}
+        if empty and not own:
+            own = {"content": message.get("content") or ""}
         found += [_text_of(i, field, text) for field, text in own.items()]
     return found
 
@@ -293,13 +293,13 @@ def _unmarked(
     """Turns of a template without marks, and after how many of them no special token stands."""
     turns, endless = [], 0
     for i, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
-            continue
-        if i not in found:
+        if i not in found:  # and with it, where the turns beside it begin and end
             raise UserError(
-                f"message {i}: an empty answer, whose place in the chat template's text cannot be found. Leave the "
+                f"message {i}: an empty message, whose place in the chat template's text cannot be found. Leave the "
                 "message out, or use a template that marks turns, {% generation %} … {% endgeneration %}."
             )
+        if message["role"] != ASSISTANT:
+            continue
         start = _start_of(tokenizer, messages[:i], tools, text, found)
         end, ended = _end_of(tokenizer, messages[: i + 1], tools, text, found)
         turns.append(Turn((start, end), wanted[i]))
