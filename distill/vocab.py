@@ -150,5 +150,5 @@ def _by_id(tokens: dict[str, int]) -> dict[int, str]:
     """Id → the tokens that have it, quoted; more than one is possible."""
     names: dict[int, list[str]] = {}
     for token, i in sorted(tokens.items()):
-        names.setdefault(i, []).append(repr(token))
+        names.setdefault(i, []).append(repr(token if len(token) <= 40 else token[:39] + "…"))
     return {i: "/".join(some) for i, some in names.items()}

@@ -18,7 +18,7 @@ from distill import fetch
 from distill.models import DecoderConfig, RopeScaling, decoder
 from distill.weights.assemble import assemble, disassemble
 from distill.weights.gguf import GGUFSource, config_of, table_of
-from distill.weights.gguf_tokenizer import CUTS, chat_template, special_ids, tokenizer_of
+from distill.weights.gguf_tokenizer import CUTS, chat_template, special_ids, text_tokenizer, tokenizer_of
 from distill.weights.networks import shapes_of
 
 KINDS = {"attn_q": "Q8_0", "attn_k": "Q4_1", "ffn_up": "Q4_1", "ffn_down": "F16", "token_embd": "Q8_0"}
@@ -520,6 +520,26 @@ def test_texts_start_and_end_as_the_file_says(tmp_path):
     source = rebuilt(tmp_path, tokens, merges, **ends, padding_token_id=0)
     assert special_ids(source) == {"bos": 1, "eos": 2, "pad": 0}
     assert chat_template(source) == "{{ messages }}"
+
+
+def test_a_tokenizer_keeps_its_template_and_every_token_that_stops(tmp_path):
+    from builders import random_params, tiny_decoder
+
+    import distill
+    from distill.tokenizer import TextTokenizer
+
+    _, tokens, merges = learnt(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    ids = {"bos_token_id": 1, "eos_token_id": 0, "eot_token_id": 2, "eom_token_id": 1}
+    source = rebuilt(tmp_path, tokens, merges, **ids)
+    tokenizer = text_tokenizer(source)
+    assert (tokenizer.eos, tokenizer.chat_template) == (SPECIAL[0], "{{ messages }}")
+    assert tokenizer.stop_ids == (0, 1, 2)
+    model = tiny_decoder(vocab_size=len(tokens))
+    distill.save(tmp_path / "saved", model, random_params(model), source.path)  # the file itself is a tokenizer
+    saved = TextTokenizer.from_folder(tmp_path / "saved")
+    assert saved == tokenizer and saved.stop_ids == (0, 1, 2)
+    with pytest.raises(ValueError, match="tiny.gguf: the token eot has the id 9999; expected one of the"):
+        text_tokenizer(rebuilt(tmp_path, tokens, merges, **ids | {"eot_token_id": 9999}))
 
 
 def test_user_defined_tokens_stay_whole_and_unused_rows_are_not_tokens(tmp_path):

@@ -97,7 +97,9 @@ def test_rows_of_a_batch_outgrow_the_original_length_at_their_own_time():
     """Greedy decoding of LongRoPE against the argmax of whole forward passes in float64."""
     config, params, *_ = made("longrope")
     model, prompts = decoder(config), np.random.default_rng(1).integers(0, VOCAB, (3, 4))
-    written = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=6, eos_id=VOCAB))(params, jnp.asarray(prompts))
+    written = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=6, eos_ids=(VOCAB,)))(
+        params, jnp.asarray(prompts)
+    )
     text = prompts
     for _ in range(6):
         following = reference.decoder_logits(config, params, text)[:, -1].argmax(-1)

@@ -1,20 +1,25 @@
 """Readers, sides and rows of text: masks, ends of documents, refusals."""
 
+import collections
 import json
+import logging
 
 import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
-from text_builders import CHAT, CHATML, MARKED, TEXTS, tiny_tokenizer, write_lines
+from text_builders import CHAT, CHATML, MARKED, TEXTS, byte_level, tiny_tokenizer, write_lines
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from distill.data import prepared, text
-from distill.data.chat import chat_with_turns, encode_chat
+from distill.data.chat import conversation, encode_chat
 from distill.data.loader import Loader
 from distill.data.packing import Rows, Summary, best_fit, cut, pack
 from distill.data.prepared import prepare
 from distill.data.readers import Document, Fields, Part, files_of, read
 from distill.data.text import Encoded, TextDataConfig, documents, encode
+from distill.errors import UserError
+from distill.tokenizer import TextTokenizer
 
 TOKENIZER = tiny_tokenizer()
 RECORDS = [{"text": f"{one} {i}"} for i in range(12) for one in TEXTS]
@@ -64,6 +69,11 @@ def test_records_are_recognised_by_their_fields(tmp_path):
         (b"{", "a.jsonl:3: not JSON"),
         (b"\xff", "a.jsonl:3: not JSON"),
         (b"[1]", "a.jsonl:3: a JSON list; expected an object"),
+        (b"[" * 9999, "a.jsonl:3: not JSON"),
+        (
+            b'{"text": ' + b"[" * 400 + b"]" * 400 + b"}",
+            "a.jsonl:3: lists or objects inside one another, more than 100",
+        ),
         (b"{}", "a.jsonl:3: field 'text' is missing"),
         (b'{"text": 1}', "a.jsonl:3: field 'text' is a int"),
     ],
@@ -124,6 +134,78 @@ def test_splits_of_a_folder_are_chosen_by_name(tmp_path):
         files_of(tmp_path, "dev")
 
 
+@pytest.fixture
+def warned(caplog):
+    caplog.set_level(logging.WARNING, logger="distill")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_files_that_are_left_out_are_named(tmp_path, warned):
+    for name in (
+        "history.txt",
+        "physics.txt",
+        "train travel.txt",
+        "notes.csv",
+        "a.jsonl.gz",
+        "README.md",
+        ".hidden.csv",
+    ):
+        (tmp_path / name).write_text("text")
+    assert [file.name for file in files_of(tmp_path)] == ["train travel.txt"]
+    files_of(tmp_path)
+    kinds, splits = warned()  # once, although the folder is read again
+    assert "2 files are left out: a.jsonl.gz, notes.csv; files .txt, .md, .jsonl, .parquet, .arrow are read" in kinds
+    assert (
+        "split 'train' is read, 1 files (train travel.txt …); 2 files are left out: history.txt, physics.txt" in splits
+    )
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    text = "fox" if name == "a.txt" else '{"text": "fox"}\n{"text": "\\ufefffox"}'
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert {document.text() for document in read(tmp_path / name, "auto", Fields())} == {"fox"}
+    for codec in ("utf-16", "utf-16-be"):
+        (tmp_path / name).write_bytes(("" if codec == "utf-16" else "\ufeff").encode(codec) + text.encode(codec))
+        with pytest.raises(UserError, match=f"{name}:1: UTF-16; expected UTF-8"):
+            list(read(tmp_path / name, "auto", Fields()))
+
+
+def test_half_of_a_surrogate_pair_is_replaced_and_counted(tmp_path):
+    left_out = collections.Counter()
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine \\ud83e\\udd8a"}\n{"text": "a \\ud83d fox"}\n')
+    found = list(read(path, "auto", Fields(), "", left_out))
+    assert [document.text() for document in found] == ["fine 🦊", "a \ufffd fox"]
+    assert +left_out == {"records with half of a surrogate pair, which is read as U+FFFD": 1}
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "\ud83d"}]}))
+    assert next(iter(read(path, "auto", Fields()))).messages[0]["content"] == "\ufffd"
+
+
+def test_fields_that_are_not_read_are_counted(tmp_path):
+    left_out = collections.Counter()
+    records = [{"text": "a", "id": 1, "weight": 0}, {"text": "b", "id": 2, "source": None}]
+    assert len(list(read(write_lines(tmp_path / "a.jsonl", records), "auto", Fields(), "", left_out))) == 2
+    fields = "records with fields that are not read"
+    assert +left_out == {f"{fields} (id, weight)": 1, f"{fields} (id)": 1}
+
+
+def test_keys_that_arrow_adds_are_no_part_of_a_conversation(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"type": "function", "function": {"name": "sub", "arguments": {"b": {"c": 2}}}}
+    talks = [[CHAT[0], {"role": "assistant", "content": None, "tool_calls": [one]}] for one in (call, other)]
+    tools = [[{"function": {"name": "add", "parameters": {"x": 1}}}], [{"function": {"name": "sub", "strict": True}}]]
+    records = [{"messages": talk, "tools": tool} for talk, tool in zip(talks, tools, strict=True)]
+    table = pyarrow.Table.from_pylist(records)
+    assert "None" in str(table.to_pylist())  # what makes this a test
+    parquet.write_table(table, tmp_path / "a.parquet")
+    write_lines(tmp_path / "a.jsonl", records)
+    tables, lines = (list(read(tmp_path / f"a.{kind}", "auto", Fields())) for kind in ("parquet", "jsonl"))
+    assert [(d.messages, d.tools) for d in tables] == [(d.messages, d.tools) for d in lines]
+    write_lines(tmp_path / "a.jsonl", [record | {"tools": json.dumps(record["tools"])} for record in records])
+    assert [d.tools for d in read(tmp_path / "a.jsonl", "auto", Fields())] == [d.tools for d in lines]
+
+
 # ---- tokens of a document
 
 
@@ -148,6 +230,52 @@ def test_special_tokens_occur_once():
     assert encoded([("<s>fox", True)], starts).ids.tolist().count(1) == 1
     inside = encoded([("a<|im_start|>b", True)]).ids.tolist()
     assert inside.count(3) == 1
+
+
+VOCABULARY = ["<unk>", "<s>", "</s>", *"▁2+=4ab.", "=4", "a▁"]
+
+
+def prefixing(strip=True):
+    """A tokenizer that puts a space before every text, as those of Llama 2 and Mistral do."""
+    backend = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(VOCABULARY)}, [("=", "4"), ("a", "▁")], unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if strip else [])]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens(["<s>", "</s>"])
+    return TextTokenizer(backend.to_str(), "</s>")
+
+
+@pytest.mark.parametrize("strip", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("2+2=", "4"), ("2+2=", " 4"), ("a ", "b"), ("a", " b a"), ("", "4")]
+)
+def test_prompt_and_completion_read_as_their_concatenation(strip, prompt, completion):
+    tokenizer = prefixing(strip)
+    left_out = collections.Counter()
+    document = Document((Part(prompt, False), Part(completion, True)))
+    (found,) = encode([document], tokenizer, TextDataConfig(), left_out)
+    assert tokenizer.decode(found.ids) == (prompt + completion if strip else f" {prompt}{completion}")
+    assert found.ids[~found.counts].tolist() == tokenizer.encode(prompt)  # as at generation
+    assert tokenizer.decode(found.ids[found.counts]).strip() == completion.strip()
+    assert sum(left_out.values()) == (not strip)
+
+
+def test_text_that_has_no_tokens_is_counted():
+    left_out = collections.Counter()
+    found = [Document((Part(text, True),)) for text in ("2+2=4", "2-2=0")]
+    list(encode(found, prefixing(), TextDataConfig(), left_out))
+    assert sum(left_out.values()) == 1 and "do not decode to" in next(iter(+left_out))
+
+
+def test_a_document_that_the_tokenizer_fails_over_is_named():
+    backend = Tokenizer.from_str(byte_level().to_str())
+    split = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    found = [Document((Part(text, True),), where=f"a.txt:{i}") for i, text in enumerate(["fox", "a" * 40 + "!"])]
+    with pytest.raises(UserError, match="a.txt:1: the tokenizer fails over"):
+        list(encode(found, TextTokenizer(backend.to_str(), "</s>"), TextDataConfig()))
 
 
 # ---- conversations
@@ -188,9 +316,9 @@ def test_every_byte_of_a_turn_counts():
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     rewrites = CHATML.replace("m['content']", "(m['content'] if loop.last else '…')")
     tokenizer = tiny_tokenizer(chat_template=rewrites)
-    assert chat_with_turns(tokenizer, CHAT[1:2])[0]
+    assert conversation(tokenizer, CHAT[1:2]).turns
     found = [Document(messages=tuple(CHAT), where="a.jsonl:7")]
-    with pytest.raises(ValueError, match="a.jsonl:7: the chat template is not prefix-stable"):
+    with pytest.raises(ValueError, match="a.jsonl:7: message 0: the chat template does not write content 'a quick fox"):
         list(encode(found, tokenizer, TextDataConfig()))
     with pytest.raises(ValueError, match="a.jsonl:7: the tokenizer has no chat template"):
         list(encode(found, TOKENIZER, TextDataConfig()))
@@ -239,10 +367,31 @@ def test_every_token_of_a_long_document_is_predicted_once():
     assert summary.lost == 0 and summary.counted == len(labels)
 
 
+@pytest.mark.parametrize("window", [3, 1000])
+def test_every_row_and_segment_of_a_tokenizer_with_bos_begins_with_it(window):
+    found = [
+        Encoded(np.concatenate([[1], d.ids]), np.ones(len(d.ids) + 1, bool)) for d in random_documents(20, longest=90)
+    ]
+    summary = Summary()
+    rows = joined(pack(found, 9, start=(1,), summary=summary, window=window))
+    begins = np.diff(np.pad(rows.segments, ((0, 0), (1, 0))), axis=1) != 0
+    np.testing.assert_array_equal(rows.tokens[begins & (rows.segments > 0)], 1)
+    assert not rows.counts[rows.tokens == 1].any()  # it is never predicted, all others are once
+    want = np.sort(np.concatenate([d.ids[1:] for d in found]))
+    np.testing.assert_array_equal(np.sort(rows.tokens[rows.counts]), want)
+    assert summary.lost == 0 and summary.counted == len(want)
+    (whole,) = cut(found[0]._replace(ids=found[0].ids[:5], counts=found[0].counts[:5]), 9, "split", (1,))
+    assert whole.ids.tolist() == found[0].ids[:5].tolist()
+    without = Encoded(np.arange(5, 12), np.ones(7, bool))  # a template that writes no such token
+    assert [piece.ids.tolist() for piece in cut(without, 3, "split", (1,))] == [[5, 6, 7, 8], [8, 9, 10, 11]]
+    with pytest.raises(UserError, match="length=1; expected more than the 1 tokens with which a row begins"):
+        cut(found[0], 1, "split", (1,))
+
+
 # Fault: the wrong side is cut.
 @pytest.mark.parametrize(
     ("overflow", "start", "want"),
-    [("keep_start", 0, [0, 1, 2, 3]), ("keep_end", 0, [6, 7, 8, 9]), ("keep_end", 1, [0, 7, 8, 9])],
+    [("keep_start", (), [0, 1, 2, 3]), ("keep_end", (), [6, 7, 8, 9]), ("keep_end", (0,), [0, 7, 8, 9])],
 )
 def test_overflow_keeps_the_configured_side(overflow, start, want):
     (kept,) = cut(Encoded(np.arange(10), np.arange(10) % 2 == 0), 3, overflow, start)
@@ -315,6 +464,31 @@ def test_a_side_without_documents_is_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="a.jsonl:1: not JSON"):
         prepare(config, TOKENIZER, tmp_path / "tfds")
+
+
+def test_what_is_not_learnt_is_logged_before_training(tmp_path, warned):
+    def talk(i, role="assistant", **mark):
+        return {"messages": [{"role": "user", "content": f"{i}?"}, {"role": role, "content": "four"} | mark]}
+
+    records = [talk(i, ("gpt", "assistant")[i % 2]) for i in range(20)] + [talk(99, weight=0)]
+    path = write_lines(tmp_path / "a.jsonl", [record | {"id": 1} for record in records])
+    config = TextDataConfig(source=str(path), heldout_source=str(path), length=24)
+    tokenizer = tiny_tokenizer(True, chat_template="{{ strftime_now('%d') }}" + CHATML)
+    for _ in range(2):  # logged once; the second time the rows are there
+        prepare(config, tokenizer, tmp_path / "tfds")
+    lines = [line.partition("train: ")[2] for line in warned() if "train: " in line]
+    assert lines[0] == "11 documents have nothing to predict" and "tokens are left out" in lines[1]
+    assert set(lines[2:]) == {
+        "1 turns of the assistant marked as not to learn (weight, train, …)",
+        "10 conversations without a turn of the role 'assistant' (their roles: gpt, user)",
+        "21 conversations that the chat template does not begin with the beginning-of-text token",
+        "21 conversations whose template writes the date of today; 26 Jul 2024 stands for it",
+        "21 records with fields that are not read (id)",
+    }
+    assert prepared.summaries(config, tokenizer, tmp_path / "tfds")["train"].left_out
+    write_lines(path, [talk(i, "gpt") for i in range(9)])
+    with pytest.raises(UserError, match=r"nothing to predict in 9 documents .* 9 conversations without .* gpt, user"):
+        prepare(config, tiny_tokenizer(chat_template=CHATML), tmp_path / "tfds")
 
 
 def test_heldout_documents_from_a_separate_source(tmp_path):

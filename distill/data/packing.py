@@ -12,6 +12,7 @@ import numpy as np
 
 from distill.batch import Batch, shift
 from distill.data.text import Encoded
+from distill.errors import UserError
 
 WINDOW = 16_384
 """Number of pieces that are packed together."""
@@ -26,6 +27,8 @@ class Summary:
     """Tokens of the documents before cutting."""
     cut: int = 0
     """Documents longer than a row."""
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Reason → number of documents, turns or parts of them that do not count or are not learnt as they stand."""
     lost: int = 0
     """Tokens left out: cut off, or of pieces in which no token counts."""
     empty: int = 0
@@ -69,36 +72,56 @@ class Rows(NamedTuple):
 
 
 def cut(
-    document: Encoded, length: int, overflow: Literal["split", "keep_start", "keep_end"], start: int = 0
+    document: Encoded,
+    length: int,
+    overflow: Literal["split", "keep_start", "keep_end"],
+    start: tuple[int, ...] = (),
 ) -> list[Encoded]:
     """Cuts a document into pieces of at most ``length`` + 1 tokens.
 
     Args:
       document: its tokens.
       length: L.
-      overflow: ``split``: every piece begins with the last token of the previous one and does not predict it again;
-        ``keep_start``, ``keep_end``: one piece.
-      start: tokens at the beginning of the document that ``keep_end`` keeps (the beginning-of-text token).
+      overflow: ``split``: every piece begins with ``start`` and the last token of the previous one, and predicts
+        neither; ``keep_start``, ``keep_end``: one piece.
+      start: ids with which every piece of a document begins that itself begins with them (the beginning-of-text token).
+
+    Raises:
+      UserError: no room for a token beside ``start``.
 
     Example:
       >>> text = Encoded(np.arange(5), np.ones(5, bool))
       >>> [piece.ids.tolist() for piece in cut(text, 2, "split")]
       [[0, 1, 2], [2, 3, 4]]
-      >>> [piece.ids.tolist() for piece in cut(text, 2, "keep_end", start=1)]
+      >>> [piece.ids.tolist() for piece in cut(text, 2, "keep_end", start=(0,))]
       [[0, 3, 4]]
+      >>> [piece.ids.tolist() for piece in cut(text, 2, "split", start=(0,))]
+      [[0, 1, 2], [0, 2, 3], [0, 3, 4]]
     """
     ids, counts = document
     if len(ids) <= length + 1:
         return [document]
+    begin = _begin(document, start)
+    if len(begin) >= length:
+        raise UserError(f"data: length={length}; expected more than the {len(begin)} tokens with which a row begins.")
     if overflow == "keep_start":
         return [Encoded(ids[: length + 1], counts[: length + 1])]
     if overflow == "keep_end":
-        kept = np.concatenate(
-            [np.arange(min(start, length)), np.arange(len(ids))[-(length + 1 - min(start, length)) :]]
-        )
+        kept = np.concatenate([np.arange(len(begin)), np.arange(len(ids))[-(length + 1 - len(begin)) :]])
         return [Encoded(ids[kept], counts[kept])]
-    firsts = range(0, len(ids) - 1, length)
-    return [Encoded(ids[i : i + length + 1], counts[i : i + length + 1]) for i in firsts]
+    whole = [Encoded(ids[: length + 1], counts[: length + 1])]
+    not_again = np.zeros(len(begin) + 1, bool)
+    step = length - len(begin)
+    for first in range(length, len(ids) - 1, step):
+        rest = slice(first + 1, first + 1 + step)
+        again = np.concatenate([begin, ids[first : first + 1], ids[rest]]).astype(ids.dtype)
+        whole.append(Encoded(again, np.concatenate([not_again, counts[rest]])))
+    return whole
+
+
+def _begin(document: Encoded, start: tuple[int, ...]) -> np.ndarray:
+    """``start`` if the document begins with it."""
+    return np.asarray(start if tuple(document.ids[: len(start)].tolist()) == start else (), np.int32)
 
 
 def pack(
@@ -107,7 +130,7 @@ def pack(
     *,
     overflow: Literal["split", "keep_start", "keep_end"] = "split",
     pad_id: int = 0,
-    start: int = 0,
+    start: tuple[int, ...] = (),
     summary: Summary | None = None,
     window: int = WINDOW,
 ) -> Iterator[Rows]:
@@ -118,7 +141,7 @@ def pack(
       length: L.
       overflow: what happens to a document longer than a row (``cut``).
       pad_id: fills the end of a row. Any id works, as padding is masked.
-      start: tokens that ``keep_end`` keeps at the beginning.
+      start: ids with which every piece begins (``cut``).
       summary: receives the counts.
       window: pieces packed together; larger windows fill rows better.
 
@@ -134,10 +157,10 @@ def pack(
         summary.tokens += len(document.ids)
         summary.cut += len(document.ids) > length + 1
         summary.empty += not parts
-        # Each piece after the first repeats one token of the previous piece, which must not hide a lost one.
-        inside = sum(len(part.ids) for part in parts)
+        # Each piece after the first repeats tokens, which must not hide a lost one.
+        inside, again = sum(len(part.ids) for part in parts), 1 + len(_begin(document, start))
         used += inside
-        summary.lost += max(len(document.ids) - inside + max(len(parts) - 1, 0), 0)
+        summary.lost += max(len(document.ids) - inside + again * max(len(parts) - 1, 0), 0)
         pieces += parts
         if len(pieces) >= window:
             yield _fill(pieces, length, pad_id, summary)

@@ -3,9 +3,12 @@
 The rows are a TFDS data set in array_record, written without TensorFlow.
 """
 
+import collections
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,10 @@ from distill.data.text import SIDES, Side, TextDataConfig
 from distill.errors import UserError
 from distill.tokenizer import TextTokenizer
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 """Version of the preparation; data of another version are prepared again."""
+
+log = logging.getLogger(__name__)
 
 
 def fingerprint(config: TextDataConfig, tokenizer: TextTokenizer) -> str:
@@ -39,9 +44,9 @@ def fingerprint(config: TextDataConfig, tokenizer: TextTokenizer) -> str:
 def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
     """The TFDS builder of the rows of both sides; ``download_and_prepare`` writes them if they do not exist yet."""
     import tensorflow_datasets as tfds
-    from absl import logging
+    from absl import logging as of_tfds
 
-    logging.set_verbosity(logging.ERROR)  # TFDS warns for each configuration that is made in code
+    of_tfds.set_verbosity(of_tfds.ERROR)  # TFDS warns for each configuration that is made in code
     tfds.disable_progress_bar()
     width = config.length + 1
     # Narrow types halve the files and the memory of the rows.
@@ -69,12 +74,16 @@ def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
 
         def _generate_examples(self, side):
             summary, number = Summary(), 0
-            found = text.encode(text.documents(config, side), tokenizer, config)
-            options = {"overflow": config.overflow, "pad_id": tokenizer.pad_id, "start": len(tokenizer.start)}
+            read, encoded = collections.Counter[str](), collections.Counter[str]()
+            found = text.encode(text.documents(config, side, read), tokenizer, config, encoded)
+            options = {"overflow": config.overflow, "pad_id": tokenizer.pad_id, "start": tokenizer.start}
             for rows in pack(found, config.length, summary=summary, **options):
                 for row in zip(*rows, strict=True):
                     yield number, {k: field.astype(types[k]) for k, field in zip(types, row, strict=True)}
                     number += 1
+            # Both sides read the whole of a source that they share: what it leaves out is counted for one of them.
+            left_out = encoded + read if side == "train" or config.separate else +encoded
+            summary.left_out = dict(left_out)
             _check_some(summary, config, side)
             self.info.metadata[side] = dataclasses.asdict(summary)
 
@@ -84,7 +93,28 @@ def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
 
 def ready(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
     """The builder with its rows prepared: by process 0, or by each process where they share no folder."""
-    return once.prepared(lambda: builder(config, tokenizer, data_dir))
+    made = once.prepared(lambda: builder(config, tokenizer, data_dir))
+    _report(
+        made.builder_config.name,
+        tuple(line for side in SIDES for line in _lines(Summary(**made.info.metadata[side]), side)),
+    )
+    return made
+
+
+@functools.lru_cache
+def _report(name: str, lines: tuple[str, ...]) -> None:
+    """Logs, once for each data set, what is not learnt or not learnt as it stands."""
+    for line in lines:
+        log.warning("%s: %s", name.rpartition("_")[0], line)
+
+
+def _lines(summary: Summary, side: str) -> list[str]:
+    """What preparation left out of a side, a line for each reason."""
+    counted = {
+        "documents have nothing to predict": summary.empty,
+        "tokens are left out: cut off, or of pieces in which no token counts": summary.lost,
+    } | dict(sorted(summary.left_out.items()))
+    return [f"{side}: {number} {reason}" for reason, number in counted.items() if number]
 
 
 def _check_some(summary: Summary, config: TextDataConfig, side: str) -> None:
@@ -92,9 +122,10 @@ def _check_some(summary: Summary, config: TextDataConfig, side: str) -> None:
     if summary.rows:
         return
     if summary.documents:
+        reasons = "; ".join(f"{number} {reason}" for reason, number in summary.left_out.items())
         raise UserError(
             f"{config.source}: nothing to predict in {summary.documents} documents of the side {side!r}; expected a "
-            "completion or a turn of the assistant in some (loss='all' counts every token)."
+            f"completion or a turn of the assistant in some (loss='all' counts every token). {reasons}"
         )
     raise UserError(
         f"{config.source}: no documents on the side {side!r}: the source is empty, or too small for "

@@ -4,19 +4,30 @@ A ``Document`` holds parts of text, of which some count in the loss, or the mess
 applies the tokenizer and its chat template.
 """
 
+import collections
 import dataclasses
+import functools
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from distill.data.messages import check_messages, well_formed, without_nulls
 from distill.errors import MissingFile, UserError
 
 Format = Literal["auto", "text", "prompt", "messages"]
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".arrow")
 """Suffixes of the files that are read."""
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+
+
+log = logging.getLogger(__name__)
+
+LeftOut = collections.Counter
+"""Reason → how many documents, turns or parts of them are not learnt as they stand."""
 
 
 class Part(NamedTuple):
@@ -38,6 +49,10 @@ class Document:
     """Descriptions of tools for the chat template."""
     where: str = ""
     """Origin for error messages, ``file:line``."""
+
+    def text(self) -> str:
+        """The parts as one text."""
+        return "".join(part.text for part in self.parts)
 
     def content(self) -> str:
         """The whole document as one text; equal documents have equal texts."""
@@ -66,6 +81,8 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
     Raises:
       MissingFile: no such path.
       UserError: a file of another kind, a folder without files, or without this split.
+
+    Files of the folder that are not read are logged once, by their names.
     """
     path = Path(path)
     if not path.exists():
@@ -75,7 +92,8 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
             raise UserError(f"{path}: files {path.suffix or 'without suffix'} are not read; {', '.join(SUFFIXES)} are.")
         return [path]
     found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not _hidden(p.relative_to(path)))
-    found = [p for p in found if p.suffix != ".md" or p.name != "README.md"]
+    found = [p for p in found if p.name != "README.md"]
+    _log_other_kinds(path, tuple(sorted(p.name for p in path.rglob("*") if _other(p, path))))
     if not found:
         raise UserError(f"{path}: no files to read in this folder; expected {', '.join(SUFFIXES)}.")
     splits = {p: _split_of(p.relative_to(path)) for p in found}
@@ -85,7 +103,37 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
     if not chosen:
         there = sorted({name for name in splits.values() if name})
         raise UserError(f"{path}: no files of a split {split!r}; the folder has {', '.join(there)}.")
+    _log_other_splits(path, split, tuple(str(p.relative_to(path)) for p in chosen), tuple(map(str, found)))
     return chosen
+
+
+def _other(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder is of a kind that is not read."""
+    about = ("README.md", "dataset_info.json", "state.json", "dataset_dict.json", "LICENSE")
+    return (
+        file.is_file()
+        and file.suffix not in SUFFIXES
+        and not _hidden(file.relative_to(folder))
+        and file.name not in about
+    )
+
+
+@functools.lru_cache
+def _log_other_kinds(folder: Path, names: tuple[str, ...]) -> None:
+    if names:
+        log.warning("%s: %s; files %s are read", folder, _files(names), ", ".join(SUFFIXES))
+
+
+@functools.lru_cache
+def _log_other_splits(folder: Path, split: str, chosen: tuple[str, ...], found: tuple[str, ...]) -> None:
+    """Names what is left out: a file may have the name of a split in its own by chance."""
+    rest = tuple(name for file in found if (name := str(Path(file).relative_to(folder))) not in chosen)
+    if rest:
+        log.warning("%s: split %r is read, %d files (%s …); %s", folder, split, len(chosen), chosen[0], _files(rest))
+
+
+def _files(names: tuple[str, ...]) -> str:
+    return f"{len(names)} files are left out: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 
 def _hidden(path: Path) -> bool:
@@ -98,7 +146,9 @@ def _split_of(path: Path) -> str | None:
     return next((name for name in names if name in _SPLITS), None)
 
 
-def read(path: Path, form: Format, fields: Fields, separator: str = "") -> Iterator[Document]:
+def read(
+    path: Path, form: Format, fields: Fields, separator: str = "", left_out: LeftOut[str] | None = None
+) -> Iterator[Document]:
     """Reads the documents of one file.
 
     Args:
@@ -106,19 +156,31 @@ def read(path: Path, form: Format, fields: Fields, separator: str = "") -> Itera
       form: kind of the records; ``auto``: decided by the fields of the first record.
       fields: names of the fields.
       separator: separates the documents of a plain text; empty: the file is one document.
+      left_out: receives what is not read, by reason.
+
+    Halves of surrogate pairs are read as U+FFFD and counted; a byte order mark at the beginning of a text is no text.
 
     Raises:
       UserError: what cannot be read, with file and line (or row) number.
     """
+    left_out = collections.Counter() if left_out is None else left_out
     if path.suffix in (".txt", ".md"):
-        yield from _read_text(path, separator)
+        yield from _read_text(path, separator, left_out)
         return
     records = {".jsonl": _json_lines, ".parquet": _parquet, ".arrow": _arrow}[path.suffix](path)
     for number, record in records:
         where = f"{path}:{number}"
         # Decided once per file: a later record of another kind is then an error instead of a silent mixture.
         form = guess(record, fields, where) if form == "auto" else form
-        yield document_of(record, form, fields, where)
+        try:
+            clean = well_formed(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if clean != record:  # also where a byte order mark was taken away
+            left_out["records with half of a surrogate pair, which is read as U+FFFD"] += _broken(record)
+        if unread := [str(name) for name in sorted(set(clean) - _read_by(form, fields)) if clean[name] is not None]:
+            left_out[f"records with fields that are not read ({', '.join(unread[:8])})"] += 1
+        yield document_of(clean, form, fields, where)
 
 
 def guess(record: Mapping[str, Any], fields: Fields, where: str) -> Format:
@@ -154,49 +216,69 @@ def document_of(record: Mapping[str, Any], form: Format, fields: Fields, where: 
     if form == "prompt":
         return Document((Part(text(fields.prompt), False), Part(text(fields.completion), True)), where=where)
     messages = check_messages(record.get(fields.messages), where)
-    tools = record.get(fields.tools) or ()
+    tools = _from_json(record.get(fields.tools) or ())
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise UserError(f"{where}: field {fields.tools!r} is a {type(tools).__name__}; expected a list.")
     return Document(messages=messages, tools=tuple(tools), where=where)
 
 
-def check_messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    """Checks the messages of a conversation and drops fields that are None.
-
-    Raises:
-      UserError: not a list of objects with a ``role`` and, unless tools are called, ``content``, both text.
-    """
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise UserError(f"{where}: messages are {value!r}; expected a list of {{'role': …, 'content': …}}.")
-    for number, message in enumerate(value):
-        role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
-        empty = content is None and isinstance(message, Mapping) and bool(message.get("tool_calls"))
-        if not isinstance(role, str) or not (isinstance(content, str) or empty):
-            raise UserError(f"{where}: message {number} is {message!r}; expected 'role' and 'content', both text.")
-    return tuple({key: field for key, field in message.items() if field is not None} for message in value)
-
-
-def _read_text(path: Path, separator: str) -> Iterator[Document]:
+def _from_json(value: Any) -> Any:
+    """Tools as files of tables keep them, a list written as JSON; other values unchanged."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _read_by(form: Format, fields: Fields) -> set[str]:
+    """Names of the fields that a kind of record uses."""
+    if form == "text":
+        return {fields.text}
+    return {fields.prompt, fields.completion} if form == "prompt" else {fields.messages, fields.tools}
+
+
+def _broken(value: Any) -> bool:
+    """Whether a record holds half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _read_text(path: Path, separator: str, left_out: LeftOut[str]) -> Iterator[Document]:
+    content = path.read_bytes()
+    _refuse_utf_16(path, content[:2])
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start} of the file); convert it.") from error
     line = 1
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as files opened as text are read
     for piece in text.split(separator) if separator else [text]:
         if piece.strip():
             yield Document((Part(piece, True),), where=f"{path}:{line}")
+        left_out["empty documents"] += not piece.strip()
         line += piece.count("\n") + separator.count("\n")
+
+
+def _refuse_utf_16(path: Path, begin: bytes) -> None:
+    if begin in _UTF_16:
+        raise UserError(f"{path}:1: UTF-16; expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                _refuse_utf_16(path, line[:2])
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError is one
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
                 raise UserError(f"{path}:{number}: not JSON ({error}).") from error
             if not isinstance(record, dict):
                 raise UserError(f"{path}:{number}: a JSON {type(record).__name__}; expected an object on every line.")
@@ -237,4 +319,4 @@ def _numbered(batches: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     for batch in batches:
         for record in batch.to_pylist():
             number += 1
-            yield number, record
+            yield number, {name: without_nulls(field) for name, field in record.items()}

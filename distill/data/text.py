@@ -5,6 +5,7 @@ reference that Python's ``help()`` shows (79 pages in Python 3.11; it changes wi
 ``chitchat``, 7 168 dialogues of people (``fetch.CHITCHAT``, MIT, fetched once with pip and known by hash).
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -16,10 +17,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from distill.data import readers
-from distill.data.chat import encode_chat
-from distill.data.readers import Document, Fields, Format, Part
+from distill.data.chat import conversation, tokens_of
+from distill.data.messages import ASSISTANT, counts
+from distill.data.readers import Document, Fields, Format, LeftOut, Part
 from distill.errors import UserError
 from distill.tokenizer import TextTokenizer
+from distill.tokenizer.template import TODAY, writes_date
 
 SIDES = ("train", "heldout")
 Side = Literal["train", "heldout"]
@@ -51,12 +54,16 @@ class TextDataConfig:
     separator: str = ""
     """Separates the documents of a plain text file; empty: a file is one document."""
     loss: Literal["completion", "all"] = "completion"
-    """Tokens that count: completions and the assistant's turns, or all. In plain text all tokens count."""
+    """Tokens that count: completions and the assistant's turns, or all. In plain text all tokens count. Turns with
+    ``weight: 0`` or ``train: false`` never count."""
+    drop_reasoning: bool = False
+    """Whether a chat template may leave out reasoning, as that of Qwen 3 does for earlier turns; it is counted."""
     length: int = 256
     """Tokens of a row, L; a stored row has one more, the last label."""
     overflow: Literal["split", "keep_start", "keep_end"] = "split"
-    """Treatment of a document longer than a row: split over further rows (the last token of one is the first of the
-    next, so every token is predicted once), or only its start or end is kept."""
+    """Treatment of a document longer than a row: split over further rows (each begins with the beginning-of-text token,
+    if the tokenizer has one, and the last token of the row before; every token is predicted once), or only its start or
+    end is kept."""
 
     def __post_init__(self):
         if self.length < 1:
@@ -81,17 +88,22 @@ class Encoded(NamedTuple):
     """``[n]`` bool: tokens to predict."""
 
 
-def documents(config: TextDataConfig, side: Side) -> Iterator[Document]:
+def documents(config: TextDataConfig, side: Side, left_out: LeftOut[str] | None = None) -> Iterator[Document]:
     """The documents of one side, in the order of the source.
+
+    Args:
+      config: which text.
+      side: of it.
+      left_out: receives what is not read, by reason; of both sides, where they share a source.
 
     Raises:
       MissingFile: no such source.
       UserError: a file that cannot be read, with its line number.
     """
     if config.separate:
-        yield from itertools.islice(_all(config, side), config.max_documents)
+        yield from itertools.islice(_all(config, side, left_out), config.max_documents)
         return
-    for document in itertools.islice(_all(config, side), config.max_documents):
+    for document in itertools.islice(_all(config, side, left_out), config.max_documents):
         if (_draw(document, config.split_seed) < config.heldout_fraction) == (side == "heldout"):
             yield document
 
@@ -109,7 +121,7 @@ def _source_of(config: TextDataConfig, side: Side) -> tuple[str, str]:
     return config.source, config.split
 
 
-def _all(config: TextDataConfig, side: Side) -> Iterator[Document]:
+def _all(config: TextDataConfig, side: Side, left_out: LeftOut[str] | None = None) -> Iterator[Document]:
     source, split = _source_of(config, side)
     if source == "pydoc":
         yield from _pydoc()
@@ -117,7 +129,7 @@ def _all(config: TextDataConfig, side: Side) -> Iterator[Document]:
         yield from _chitchat(as_text=config.format == "text")
     else:
         for file in readers.files_of(source, split):
-            yield from readers.read(file, config.format, config.fields, config.separator)
+            yield from readers.read(file, config.format, config.fields, config.separator, left_out)
 
 
 def _pydoc() -> Iterator[Document]:
@@ -161,28 +173,91 @@ def source_hash(config: TextDataConfig) -> str:
     return total.hexdigest()[:16]
 
 
-def encode(found: Iterable[Document], tokenizer: TextTokenizer, config: TextDataConfig) -> Iterator[Encoded]:
+def encode(
+    found: Iterable[Document], tokenizer: TextTokenizer, config: TextDataConfig, left_out: LeftOut[str] | None = None
+) -> Iterator[Encoded]:
     """Tokenises documents, in order.
 
     A text, or a prompt with its completion, starts with ``tokenizer.start`` and ends with the end-of-text token, which
     counts; a text that has them already gets no second ones. Parts are encoded one by one, so that a prompt has the
-    same tokens as at generation. A conversation is encoded as its template renders it.
+    same tokens as at generation: a token never spans the boundary. What the tokenizer puts before every text, such as
+    the space of Llama 2, is put before the first part alone, so that the tokens decode to prompt + completion; where no
+    encoding of the completion alone does that, the whole text is encoded and cut, and a token across the boundary
+    belongs to the completion. A conversation is encoded as its template renders it.
+
+    Args:
+      found: documents.
+      tokenizer: gives the ids.
+      config: which tokens count.
+      left_out: receives, by reason, how many documents and turns do not count, or are not learnt as they stand.
 
     Raises:
-      UserError: a conversation without a chat template, or one that the template rejects, with file and line number.
+      UserError: a conversation without a chat template, one that the template rejects or does not write whole, or a
+        text that the tokenizer fails over, with file and line number.
     """
+    left_out = collections.Counter() if left_out is None else left_out
     for group in _groups(found, 256):  # fast tokenizers encode a list in parallel
-        texts = tokenizer.encode_all([part.text for document in group for part in document.parts])
-        pieces = iter(texts)
-        for document in group:
-            own = [(next(pieces), part.counts or config.loss == "all") for part in document.parts]
-            yield _join(own, tokenizer) if own else _chat(document, tokenizer, config)
+        ids = iter(_encoded(group, tokenizer))
+        parts = [[next(ids) for _ in document.parts] for document in group]
+        decoded = tokenizer.decode_all([list(itertools.chain(*pieces)) for pieces in parts], special=True)
+        for document, pieces, text in zip(group, parts, decoded, strict=True):
+            if not pieces:
+                yield _chat(document, tokenizer, config, left_out)
+                continue
+            if text != document.text():
+                pieces = _whole(document, pieces, tokenizer, left_out)
+            counted = [part.counts or config.loss == "all" for part in document.parts]
+            yield _join(list(zip(pieces, counted, strict=True)), tokenizer)
 
 
 def _groups(found: Iterable[Document], size: int) -> Iterator[list[Document]]:
     found = iter(found)
     while group := list(itertools.islice(found, size)):
         yield group
+
+
+def _encoded(group: list[Document], tokenizer: TextTokenizer) -> list[list[int]]:
+    """Ids of all parts of some documents.
+
+    Raises:
+      UserError: the document that the tokenizer fails over.
+    """
+    texts = [part.text for document in group for part in document.parts]
+    try:
+        return tokenizer.encode_all(texts)
+    except UserError:
+        for document in group:  # once more, one by one, to name it
+            try:
+                tokenizer.encode_all([part.text for part in document.parts])
+            except UserError as error:
+                raise UserError(f"{document.where}: {error}") from error
+        raise
+
+
+def _whole(
+    document: Document, pieces: list[list[int]], tokenizer: TextTokenizer, left_out: LeftOut[str]
+) -> list[list[int]]:
+    """The parts of a document so that they decode to what its whole text decodes to."""
+    text = document.text()
+    want = tokenizer.decode(whole := tokenizer.encode(text), special=True)
+    left_out["documents that their tokens do not decode to, such as text without a token"] += want != text
+    if len(pieces) == 1:
+        return pieces
+    prompt, completion = pieces
+    for ids in (completion, *_without_prefix(document.parts[1].text, tokenizer)):
+        if tokenizer.decode([*prompt, *ids], special=True) == want:
+            return [prompt, ids]
+    _, offsets = tokenizer.encode_with_offsets(text)
+    boundary = sum(last <= len(document.parts[0].text) for _, last in offsets)
+    return [whole[:boundary], whole[boundary:]]
+
+
+def _without_prefix(text: str, tokenizer: TextTokenizer) -> Iterator[list[int]]:
+    """Ids of a text without what the tokenizer puts before it, found behind a guard that has its own tokens."""
+    for guard in ("\n", "a", "=", "."):
+        before, both = tokenizer.encode(guard), tokenizer.encode(guard + text)
+        if both[: len(before)] == before:
+            yield both[len(before) :]
 
 
 def _join(parts: list[tuple[list[int], bool]], tokenizer: TextTokenizer) -> Encoded:
@@ -195,12 +270,28 @@ def _join(parts: list[tuple[list[int], bool]], tokenizer: TextTokenizer) -> Enco
     return Encoded(np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts]), np.concatenate(counts))
 
 
-def _chat(document: Document, tokenizer: TextTokenizer, config: TextDataConfig) -> Encoded:
+def _chat(document: Document, tokenizer: TextTokenizer, config: TextDataConfig, left_out: LeftOut[str]) -> Encoded:
     try:
-        ids, counts = encode_chat(tokenizer, document.messages, document.tools)
+        found = conversation(tokenizer, document.messages, document.tools, drop_reasoning=config.drop_reasoning)
+        ids, counted = tokens_of(tokenizer, found, everything=config.loss == "all")
     except ValueError as error:
         raise UserError(f"{document.where}: {error}") from error
-    return Encoded(ids, np.ones_like(counts) if config.loss == "all" else counts)
+    roles = [message["role"] for message in document.messages]
+    learnt = [counts(message) for message in document.messages]
+    if ASSISTANT not in roles:
+        names = ", ".join(sorted(set(roles)))
+        left_out[f"conversations without a turn of the role {ASSISTANT!r} (their roles: {names})"] += 1
+    left_out["turns of the assistant marked as not to learn (weight, train, …)"] += roles.count(ASSISTANT) - sum(learnt)
+    left_out["turns of the assistant outside what the chat template marks as generated"] += found.unmarked
+    left_out["answers learnt without their reasoning (drop_reasoning)"] += found.dropped
+    left_out["answers after which the chat template writes no special token: nothing teaches an end"] += found.endless
+    decoded = tokenizer.decode(ids, special=True)
+    left_out["documents that their tokens do not decode to, such as text without a token"] += decoded != found.text
+    if writes_date(tokenizer.template_for(document.tools)):
+        left_out[f"conversations whose template writes the date of today; {TODAY:%d %b %Y} stands for it"] += 1
+    if tokenizer.start and tuple(ids[: len(tokenizer.start)]) != tokenizer.start:
+        left_out["conversations that the chat template does not begin with the beginning-of-text token"] += 1
+    return Encoded(ids, counted)
 
 
 def file_name(config: TextDataConfig) -> str:

@@ -16,12 +16,14 @@ _logits = jax.jit(
     static_argnums=0,
 )
 
-_greedy = jax.jit(sampler.greedy, static_argnums=0, static_argnames=("max_new_tokens", "eos_id", "pad_id"))
+_greedy = jax.jit(sampler.greedy, static_argnums=0, static_argnames=("max_new_tokens", "eos_ids", "pad_id"))
 
 
-def continued(model: Model, params: Params, prompts: np.ndarray, count: int, *, eos_id: int, pad_id: int) -> np.ndarray:
-    """``[B, count]`` ids a model writes greedily after prompts ``[B, L]``."""
-    ids = _greedy(model, params, jax.device_put(prompts), max_new_tokens=count, eos_id=eos_id, pad_id=pad_id)
+def continued(
+    model: Model, params: Params, prompts: np.ndarray, count: int, *, eos_ids: tuple[int, ...], pad_id: int
+) -> np.ndarray:
+    """``[B, count]`` ids a model writes greedily after prompts ``[B, L]``, each row up to one of ``eos_ids``."""
+    ids = _greedy(model, params, jax.device_put(prompts), max_new_tokens=count, eos_ids=eos_ids, pad_id=pad_id)
     return processes.fetch(ids)
 
 

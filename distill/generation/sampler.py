@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distill.errors import UserError
 from distill.models.model import Model
@@ -9,9 +10,15 @@ from distill.shapes import Array, Int, Params
 
 
 def greedy(
-    model: Model, params: Params, prompts: Int[Array, "B L"], *, max_new_tokens: int, eos_id: int, pad_id: int = 0
+    model: Model,
+    params: Params,
+    prompts: Int[Array, "B L"],
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int = 0,
 ) -> Int[Array, "B T"]:
-    """Greedy decoding: the most likely next token until ``eos_id`` or ``max_new_tokens``.
+    """Greedy decoding: the most likely next token until one of ``eos_ids`` or ``max_new_tokens``.
 
     It stops early when every row has finished.
 
@@ -20,7 +27,7 @@ def greedy(
       params: its parameters.
       prompts: ``[B, L]`` ids, all of the same length, no padding.
       max_new_tokens: T.
-      eos_id: ends a row and is written.
+      eos_ids: each ends a row and is written (``tokenizer.stop_ids``); none: no row ends early.
       pad_id: fills a row after its end.
 
     Returns:
@@ -49,7 +56,7 @@ def greedy(
         index, done, token, answer, cache = carry
         token = jnp.where(done, pad_id, token)
         answer = jax.lax.dynamic_update_slice_in_dim(answer, token[:, None], index, axis=1)
-        done = done | (token == eos_id)
+        done = done | jnp.isin(token, np.asarray(eos_ids, np.int32))
         output = model.apply(params, token[:, None], cache=cache)
         return index + 1, done, next_token(output.hidden), answer, output.cache
 

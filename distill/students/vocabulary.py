@@ -58,6 +58,7 @@ def prune_by(tokenizer: TextTokenizer, uses: Mapping[int, int], size: int | None
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in file["model"]["merges"]]
     ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
     named = {tokenizer.eos, tokenizer.bos, tokenizer.pad, tokenizer.unknown, file["model"].get("unk_token")}
+    named |= set(tokenizer.stops)
     added = {token["content"] for token in file["added_tokens"]}
     kept = added | {token for token in named if token is not None} | {t for t in vocabulary if len(t) == 1}
     if size is not None and size < len(kept):

@@ -22,7 +22,8 @@ from distill.models.model import Model
 from distill.progress import loading
 from distill.shapes import Params
 from distill.tokenizer import TextTokenizer
-from distill.weights import gguf
+from distill.tokenizer.files import TEMPLATES, read_json
+from distill.weights import gguf, gguf_tokenizer
 from distill.weights.assemble import assemble
 from distill.weights.families import FAMILIES, from_json, left_out, name_in, to_json
 from distill.weights.families.family import Family
@@ -44,15 +45,13 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
     "generation_config.json",
 )
-"""Files that are copied with a tokenizer."""
-
-_OF_TOKENIZER = {"chat_template.jinja", "special_tokens_map.json"}
-"""Files that a ``TextTokenizer`` replaces even if it writes none."""
+"""Files that are copied with a tokenizer, beside the folder ``TEMPLATES``; a save with one replaces them all."""
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -212,11 +211,10 @@ def download(name: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+    wanted = ["*.safetensors", "*.json", *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja"]
     try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
-        )
+        unwanted = ["*/*.safetensors", "*/*.json", "consolidated*"]
+        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
     except LocalEntryNotFoundError as error:
         raise MissingFile(
             f"{name}: no such folder, and not in the hub's cache; the hub cannot be reached, or HF_HUB_OFFLINE is set. "
@@ -248,8 +246,9 @@ def save(
       folder: made if there is none.
       model: a decoder or an encoder.
       params: its parameters; factors and LoRA corrections are multiplied out.
-      tokenizer: a ``TextTokenizer``, a folder whose tokenizer files are copied, or an object with
-        ``save_pretrained`` or ``to_str`` (of transformers, of tokenizers). None: none.
+      tokenizer: a ``TextTokenizer``, a folder whose tokenizer files are copied, a GGUF file, or an object with
+        ``save_pretrained`` or ``to_str`` (of transformers, of tokenizers; the latter knows no end-of-text token and no
+        chat template). None: none.
       family: the ``model_type`` to save as; None: the first that has all options of this model.
       shard_bytes: most bytes of one file.
 
@@ -258,35 +257,56 @@ def save(
         target that cannot be written, the current folder.
     """
     config = model.config
+    if isinstance(tokenizer, str | Path) and Path(tokenizer).suffix == ".gguf":
+        tokenizer = gguf_tokenizer.text_tokenizer(gguf.GGUFSource(Path(tokenizer)))
     if not isinstance(config, DecoderConfig | EncoderConfig):
         raise UserError(f"save: a model with config {config!r}; expected one made by decoder(...) or encoder(...).")
     dtype = str(np.dtype(params["embedding"].dtype)) if "embedding" in params else "float32"
     params = processes.fetch(params) if processes.count() > 1 else params
     params = params if model.merge is None else model.merge(params)
-    values = to_json(config, family, dtype) | _special_ids(tokenizer)
+    values = to_json(config, family, dtype)
     written = tensors(config, values["model_type"], params)
-    stale = {"config.json"} | (_OF_TOKENIZER if isinstance(tokenizer, TextTokenizer) else set())
+    stale = {"config.json"} | (set() if tokenizer is None else {*TOKENIZER_FILES, TEMPLATES})
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 2**20
 
     def write_all() -> None:
         with replacing(Path(folder), size, lambda name: is_weights(name) or name in stale) as partial:
             _save_tokenizer(partial, tokenizer)
+            values.update(_special_ids(partial, tokenizer))
+            _save_stops(partial, values)
             write(partial, written, shard_bytes)
             (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
     processes.from_first(write_all)
 
 
-def _special_ids(tokenizer: Any) -> dict[str, Any]:
-    """Ids of special tokens, None where unknown: for a missing key transformers would take the original model's id."""
-    if isinstance(tokenizer, str | Path):
-        file = Path(tokenizer) / "config.json"
-        values = json_object(file) if file.is_file() else {}
-        return {key: values.get(key) for key in _SPECIAL}
+def _special_ids(saved: Path, tokenizer: Any) -> dict[str, Any]:
+    """Ids of special tokens, None where unknown: for a missing key transformers would take the original model's id.
+
+    Of several stop tokens (``TextTokenizer.stop_ids``), ``eos_token_id`` is a list. ``saved`` is the folder into which
+    the tokenizer was just saved.
+    """
     if isinstance(tokenizer, TextTokenizer):
-        pad = None if tokenizer.pad is None else tokenizer.pad_id
-        return dict(zip(_SPECIAL, (tokenizer.bos_id, tokenizer.eos_id, pad), strict=True))
-    return {key: getattr(tokenizer, key, None) for key in _SPECIAL}
+        return tokenizer.special_token_ids()
+    if isinstance(tokenizer, str | Path):
+        given = read_json(Path(tokenizer) / "config.json")
+        ids = {key: given.get(key) for key in _SPECIAL}
+    else:
+        ids = {key: getattr(tokenizer, key, None) for key in _SPECIAL}
+    several = (ids["eos_token_id"], read_json(saved / "generation_config.json").get("eos_token_id"))
+    stops = {i for some in several if some is not None for i in np.atleast_1d(some).tolist()}
+    if (saved / "tokenizer.json").is_file():
+        with contextlib.suppress(UserError):  # one that only transformers reads
+            stops |= set(TextTokenizer.from_folder(saved).stop_ids)
+    return ids | {"eos_token_id": sorted(stops) if len(stops) > 1 else next(iter(stops), None)}
+
+
+def _save_stops(folder: Path, values: dict[str, Any]) -> None:
+    """Writes the stop tokens where readers look for them when a model writes; other keys stay."""
+    if values["eos_token_id"] is not None:
+        file = folder / "generation_config.json"
+        ids = {key: values[key] for key in _SPECIAL if values[key] is not None}
+        file.write_text(json.dumps(read_json(file) | ids, indent=2) + "\n")
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
@@ -298,6 +318,8 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
             raise UserError(f"save: tokenizer={str(tokenizer)!r} holds no tokenizer file, such as tokenizer.json.")
         for file in files:
             shutil.copyfile(file, folder / file.name)
+        if (Path(tokenizer) / TEMPLATES).is_dir():
+            shutil.copytree(Path(tokenizer) / TEMPLATES, folder / TEMPLATES)
     elif isinstance(tokenizer, TextTokenizer):
         tokenizer.save(folder)
     elif hasattr(tokenizer, "save_pretrained"):

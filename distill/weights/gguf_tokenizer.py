@@ -48,7 +48,8 @@ def tokenizer_of(source: GGUFSource) -> "Tokenizer":
 
     Control tokens written in a text are found and are special (``decode`` leaves them out unless asked); unused rows
     of the vocabulary are no tokens. Texts start with the beginning-of-text token, or end with the end-of-text token,
-    if the file says so.
+    if the file says so. The end-of-text token and the chat template have no place in an object of ``tokenizers``:
+    to save or to converse, take ``text_tokenizer``.
 
     Raises:
       UserError: no byte-level BPE, or a pre-tokenizer that is not in ``CUTS``.
@@ -85,9 +86,22 @@ def special_ids(source: GGUFSource) -> dict[str, int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def stop_ids(source: GGUFSource) -> dict[str, int]:
+    """Ids of the tokens that end a turn (``eot``) or a message (``eom``), as far as the file names them."""
+    found = {name: source.value(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def chat_template(source: GGUFSource) -> str | None:
     """The file's Jinja template of a conversation."""
     return source.value("tokenizer.chat_template")
+
+
+def named_templates(source: GGUFSource) -> dict[str, str]:
+    """The file's further chat templates by name, such as ``tool_use``."""
+    names = source.value("tokenizer.chat_templates", [])
+    found = {name: source.value(f"tokenizer.chat_template.{name}") for name in names}
+    return {name: template for name, template in found.items() if template is not None}
 
 
 def _cut(source: GGUFSource) -> Cut:
@@ -117,18 +131,27 @@ def _add_ends(source: GGUFSource, tokenizer: "Tokenizer", tokens: list[str], cut
 
 
 def text_tokenizer(source: GGUFSource, *, eos: str | None = None) -> TextTokenizer:
-    """``tokenizer_of`` a file with its special tokens and chat template.
+    """``tokenizer_of`` a file with its special tokens, stop tokens and chat templates.
 
     Args:
       source: the file.
       eos: the end-of-text token, in place of the file's.
 
     Raises:
-      UserError: as ``tokenizer_of``, or the file names no end-of-text token.
+      UserError: as ``tokenizer_of``, the file names no end-of-text token, or a special token that is not there.
     """
-    tokens, named = source.value("tokenizer.ggml.tokens", []), special_ids(source)
-    names = {name: tokens[i] for name, i in named.items() if 0 <= i < len(tokens)}
-    if (eos := eos or names.pop("eos", None)) is None:
+    tokens, stops = source.value("tokenizer.ggml.tokens", []), stop_ids(source)
+    named = {name: _token(source, tokens, name, i) for name, i in (special_ids(source) | stops).items()}
+    ends = tuple(sorted({named.pop(name) for name in stops}))
+    if (eos := eos or named.pop("eos", None)) is None:
         raise UserError(f"{source.path}: the file names no end-of-text token; give one: eos='</s>'.")
-    names.pop("eos", None)
-    return TextTokenizer(tokenizer_of(source).to_str(), eos, chat_template=chat_template(source), **names)
+    named.pop("eos", None)
+    template, more = chat_template(source), named_templates(source)
+    made = tokenizer_of(source).to_str()
+    return TextTokenizer(made, eos, **named, chat_template=template, templates=more, stops=ends)
+
+
+def _token(source: GGUFSource, tokens: list[str], name: str, i: int) -> str:
+    if not 0 <= i < len(tokens):
+        raise UserError(f"{source.path}: the token {name} has the id {i}; expected one of the {len(tokens)} tokens.")
+    return tokens[i]

@@ -41,7 +41,7 @@ def row_flops(model: DecoderConfig, config: AdditionConfig) -> float:
 
 def write_answers(model: Model, params: Params, config: AdditionConfig, examples: Examples) -> np.ndarray:
     """``[examples, answer]`` ids the model writes for the prompts."""
-    end = {"eos_id": TOKENIZER.eos_id, "pad_id": TOKENIZER.pad_id}
+    end = {"eos_ids": TOKENIZER.stop_ids, "pad_id": TOKENIZER.pad_id}
     return continued(model, params, examples.prompts(config), config.answer_length, **end)
 
 

@@ -86,7 +86,7 @@ def exact_match(model: Model, config: AdditionConfig):
     """A compiled ``(params [R, …], prompts [R, n, …], answers [R, n, …]) -> [R]`` exact match, greedy."""
 
     def one(params: Params, prompts: Array, answers: Array) -> Array:
-        ids = {"eos_id": TOKENIZER.eos_id, "pad_id": TOKENIZER.pad_id}
+        ids = {"eos_ids": TOKENIZER.stop_ids, "pad_id": TOKENIZER.pad_id}
         written = sampler.greedy(model, params, prompts, max_new_tokens=config.answer_length, **ids)
         return jnp.mean(jnp.all(written == answers, axis=1), dtype=jnp.float32)
 

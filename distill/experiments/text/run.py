@@ -169,8 +169,8 @@ def _written(world: World, model: Model, params: Params) -> dict[str, Any]:
 
 def _continued(world: World, model: Model, params: Params, prompts: np.ndarray) -> np.ndarray:
     """``[B, new_tokens]`` ids a model writes greedily after prompts ``[B, L]``."""
-    end = world.tokenizer.eos_id
-    return measures.continued(model, params, prompts, world.config.new_tokens, eos_id=end, pad_id=end)
+    stops, pad = world.tokenizer.stop_ids, world.tokenizer.eos_id
+    return measures.continued(model, params, prompts, world.config.new_tokens, eos_ids=stops, pad_id=pad)
 
 
 def verdict(evaluation: dict[str, Any]) -> list[str]:

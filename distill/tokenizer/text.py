@@ -1,72 +1,21 @@
-"""Tokenizers: one id per character, or the tokenizer of a language model."""
+"""The tokenizer of a language model: ids, special tokens, chat template, and the tokens at which its writing stops."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from distill.errors import MissingFile, UserError
+from distill.errors import UserError
+from distill.tokenizer import files, template
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class CharacterTokenizer:
-    """One id per character, plus ``<pad>`` = 0 and ``<eos>`` = 1.
-
-    Example:
-      >>> tokenizer = CharacterTokenizer("0123456789+=")
-      >>> tokenizer.encode("7+5=")
-      [9, 12, 7, 13]
-      >>> tokenizer.decode([9, 12, 7, 13, 1, 0])
-      '7+5='
-    """
-
-    characters: str
-    pad_id: int = 0
-    eos_id: int = 1
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        """Every id's text, in order of id."""
-        return ("<pad>", "<eos>", *self.characters)
-
-    def ids(self) -> dict[str, int]:
-        """Token → id."""
-        return {symbol: number for number, symbol in enumerate(self.symbols)}
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        return len(self.characters) + 2
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises UserError on a character outside the alphabet."""
-        unknown = sorted(set(text) - set(self.characters))
-        if unknown:
-            raise UserError(f"cannot encode {text!r}: unknown {unknown}; expected only {self.characters!r}.")
-        return [self.characters.index(character) + 2 for character in text]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text up to the first ``<eos>``; ``<pad>`` writes nothing."""
-        text = ""
-        for token in ids:
-            if token == self.eos_id:
-                break
-            text += "" if token == self.pad_id else self.symbols[token]
-        return text
-
-    def fingerprint(self) -> str:
-        """Hash of the id → text map: equal exactly when two tokenizers read the same ids the same way."""
-        return hashlib.sha256(json.dumps(self.symbols).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +34,14 @@ class TextTokenizer:
       unknown: the token for text without a token; None: none.
       chat_template: Jinja template of a conversation.
       options: further keys of ``tokenizer_config.json``, kept when saving.
+      templates: further chat templates by name; ``tool_use`` is taken for conversations with tools.
+      stops: further tokens that end what a model writes (``stop_ids``).
+
+    Two tokenizers are equal, and have equal fingerprints, if they give every text the same ids; ``stops`` and
+    ``options`` do not matter to that.
 
     Raises:
-      UserError: the text is no tokenizer, or one of the tokens is not in its vocabulary.
+      UserError: the text is no tokenizer, one of the tokens is not in its vocabulary, or an id is above 2³¹ − 1.
 
     Example:
       >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -105,46 +59,65 @@ class TextTokenizer:
     unknown: str | None = None
     chat_template: str | None = dataclasses.field(default=None, repr=False)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, hash=False)
+    templates: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False, hash=False)
+    stops: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __post_init__(self):
-        known = self.ids()
+        known = self._ids
         tokens = {"eos": self.eos, "bos": self.bos, "pad": self.pad, "unknown": self.unknown}
-        for name, token in tokens.items():
+        for name, token in (*tokens.items(), *(("stops", token) for token in self.stops)):
             if token is not None and token not in known:
                 raise UserError(f"tokenizer: {name}={token!r} is not in its vocabulary of {len(known)} tokens.")
+        if max(known.values()) >= 2**31:
+            raise UserError(f"tokenizer: ids up to {max(known.values())}; expected ids below 2³¹.")
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, eos: str | None = None, pad: str | None = None) -> "TextTokenizer":
+    def from_folder(
+        cls, folder: str | Path, *, eos: str | None = None, pad: str | None = None, template: str | None = None
+    ) -> "TextTokenizer":
         """The tokenizer of a Hugging Face folder, or of a ``tokenizer.json``.
+
+        Every file beside ``tokenizer.json`` that can change a token is used, known to agree, or refused
+        (``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``, ``vocab.json``, ``merges.txt``,
+        the chat templates), so that the ids are those of transformers' AutoTokenizer (``files.py`` says where its
+        release 5 has others). ``generation_config.json`` and ``config.json`` give ``stops``. A ``tokenizer.model`` is
+        not opened, as in every reader that finds a ``tokenizer.json``.
 
         Args:
           folder: holds ``tokenizer.json`` and, as a rule, ``tokenizer_config.json``; or the first file itself.
           eos: replaces the one of the folder.
           pad: replaces the one of the folder.
+          template: name of the chat template, where there are several; None: ``default``, or the only one.
 
         Raises:
           MissingFile: no ``tokenizer.json``.
-          UserError: a file that cannot be read, or no end-of-text token is named.
+          UserError: a file that cannot be read, two that disagree, or no end-of-text token is named.
         """
         folder = Path(folder)
         folder, file = (folder.parent, folder) if folder.suffix == ".json" else (folder, folder / "tokenizer.json")
-        if not file.is_file():
-            raise MissingFile(
-                f"{file}: missing; expected a folder with a tokenizer.json. Of a folder with tokenizer.model or "
-                "vocab.json alone, transformers makes one: AutoTokenizer.from_pretrained(A).save_pretrained(B)."
-            )
-        config = _read_json(folder / "tokenizer_config.json")
-        named = _read_json(folder / "special_tokens_map.json") | config
-        tokens = {name: _content(named.get(f"{name}_token")) for name in ("eos", "bos", "pad", "unk")}
-        eos, pad = eos or tokens["eos"], pad or tokens["pad"]
-        if eos is None:
+        given = {name: token for name, token in (("eos", eos), ("pad", pad)) if token is not None}
+        found = files.read(folder, file, given=given)
+        tokens = found.tokens | given
+        if "eos" not in tokens:
             raise UserError(f"{folder}: no file names an end-of-text token; give one: from_folder(..., eos='</s>').")
-        kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
-        text = file.read_text(encoding="utf-8")
+        chosen = files.choose(folder, found.templates, template)
+        more = {name: text for name, text in found.templates.items() if text != chosen}
+        special = {name: tokens.get(name) for name in ("bos", "pad", "unknown")}
         try:
-            return cls(text, eos, tokens["bos"], pad, tokens["unk"], _template(folder, config), kept)
+            made = cls(
+                found.serialized,
+                tokens["eos"],
+                **special,
+                chat_template=chosen,
+                options=found.options,
+                templates=more,
+                stops=found.stops,
+            )
+            ends = {"add_bos_token": made.bos_id in made.start, "add_eos_token": made.eos_id in made.end}
         except ValueError as error:
             raise UserError(f"{file}: {error}") from error
+        files.check_ends(folder, ends)
+        return made
 
     @classmethod
     def from_transformers(cls, tokenizer: Any, *, eos: str | None = None, pad: str | None = None) -> "TextTokenizer":
@@ -181,20 +154,27 @@ class TextTokenizer:
         return dataclasses.replace(self, serialized=json.dumps(file, ensure_ascii=False))
 
     def save(self, folder: str | Path) -> None:
-        """Writes ``tokenizer.json``, ``tokenizer_config.json`` and the chat template, as transformers opens them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        names = {"eos_token": self.eos, "bos_token": self.bos, "pad_token": self.pad, "unk_token": self.unknown}
-        tokens = {name: token for name, token in names.items() if token is not None}
+        """Writes the tokenizer as transformers and other readers open it.
+
+        ``tokenizer.json``; ``tokenizer_config.json``, with the chat template inside; the same template as
+        ``chat_template.jinja``; ``generation_config.json`` with ``stop_ids``.
+        """
+        names = {key: getattr(self, name) for name, key in files.SPECIAL.items()}
+        tokens = {key: token for key, token in names.items() if token is not None}
         config = {**self.options, **tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
-        (folder / "tokenizer.json").write_text(self.serialized, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        template = folder / "chat_template.jinja"
-        if self.chat_template is None:
-            template.unlink(missing_ok=True)
-        else:
-            template.write_text(self.chat_template, encoding="utf-8")
-        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+        default = {} if self.chat_template is None else {"default": self.chat_template}
+        ids = {key: value for key, value in self.special_token_ids().items() if value is not None}
+        files.write(Path(folder), self.serialized, config, default | dict(self.templates), ids)
+
+    def special_token_ids(self) -> dict[str, int | list[int] | None]:
+        """Ids by their keys in ``config.json`` and ``generation_config.json``; of several stop tokens a list."""
+        stops = list(self.stop_ids)
+        pad = None if self.pad is None else self.pad_id
+        return {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": stops if len(stops) > 1 else stops[0],
+            "pad_token_id": pad,
+        }
 
     @functools.cached_property
     def _plain(self) -> "Tokenizer":
@@ -221,7 +201,8 @@ class TextTokenizer:
 
     @functools.cached_property
     def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        probe = self.backend().encode("a", add_special_tokens=True)
+        with _refusing("a"):
+            probe = self.backend().encode("a", add_special_tokens=True)
         inner = [i for i, added in enumerate(probe.special_tokens_mask) if not added]
         first, last = (inner[0], inner[-1] + 1) if inner else (len(probe.ids), len(probe.ids))
         return tuple(probe.ids[:first]), tuple(probe.ids[last:])
@@ -254,6 +235,36 @@ class TextTokenizer:
         """Id of ``eos``."""
         return self._ids[self.eos]
 
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end what a model writes, ascending.
+
+        ``eos``, ``stops``, and the special token that the chat template writes after an answer: models of
+        conversations end their turns with it, and seldom with ``eos``.
+        """
+        ends = () if self.chat_template is None else self._turn_end()
+        return tuple(sorted({self._ids[token] for token in (self.eos, *self.stops, *ends)}))
+
+    def _turn_end(self) -> tuple[str, ...]:
+        """The first special token after the answer of a small conversation, if there is one."""
+        asked, answered = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+        for messages in ([asked, answered], [answered]):
+            try:
+                after = self.chat(messages).rpartition("answer")[2]
+            except UserError:
+                continue  # a template may refuse either
+            return tuple(self.special_in(after)[:1])
+        return ()
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(filter(None, self.special_tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is found nowhere
+
+    def special_in(self, text: str) -> list[str]:
+        """The special tokens written in a text, in order."""
+        return self._special_pattern.findall(text)
+
     @property
     def bos_id(self) -> int | None:
         """Id of ``bos``, None if there is none."""
@@ -275,29 +286,55 @@ class TextTokenizer:
         return tuple(token for token, i in self._ids.items() if i in self.special_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; nothing is added at its ends, special tokens written in it are found."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        """Ids of a text; nothing is added at its ends, special tokens written in it are found.
+
+        Raises:
+          UserError: half of a surrogate pair, or a text over which the tokenizer's regular expression fails.
+        """
+        return self.encode_with_offsets(text)[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of every text, on all cores."""
-        return [one.ids for one in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _refusing(*texts):
+            return [one.ids for one in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and, for each, which characters ``[from, to)`` of the text it stands for."""
-        found = self._plain.encode(text, add_special_tokens=False)
+        with _refusing(text):
+            found = self._plain.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of ids; special tokens are left out unless ``special``."""
         return self._plain.decode([int(i) for i in ids], skip_special_tokens=not special)
 
+    def decode_all(self, rows: Sequence[Sequence[int]], *, special: bool = False) -> list[str]:
+        """``decode`` of every row, on all cores."""
+        return self._plain.decode_batch([list(map(int, row)) for row in rows], skip_special_tokens=not special)
+
+    def template_for(self, tools: Sequence[Any] = ()) -> str:
+        """The chat template for a conversation, by whether it has tools.
+
+        Raises:
+          UserError: there is none.
+        """
+        found = self.templates.get("tool_use", self.chat_template) if tools else self.chat_template
+        if found is None:
+            raise UserError(
+                "the tokenizer has no chat template; give one, TextTokenizer(..., chat_template=...) or a file "
+                "chat_template.jinja in its folder, or read the conversations as text."
+            )
+        return found
+
     @property
     def marks_turns(self) -> bool:
         """Whether the chat template marks generated text, ``{% generation %} … {% endgeneration %}``."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template or "") is not None
+        return template.is_marked(self.chat_template)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, answer: bool = False) -> str:
         """Text of a conversation by the chat template, special tokens included, ready for ``encode``.
+
+        A template that writes today's date gets ``template.TODAY``, so that a conversation has one text.
 
         Args:
           messages: each with ``role`` and ``content``.
@@ -305,9 +342,9 @@ class TextTokenizer:
           answer: also write the beginning of an answer that is to be generated.
 
         Raises:
-          UserError: no chat template, or it refuses the conversation.
+          UserError: no chat template, or it refuses the conversation, fails, or does not end.
         """
-        return self._render(messages, tools, answer, False)[0]
+        return self._render(messages, tools, answer).text
 
     def chat_with_marks(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
@@ -317,81 +354,39 @@ class TextTokenizer:
         Raises:
           UserError: as ``chat``.
         """
-        return self._render(messages, tools, False, True)
+        return self._render(messages, tools, False)
 
-    def _render(self, messages, tools, answer: bool, marks: bool) -> tuple[str, list[tuple[int, int]]]:
-        """Renders in the sandbox of transformers, which is hardened against hostile templates."""
-        if self.chat_template is None:
-            raise UserError(
-                "the tokenizer has no chat template; give one, TextTokenizer(..., chat_template=...) or a file "
-                "chat_template.jinja in its folder, or read the conversations as text."
-            )
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+    def _render(self, messages, tools, answer: bool) -> template.Rendered:
         names = {"eos_token": self.eos, "bos_token": self.bos, "pad_token": self.pad, "unk_token": self.unknown}
-        try:
-            texts, spans = render_jinja_template(
-                [[dict(message) for message in messages]],
-                tools=list(tools) or None,
-                chat_template=self.chat_template,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=answer,
-                **{name: token for name, token in names.items() if token is not None},
-            )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise UserError(f"the chat template fails: {error}") from error
-        return texts[0], spans[0] if marks else []
+        given = {name: token for name, token in names.items() if token is not None}
+        return template.render(self.template_for(tools), messages, tools, answer=answer, **given)
 
     def fingerprint(self) -> str:
         """Hash of everything that determines the ids of a text or a conversation."""
         file = json.loads(self.serialized)
         rules = {key: value for key, value in file.items() if key not in ("truncation", "padding")}
-        ends = [self.eos, self.bos, self.pad, self.unknown, self.chat_template]
+        ends: list[Any] = [self.eos, self.bos, self.pad, self.unknown, self.chat_template]
+        ends += [dict(self.templates)] if self.templates else []
         return hashlib.sha256(json.dumps([rules, ends], sort_keys=True).encode()).hexdigest()[:16]
 
 
-_NOT_KEPT = {
-    *("eos_token", "bos_token", "pad_token", "unk_token", "chat_template"),  # fields of the class
-    *("added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space"),  # stand in tokenizer.json
-    *("tokenizer_class", "tokenizer_file", "name_or_path", "backend", "auto_map"),  # of where it comes from
-    *("is_local", "local_files_only"),
-}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, empty if there is no such file."""
-    if not file.is_file():
-        return {}
+@contextlib.contextmanager
+def _refusing(*texts: str) -> Iterator[None]:
+    """Turns what the library raises over a text into a UserError."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not readable as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: a JSON {type(value).__name__}; expected an object.")
-    return value
-
-
-def _content(token: Any) -> str | None:
-    """A token's text; files have it as text or as an object with properties."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template of a folder: a file, or an entry of the configuration; of several, ``default``."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {one["name"]: one["template"] for one in template}.get("default")
-    return template
-
-
-Tokenizing = CharacterTokenizer | TextTokenizer
-"""Either kind: ``encode``, ``decode``, ``ids``, ``vocab_size``, ``eos_id``, ``pad_id``, ``fingerprint``."""
-
-
-def decode_all(tokenizer: Tokenizing, rows: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
-    """``decode`` of every row."""
-    return [tokenizer.decode(row) for row in rows]
+        yield
+    except TypeError as error:
+        for text in texts:
+            if isinstance(text, str) and (found := re.search("[\ud800-\udfff]", text)):
+                raise UserError(
+                    f"a text holds half of a surrogate pair, U+{ord(found[0]):04X}, at character {found.start()} "
+                    f"({files.short(text[: found.start()][-20:])} before it); expected Unicode."
+                ) from error
+        raise
+    except BaseException as error:
+        # The library raises nothing narrower than Exception, and in a panic of its Rust code something wider: its
+        # regular expressions give up after ten million steps.
+        if type(error) is not Exception and type(error).__module__ != "pyo3_runtime":
+            raise
+        several = " and others" if len(texts) > 1 else ""
+        raise UserError(f"the tokenizer fails over {files.short(texts[0])}{several}: {error}") from error
