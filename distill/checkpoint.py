@@ -33,9 +33,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill.config import check_fields, differences, write_json
+from distill.config import differences, write_json
 from distill.devices import processes
-from distill.errors import MissingFile, UserError
+from distill.errors import MissingFile, UserError, check_fields
 from distill.shapes import Params
 
 MAY_CHANGE = frozenset({"keep", "on_nan", "skips_in_a_row", "data_timeout", "remat"})

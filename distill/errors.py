@@ -1,9 +1,18 @@
-"""The errors that are the user's: what was given, what was expected, what to do.
+"""What is the user's: errors that say what was given, what was expected and what to do, and the check of a field.
 
 Everything in ``distill`` that refuses an input raises one of these, before any compute is spent. A command ends with
 exit code 2 and the message alone for them, and with 1 for every other exception: those are faults of the library or of
 the machine (``distill/cli.py``).
 """
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 
 class UserError(ValueError):
@@ -22,3 +31,86 @@ class UserError(ValueError):
 
 class MissingFile(UserError, FileNotFoundError):
     """A file or folder that is needed and not there."""
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is a value of the type a field is declared with? Whole numbers are numbers; booleans are neither."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(value == choice and isinstance(value, type(choice)) for choice in inner)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _expected(hint: Any) -> str:
+    """What a field is declared as, in words: its choices, or its type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_expected, inner))
+    if origin is tuple:
+        return f"a tuple, each {_expected(inner[0])}"
+    names = {float: "a finite number", int: "a whole number", str: "a text", bool: "True or False", type(None): "None"}
+    return names.get(hint) or f"a {hint.__name__}"
+
+
+Read = Callable[[], Mapping[str, tuple[bool, str]]]
+"""Field → (whether anything reads it, beside which other fields)."""
+
+
+def check_fields(config: Any, name: str, read: Read = dict) -> None:
+    """Refuses a value of another type than its field is declared with, and one that nothing would read.
+
+    Args:
+      config: a dataclass; ``__post_init__`` calls this first.
+      name: of the configuration in messages.
+      read: called once the types are right; a field that nothing reads must have its default.
+
+    Raises:
+      UserError: the field, its value, and what was expected: of a ``Literal``, its choices.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Pool:
+      ...     kind: Literal["mean", "power"] = "mean"
+      ...     exponent: float = 2.0
+      ...
+      ...     def __post_init__(self):
+      ...         check_fields(self, "pool", lambda: {"exponent": (self.kind == "power", f"kind={self.kind!r}")})
+      >>> for given in ({"kind": "max"}, {"exponent": 3.0}):
+      ...     try:
+      ...         Pool(**given)
+      ...     except UserError as error:
+      ...         print(error)
+      pool: kind='max'; expected one of mean, power.
+      pool: exponent=3.0 is not read with kind='mean'; leave it out (default: 2.0).
+    """
+    hints = _hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if not _fits(value, hint):
+            near = difflib.get_close_matches(str(value), map(str, typing.get_args(hint)), 1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{name}: {field.name}={value!r}; expected {_expected(hint)}.{meant}")
+    known, defaults = read(), {field.name: field.default for field in dataclasses.fields(config)}
+    for field, (used, beside) in known.items():
+        value, default = getattr(config, field), defaults[field]
+        if not used and value != default:
+            raise UserError(
+                f"{name}: {field}={value!r} is not read with {beside}; leave it out (default: {default!r})."
+            )

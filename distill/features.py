@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.batch import Batch
-from distill.config import check_fields
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.losses import hidden, reduce
 from distill.models.config import EncoderConfig
 from distill.models.model import Model

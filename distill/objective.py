@@ -17,8 +17,7 @@ import jax.numpy as jnp
 
 from distill import losses
 from distill.batch import Batch
-from distill.config import check_fields
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.features import FeatureConfig
 from distill.models.model import Model
 from distill.shapes import Array, Logits

@@ -7,8 +7,7 @@ from typing import Literal
 import jax
 import optax
 
-from distill.config import check_fields
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.shapes import Array, Params
 
 

@@ -26,9 +26,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from distill.batch import Batch
-from distill.config import check_fields
 from distill.devices import backend, processes
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.models.model import Model
 from distill.models.placement import ROW_AXES
 from distill.shapes import Array, Params

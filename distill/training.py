@@ -5,8 +5,7 @@ import math
 from typing import Literal
 
 from distill.checkpoint import KeepConfig
-from distill.config import check_fields
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.optim import OptimizerConfig
 
 DISPATCHED = 50

@@ -6,9 +6,9 @@ import typing
 import pytest
 
 from distill.checkpoint import KeepConfig
-from distill.config import check_fields, load_config
+from distill.config import load_config
 from distill.data.addition import AdditionConfig
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.experiments.addition.config import Config, SweepConfig
 from distill.experiments.sentences.config import SentenceConfig
 from distill.experiments.text.config import StudentConfig, TextConfig

@@ -116,9 +116,8 @@ def test_a_window_decodes_to_the_last_slot(window):
     config = tiny(sliding_window=window, window_layers=(True, False), layers=2)
     model = decoder(config)
     params, prompts = random_params(model, 3), np.random.default_rng(2).integers(0, VOCAB, (3, PROMPT))
-    written = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=NEW, eos_ids=(VOCAB,)))(
-        params, jnp.asarray(prompts)
-    )
+    write = jax.jit(lambda p, x: greedy(model, p, x, max_new_tokens=NEW, eos_ids=(VOCAB,)))
+    written = write(params, jnp.asarray(prompts))
     text = np.concatenate([prompts, written], axis=1)
     want = np.argmax(reference.decoder_logits(config, params, text), axis=-1)
     np.testing.assert_array_equal(written, want[:, PROMPT - 1 : -1])

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from distill.batch import Batch, shift
-from distill.config import check_fields
 from distill.data import once
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.tokenizer import CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer("0123456789+=")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distill.data.messages import check_messages, well_formed, without_nulls
-from distill.errors import MissingFile, UserError
+from distill.errors import MissingFile, UserError, check_fields
 
 Format = Literal["auto", "text", "prompt", "messages"]
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".arrow")
@@ -68,6 +68,9 @@ class Fields:
     completion: str = "completion"
     messages: str = "messages"
     tools: str = "tools"
+
+    def __post_init__(self):
+        check_fields(self, "fields")
 
 
 def files_of(path: str | Path, split: str = "train") -> list[Path]:

@@ -20,7 +20,7 @@ from distill.data import readers
 from distill.data.chat import conversation, tokens_of
 from distill.data.messages import ASSISTANT, counts
 from distill.data.readers import Document, Fields, Format, LeftOut, Part
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.tokenizer import TextTokenizer
 from distill.tokenizer.template import TODAY, writes_date
 
@@ -66,6 +66,9 @@ class TextDataConfig:
     end is kept."""
 
     def __post_init__(self):
+        beside = f"heldout_source={self.heldout_source!r}, heldout_split={self.heldout_split!r}"
+        drawn = (not self.separate, beside)
+        check_fields(self, "data", lambda: {"heldout_fraction": drawn, "split_seed": drawn})
         if self.length < 1:
             raise UserError(f"data: length={self.length}; expected at least 1.")
         if self.max_documents is not None and self.max_documents < 1:

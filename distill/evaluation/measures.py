@@ -27,6 +27,17 @@ def continued(
     return processes.fetch(ids)
 
 
+def count_written(ids: np.ndarray, eos_ids: tuple[int, ...]) -> int:
+    """Tokens of ``[B, T]`` that were written: of every row those up to and with its end, without the padding after it.
+
+    Example:
+      >>> count_written(np.array([[5, 2, 0, 0], [5, 6, 7, 8]]), (2,))
+      6
+    """
+    ended = np.cumsum(np.isin(ids, eos_ids), axis=1) - np.isin(ids, eos_ids)
+    return int(np.sum(ended == 0))
+
+
 def logits_on(model: Model, params: Params, batch: Batch) -> np.ndarray:
     """``[examples, L, V]`` logits of a model on given text (small vocabularies)."""
     return processes.fetch(_logits(model, params, jax.device_put(batch)))

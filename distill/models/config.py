@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 
 _SIZES = ("vocab_size", "layers", "width", "heads", "feed_forward")
 
@@ -59,6 +59,7 @@ class RopeScaling:
     """longrope: the factor of each pair in longer texts."""
 
     def __post_init__(self):
+        check_fields(self, "rope_scaling", self._read)
         if self.kind == "none":
             if changed(self):
                 raise UserError(
@@ -78,6 +79,14 @@ class RopeScaling:
             )
         if self.kind == "llama3" and not self.low_frequency < self.high_frequency:
             raise UserError(f"rope_scaling: low_frequency={self.low_frequency} must be below {self.high_frequency}.")
+
+    def _read(self) -> dict[str, tuple[bool, str]]:
+        """Number → whether this kind reads it."""
+        kinds = dict.fromkeys(("low_frequency", "high_frequency"), ("llama3",))
+        kinds |= dict.fromkeys(("beta_fast", "beta_slow", "truncate"), ("yarn",))
+        kinds |= dict.fromkeys(("short_factors", "long_factors"), ("longrope",))
+        kinds |= {"attention_factor": ("yarn", "longrope")}
+        return {name: (self.kind in readers, f"kind={self.kind!r}") for name, readers in kinds.items()}
 
     @property
     def magnitude(self) -> float:
@@ -167,6 +176,7 @@ class DecoderConfig:
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
 
     def __post_init__(self):
+        check_fields(self, "model")
         _check_sizes("model", vars(self), (*_SIZES, "kv_heads", "head_dim", "max_length"))
         _check_positive("model", vars(self), ("norm_epsilon", "rope_theta", "rope_theta_local"))
         if self.head_dim is None and self.width % self.heads:
@@ -306,6 +316,7 @@ class EncoderConfig:
     """Type of activations and matmul operands; parameters, norms, softmax and logits are float32."""
 
     def __post_init__(self):
+        check_fields(self, "encoder")
         _check_sizes("encoder", vars(self), (*_SIZES, "max_length"))
         _check_positive("encoder", vars(self), ("norm_epsilon", "rope_theta", "rope_theta_local"))
         if self.token_types < 0:

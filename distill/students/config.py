@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from distill.config import check_fields
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.students.layers import CHOICES
 
 

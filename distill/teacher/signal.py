@@ -21,9 +21,8 @@ import numpy as np
 
 from distill import losses
 from distill.batch import Batch
-from distill.config import check_fields
 from distill.devices import processes
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.models.model import Model
 from distill.objective import ObjectiveConfig
 from distill.shapes import Params

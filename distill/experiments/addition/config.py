@@ -3,9 +3,8 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from distill.config import check_fields
 from distill.data.addition import TOKENIZER, AdditionConfig
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.models.config import DecoderConfig
 from distill.objective import ObjectiveConfig
 from distill.parallel import ParallelConfig

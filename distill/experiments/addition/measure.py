@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from distill.data.addition import TOKENIZER, AdditionConfig, Examples
-from distill.evaluation.measures import calibration, continued, log_softmax, logits_on, nats_per_token
+from distill.evaluation.measures import calibration, continued, count_written, log_softmax, logits_on, nats_per_token
 from distill.experiments.folder import identity
 from distill.models.config import DecoderConfig
 from distill.models.decoder import decoder
@@ -60,13 +60,14 @@ def efficiency(model: Model, params: Params, config: AdditionConfig, examples: E
     """Parameters, FLOPs per token, seconds for one answer alone (median of 20), tokens per second for all at once."""
     one = examples.take(np.arange(1))
     write_answers(model, params, config, one)  # compiles
+    tokens = count_written(write_answers(model, params, config, examples), TOKENIZER.stop_ids)
     seconds = [_seconds(lambda: write_answers(model, params, config, one)) for _ in range(20)]
     batch_seconds = min(_seconds(lambda: write_answers(model, params, config, examples)) for _ in range(3))
     return {
         "parameters": model.parameter_count(),
         "flops_per_token": model.config.flops_per_token(examples.tokens.shape[1] - 1),
         "latency_seconds": statistics.median(seconds),
-        "tokens_per_second": len(examples.tokens) * config.answer_length / batch_seconds,
+        "tokens_per_second": tokens / batch_seconds,
     }
 
 

@@ -3,8 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from distill.config import check_fields
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.features import FeatureConfig
 from distill.parallel import ParallelConfig
 from distill.training import LogConfig, TrainingConfig

@@ -3,9 +3,8 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from distill.config import check_fields
 from distill.data.text import TextDataConfig
-from distill.errors import UserError
+from distill.errors import UserError, check_fields
 from distill.objective import ObjectiveConfig
 from distill.optim import OptimizerConfig
 from distill.parallel import ParallelConfig

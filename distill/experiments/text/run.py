@@ -164,7 +164,8 @@ def _written(world: World, model: Model, params: Params) -> dict[str, Any]:
     _continued(world, model, params, world.prompts)
     seconds = time.perf_counter() - start
     texts = [world.tokenizer.decode(row) for row in written]
-    return {"written": texts, "tokens_per_second": written.size / seconds}
+    count = measures.count_written(written, world.tokenizer.stop_ids)
+    return {"written": texts, "tokens_per_second": count / seconds}
 
 
 def _continued(world: World, model: Model, params: Params, prompts: np.ndarray) -> np.ndarray:
