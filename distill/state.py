@@ -74,9 +74,9 @@ def in_float32(params: Params) -> Params:
 
 
 def check_float32(params: Params) -> None:
-    """Raises UserError for parameters too narrow to learn in."""
+    """Raises UserError for parameters too narrow to learn in, or without a gradient."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if leaf.dtype.itemsize < 4:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 4:
             raise UserError(
                 f"train_step: the parameter {_named(path)} is {leaf.dtype}, in which small updates are lost; expected "
                 "float32. Make the state with init_state, or load the student with dtype float32."

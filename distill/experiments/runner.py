@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from distill.batch import Batch
 from distill.checkpoint import lock
 from distill.config import write_json
+from distill.devices import processes
 from distill.errors import MissingFile
 from distill.experiments import kinds
 from distill.experiments.cost import evaluation_cost, ledger, training_cost
@@ -161,10 +162,13 @@ def export(
             print(f"{run / STUDENT}: not written: {error}", file=sys.stderr)
             return
     save(run / STUDENT, model, params, tokenizer, family=family)
-    for name, text in (files or {}).items():
-        file = run / STUDENT / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+    processes.from_first(lambda: _write(run / STUDENT, files or {}))
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def open_run(run: Path, best: str | None = None) -> tuple[Any, dict[str, Trained]]:
