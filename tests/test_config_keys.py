@@ -345,6 +345,12 @@ def test_two_spellings_that_contradict_each_other_are_refused(kind, changed, mes
         from_json(values_of(kind) | changed)
 
 
+def test_one_rotary_object_for_all_layers_is_refused_where_there_are_two():
+    for kind in ("gemma3_text", "modernbert"):
+        with pytest.raises(UserError, match="rope_parameters has rope_theta; expected full_attention and sliding"):
+            from_json(values_of(kind) | {"rope_parameters": {"rope_theta": 5.0}})
+
+
 def test_two_spellings_without_theta_in_the_older_are_refused():
     """transformers takes the older one, and 10 000 as theta."""
     both = {"rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -365,6 +371,32 @@ def test_the_three_keys_of_phi3_are_written_where_they_say_it_all():
     assert to_json(plain, "phi3")["rope_scaling"] == {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
     other = dataclasses.replace(plain, rope_scaling=dataclasses.replace(LONG, attention_factor=1.1))
     assert to_json(other, "phi3")["rope_scaling"]["attention_factor"] == 1.1  # more keys: transformers 4 refuses it
+
+
+def test_the_magnitude_of_yarn_is_written_as_mlx_reads_it():
+    """mlx-lm computes (0.1 m ln f + 1) / (0.1 · 0 · ln f + 1) of ``mscale`` m and the factor f."""
+    scaling = RopeScaling("yarn", 4.0, 32, attention_factor=1.7)
+    older = to_json(tiny(head_dim=4, rope_scaling=scaling))["rope_scaling"]
+    assert older["attention_factor"] == 1.7 and older["mscale_all_dim"] == 0.0
+    assert 0.1 * older["mscale"] * np.log(4.0) + 1.0 == pytest.approx(1.7)
+    plain = to_json(tiny(head_dim=4, rope_scaling=RopeScaling("yarn", 4.0, 32)))["rope_scaling"]
+    assert "mscale" not in plain and plain["attention_factor"] == pytest.approx(0.1 * np.log(4.0) + 1.0)
+
+
+def test_keys_that_other_readers_need_are_written():
+    """GPT-2's n_ctx, Phi-3's original length, the first late window of Qwen, the step of Gemma 3's windows."""
+    gpt2 = tiny(**FAMILY_OPTIONS["gpt2"][0])
+    assert to_json(gpt2)["n_ctx"] == to_json(gpt2)["n_positions"] == 9
+    assert to_json(tiny(head_dim=4, rope_fraction=0.5, max_length=64))["original_max_position_embeddings"] == 64
+    for windows, first in (((False, True), 1), ((True, True), 0), ((True, False), None)):
+        config = tiny(qkv_bias=True, sliding_window=3, window_layers=windows)
+        assert to_json(config).get("max_window_layers") == first
+    gemma = {**GEMMA, "qk_norm": True, "layers": 3, "sliding_window": 3}
+    for windows, step in (((True, False, True), 2), ((True, True, False), 3), ((False, True, True), None)):
+        assert to_json(tiny(**gemma, window_layers=windows))["sliding_window_pattern"] == step
+    none = to_json(tiny(**GEMMA, qk_norm=True))
+    assert (none["sliding_window"], none["sliding_window_pattern"]) == (4096, 1)
+    assert none["hidden_act"] == none["hidden_activation"] == "gelu_pytorch_tanh"
 
 
 def test_longrope_on_heads_of_their_own_size_is_not_saved_as_phi3():

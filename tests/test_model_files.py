@@ -194,9 +194,14 @@ def test_files_have_the_permissions_that_the_umask_says(tmp_path, umask):
 # ---- names
 
 
-@pytest.mark.parametrize("folder", sorted((DATA / "families").iterdir()), ids=lambda folder: folder.name)
-def test_names_without_the_prefix_of_the_family_are_read(folder, tmp_path):
-    family = FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
+def one_of_each_family():
+    folders = sorted([*(DATA / "families").iterdir(), *(DATA / "encoders").glob("*mlm")])
+    return {json.loads((folder / "config.json").read_text())["model_type"]: folder for folder in folders}
+
+
+@pytest.mark.parametrize("kind", one_of_each_family())
+def test_names_without_the_prefix_of_the_family_are_read(kind, tmp_path):
+    family, folder = FAMILIES[kind], one_of_each_family()[kind]
     tensors = load_file(folder / SINGLE)
     bare = {name.removeprefix(family.prefix): array for name, array in tensors.items()}
     assert bare.keys() != tensors.keys()
@@ -215,6 +220,15 @@ def test_names_of_wrapped_modules_are_read(saved, prefix):
         lambda tensors: {n.removeprefix(prefix).replace("layers.", "layers._orig_mod."): a for n, a in tensors.items()},
     )
     same(distill.load(folder)[1], params)
+
+
+def test_the_head_of_neox_is_read_under_its_name_in_memory_too(tmp_path):
+    """transformers 5 calls it lm_head in a model and embed_out in a file."""
+    folder = DATA / "families/pythia"
+    tensors = load_file(folder / SINGLE)
+    save_file({n.replace("embed_out", "lm_head"): array for n, array in tensors.items()}, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    same(distill.load(tmp_path)[1], distill.load(folder)[1])
 
 
 def test_a_tensor_under_two_names_is_refused(saved):

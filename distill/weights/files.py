@@ -49,7 +49,7 @@ def check(folder: Path) -> None:
       UserError: an adapter, alone or beside a model; quantised weights; several models; a module of
         sentence-transformers that is not known.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    names = _names(folder)
     if ADAPTER in names and "config.json" not in names:
         raise UserError(_alone(folder))
     for name in names:
@@ -63,6 +63,13 @@ def check(folder: Path) -> None:
         alone = [name for name in names if name.endswith(".gguf")]
         advice = f"give the path of {alone[0]} for that file" if alone else "expected a Hugging Face folder"
         raise MissingFile(f"{file}: missing; {advice}.")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error}); expected a folder that can be read.") from error
 
 
 def _alone(folder: Path) -> str:
@@ -91,7 +98,7 @@ def only_file(folder: Path) -> str:
     Raises:
       UserError: several models, or none that is read.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    names = _names(folder)
     stored = [name for name in names if name.endswith(".safetensors")]
     mine = [name for name in stored if not _agrees(name)] or stored
     if SINGLE in mine:
@@ -121,7 +128,7 @@ def _refuse_others(folder: Path, read: set[str], there: list[str]) -> None:
 
 def check_beside_index(folder: Path, named: set[str]) -> None:
     """Refuses safetensors that the index does not name: readers differ in which of the two they take."""
-    there = [path.name for path in sorted(folder.glob("*.safetensors")) if not _agrees(path.name)]
+    there = [name for name in _names(folder) if name.endswith(".safetensors") and not _agrees(name)]
     _refuse_others(folder, named, there)
 
 
@@ -143,9 +150,9 @@ def json_object(path: Path, most: int = 2**28) -> dict[str, Any]:
 
 
 def _parsed(path: Path, most: int = 2**28) -> Any:
-    if not path.is_file():
-        raise MissingFile(f"{path}: missing, or no regular file.")
     try:
+        if not path.is_file():
+            raise MissingFile(f"{path}: missing, or no regular file.")
         if path.stat().st_size > most:
             raise UserError(f"{path}: {path.stat().st_size} bytes; expected at most {most}.")
         return json.loads(path.read_text(encoding="utf-8"))

@@ -80,12 +80,13 @@ def load(
       revision: branch, tag or commit on the hub.
 
     Returns:
-      ``(model, params)``: nested dicts of arrays, layers stacked.
+      ``(model, params)``: nested dicts of arrays, layers stacked. A stored head that differs from the embedding is the
+      model's, whatever ``tie_word_embeddings`` says, as in transformers.
 
     Raises:
       MissingFile: neither a path nor on the hub, or offline and not in the cache.
-      UserError: a family, an option or a file that is not supported, named; a tensor with NaN or infinity; a folder
-        whose ``config.json`` names code, which is never run.
+      UserError: a family, an option or a file that is not supported, named; a tensor with NaN or infinity; an adapter;
+        quantised weights; a folder whose ``config.json`` names code, which is never run.
 
     Example::
 
@@ -236,6 +237,7 @@ def save(
 ) -> None:
     """Writes a folder that transformers opens: ``config.json``, safetensors, and the tokenizer's files.
 
+    ``config.json`` has the older names of its keys too, for transformers 4, mlx-lm and llama.cpp's converter.
     Tensors keep their types: ``load(folder, dtype=None)`` returns the same bits. Every process must call it; the first
     one writes. Files of an earlier save are replaced together once everything is written; other files stay. A save that
     fails or is killed leaves the folder unchanged: the new files are written to ``.NAME.partial`` beside it. A kill

@@ -17,13 +17,14 @@ from distill.weights.families.family import (
     activation,
     activation_key,
     beside,
+    by_kind,
     every,
     has,
     layer_types,
     row,
     windowed_layers,
 )
-from distill.weights.families.keys import OBJECT, Json, Keys, shown
+from distill.weights.families.keys import Json, Keys, shown
 from distill.weights.families.rope_json import from_rope_json, to_rope_json
 from distill.weights.table import ParameterPath, Part, Row
 
@@ -179,12 +180,13 @@ def _modernbert(keys: Keys) -> Json:
 def _thetas(keys: Keys) -> list[float]:
     """Theta of layers without a window, and of those with one, in either spelling."""
     keys.neutral("rope_scaling", None)
-    newer, thetas = keys.get("rope_parameters") or {}, []
+    newer, thetas = by_kind(keys), []
     for kind, theta in {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}.items():
-        rope = OBJECT.read(f"rope_parameters.{kind}", newer.get(kind))
-        fields = from_rope_json(None, rope, beside(keys, theta))
+        fields = from_rope_json(None, newer[kind], beside(keys, theta))
         if fields["rope_scaling"].kind != "none":
-            raise UserError(f"config.json: rope_parameters of {kind}: {shown(rope)}; expected rope_type 'default'.")
+            raise UserError(
+                f"config.json: rope_parameters of {kind}: {shown(newer[kind])}; expected rope_type 'default'."
+            )
         thetas.append(fields["rope_theta"])
     return thetas
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from distill.errors import UserError
 from distill.models.config import DecoderConfig, NetworkConfig, changed
-from distill.weights.families.keys import Json, Keys, shown
+from distill.weights.families.keys import OBJECT, Json, Keys, shown, some
 from distill.weights.families.rope_json import Beside, from_rope_json, to_older_json, to_rope_json
 from distill.weights.table import ParameterPath, Part, Row, Transform, flat, linear, same
 
@@ -223,6 +223,19 @@ def beside(keys: Keys, theta: str = "rope_theta", fraction: str = "", usual: flo
 def rotary(keys: Keys, theta: str = "rope_theta", fraction: str = "", usual: float | None = None) -> Json:
     """``rope_theta`` and ``rope_scaling``; and ``rope_fraction``, if the family has its key."""
     return from_rope_json(keys.get("rope_scaling"), keys.get("rope_parameters"), beside(keys, theta, fraction, usual))
+
+
+def by_kind(keys: Keys) -> dict[str, Json | None]:
+    """``rope_parameters`` with an object for layers without a window and one for those with one.
+
+    Raises:
+      UserError: another key, such as the theta of families that have one object for all layers.
+    """
+    kinds = ("full_attention", "sliding_attention")
+    given = keys.get("rope_parameters") or {}
+    if strange := sorted(given.keys() - set(kinds)):
+        raise UserError(f"config.json: rope_parameters has {some(strange)}; expected {' and '.join(kinds)}.")
+    return {kind: OBJECT.read(f"rope_parameters.{kind}", given.get(kind)) for kind in kinds}
 
 
 def rotary_keys(c: DecoderConfig, theta: str = "rope_theta", fraction: str = "") -> Json:

@@ -12,6 +12,7 @@ from distill.weights.families.family import (
     activation_key,
     beside,
     biases,
+    by_kind,
     every,
     has,
     layer_types,
@@ -21,7 +22,7 @@ from distill.weights.families.family import (
     row,
     windows,
 )
-from distill.weights.families.keys import OBJECT, Json, Keys, shown, some
+from distill.weights.families.keys import Json, Keys, shown, some
 from distill.weights.families.rope_json import from_rope_json, to_older_json, to_rope_json
 from distill.weights.table import ParameterPath, Row
 
@@ -112,15 +113,9 @@ def _gemma3(keys: Keys) -> Json:
 
 def _two_ropes(keys: Keys) -> tuple[Json, float]:
     """Positions of layers without a window, and theta of those with one, in either spelling."""
-    older, newer = keys.get("rope_scaling"), keys.get("rope_parameters") or {}
-    strange = sorted(newer.keys() - {"full_attention", "sliding_attention"})
-    if strange:
-        raise UserError(
-            f"config.json: rope_parameters has {some(strange)}; expected full_attention and sliding_attention."
-        )
-    newer = {kind: OBJECT.read(f"rope_parameters.{kind}", value) for kind, value in newer.items()}
-    whole = from_rope_json(older, newer.get("full_attention"), beside(keys))
-    local = from_rope_json(None, newer.get("sliding_attention"), beside(keys, "rope_local_base_freq"))
+    newer = by_kind(keys)
+    whole = from_rope_json(keys.get("rope_scaling"), newer["full_attention"], beside(keys))
+    local = from_rope_json(None, newer["sliding_attention"], beside(keys, "rope_local_base_freq"))
     if local["rope_scaling"].kind != "none":
         raise UserError(f"config.json: {shown(local['rope_scaling'])} in layers with a window; expected none.")
     return whole, local["rope_theta"]

@@ -167,6 +167,7 @@ FAMILIES: dict[str, Family] = {
         row=_neox_row,
         ignored=(r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
         prefix="gpt_neox.",
+        rename=lambda name: name.replace("lm_head.", "embed_out.") if name.startswith("lm_head.") else name,
         copies={"embed_out.weight": "gpt_neox.embed_in.weight"},
         harmless=frozenset({"classifier_dropout", "hidden_dropout"}),
     ),

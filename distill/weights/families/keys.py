@@ -58,7 +58,8 @@ class Kind:
         if self.name in _NAMES:
             return _NAMES[self.name] + nothing
         noun = "a whole number" if self.name == "whole" else "a number"
-        return f"{noun} {'above' if self.above else 'from'} {self.least:g} to {self.most:g}{nothing}"
+        least, most = f"{self.least:.0f}", f"{self.most:.0f}"
+        return f"{noun} {f'above {least} and up' if self.above else f'from {least}'} to {most}{nothing}"
 
     def read(self, key: str, value: Any) -> Any:
         """The value as an int, float, bool, str, list or dict; a whole float is an int.
