@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.devices import processes
-from distill.errors import UserError
+from distill.errors import UserError, overriding
 
 _LOST = (
     "\nIf another process ended, its log says why. The same command goes on from the last checkpoint, on another "
@@ -62,7 +62,9 @@ def parse_config(doc: str, argv: Sequence[str], **extra: Any) -> tuple[argparse.
     overrides = ["--log.profile" if one == "--profile" else one for one in overrides]
     if known.config_help:
         overrides = ["--help"]
-    config = tyro.cli(type(config), default=config, args=overrides, prog="overrides", description="Configuration")
+    prog = f"{Path(sys.argv[0]).name} --config {known.config}"  # "…, run PROG --help", whose end names --config-help
+    with overriding(config):
+        config = tyro.cli(type(config), default=config, args=overrides, prog=prog, description="Configuration")
     known.run = known.run or Path("runs") / Path(known.config).stem
     return known, config
 

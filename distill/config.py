@@ -1,5 +1,6 @@
 """Configuration: nested frozen dataclasses, built by ``distill/configs/*.py``, overridden on the command line."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -8,7 +9,9 @@ import json
 import math
 import os
 import pkgutil
+import traceback
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,8 @@ def load_config(name: str) -> Any:
             raise MissingFile(f"--config {name}: no such file; give a Python file with get_config().")
         spec = importlib.util.spec_from_file_location("distill_user_config", name)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with _own_file(name):
+            spec.loader.exec_module(module)
     else:
         import distill.configs
 
@@ -84,7 +88,21 @@ def load_config(name: str) -> Any:
         module = importlib.import_module(f"distill.configs.{name}")
     if not hasattr(module, "get_config"):
         raise UserError(f"--config {name}: the file has no get_config(); expected a function that returns a Config.")
-    return module.get_config()
+    with _own_file(name) if name.endswith(".py") else contextlib.nullcontext():
+        return module.get_config()
+
+
+@contextlib.contextmanager
+def _own_file(name: str) -> Iterator[None]:
+    """Turns what the user's configuration file raises into a ``UserError`` that names its line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        place = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"--config {name}{place}: {type(error).__name__}: {error}") from error
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

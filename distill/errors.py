@@ -5,13 +5,15 @@ exit code 2 and the message alone for them, and with 1 for every other exception
 the machine (``distill/cli.py``).
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 
@@ -73,6 +75,33 @@ Read = Callable[[], Mapping[str, tuple[bool, str]]]
 """Field → (whether anything reads it, beside which other fields)."""
 
 
+_OVERRIDDEN = contextvars.ContextVar[tuple[Any, ...]]("overridden", default=())
+
+
+@contextlib.contextmanager
+def overriding(config: Any) -> Iterator[None]:
+    """Inside, a field that ``config`` has set and an override has left unread goes back to its default.
+
+    Example:
+      >>> from distill.features import FeatureConfig
+      >>> with overriding(FeatureConfig(hidden_weight=1.0, hidden_loss="cosine")):
+      ...     FeatureConfig(hidden_weight=0.0, hidden_loss="cosine").hidden_loss
+      'projected_mse'
+    """
+    token = _OVERRIDDEN.set(tuple(_parts(config)))
+    try:
+        yield
+    finally:
+        _OVERRIDDEN.reset(token)
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    if dataclasses.is_dataclass(config):
+        yield config
+        for field in dataclasses.fields(config):
+            yield from _parts(getattr(config, field.name))
+
+
 def check_fields(config: Any, name: str, read: Read = dict) -> None:
     """Refuses a value of another type than its field is declared with, and one that nothing would read.
 
@@ -111,6 +140,9 @@ def check_fields(config: Any, name: str, read: Read = dict) -> None:
     for field, (used, beside) in known.items():
         value, default = getattr(config, field), defaults[field]
         if not used and value != default:
+            if any(type(one) is type(config) and getattr(one, field) == value for one in _OVERRIDDEN.get()):
+                object.__setattr__(config, field, default)
+                continue
             raise UserError(
                 f"{name}: {field}={value!r} is not read with {beside}; leave it out (default: {default!r})."
             )

@@ -5,8 +5,9 @@ import typing
 
 import pytest
 
+from distill import cli
 from distill.checkpoint import KeepConfig
-from distill.config import load_config
+from distill.config import from_dict, load_config, to_dict
 from distill.data.addition import AdditionConfig
 from distill.errors import UserError, check_fields
 from distill.experiments.addition.config import Config, SweepConfig
@@ -125,3 +126,34 @@ def test_whole_numbers_are_numbers_and_tuples_are_checked_inside():
         Some(sizes=(1, "a"))
     with pytest.raises(UserError, match="some: name=3; expected a text or None"):
         Some(name=3)
+
+
+def test_what_an_override_leaves_unread_of_a_configuration_goes_back_to_its_default():
+    """smollm2_text has a loss of hidden states; KL alone, or a stored signal, takes one option that switches it off."""
+    given = ["--config", "smollm2_text", "--objective.features.hidden-weight", "0", "--signal.kind", "stored"]
+    _, config = cli.parse_config("", given)
+    assert config.objective.features == FeatureConfig()
+    assert from_dict(TextConfig, to_dict(config)) == config
+    with pytest.raises(UserError, match="is not read"):
+        FeatureConfig(hidden_loss="cosine")
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse_config("", [*given, "--objective.features.average-heads"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "import distill\n\ndef get_config():\n    return distill.TrainingConfig(stepz=3)\n",
+            "line 4: TypeError: .*stepz",
+        ),
+        ("import distill_nowhere\n", "line 1: ModuleNotFoundError: .*distill_nowhere"),
+        ("def get_config(:\n    pass\n", "SyntaxError: .*line 1"),
+        ("import distill\n\ndef get_config():\n    return distill.TrainingConfig(steps=0)\n", "^training: steps=0"),
+    ],
+)
+def test_a_mistake_in_the_users_own_file_is_the_users(text, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(str(file))

@@ -51,8 +51,9 @@ class SignalConfig:
 
     def _read(self) -> dict[str, tuple[bool, str]]:
         beside = f"kind={self.kind!r}, targets={self.targets!r}"
-        read = {"targets": self.kind == "stored", "k": self.stores("top_k"), "draws": self.stores("sampled")}
-        return {name: (used, beside) for name, used in read.items()}
+        read = {"k": self.stores("top_k"), "draws": self.stores("sampled")}
+        named = {name: (used, beside) for name, used in read.items()}
+        return named | {"targets": (self.kind == "stored", f"kind={self.kind!r} (--signal.kind stored reads it)")}
 
     def stores(self, targets: str) -> bool:
         """Are these targets stored?"""
@@ -73,7 +74,8 @@ def check(config: SignalConfig, objective: ObjectiveConfig) -> None:
     """
     if objective.features.used and config.kind == "stored":
         raise UserError(
-            "objective.features: hidden states, attention maps and relations are not stored; set --signal.kind live."
+            "objective.features: hidden states, attention maps and relations are not stored; set --signal.kind "
+            "live, or their weights to 0 (--objective.features.hidden-weight 0)."
         )
     if config.at_temperature and objective.final_temperature is not None:
         raise UserError(

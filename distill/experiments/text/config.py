@@ -44,7 +44,9 @@ class StudentConfig:
         given = [name for name, value in sizes.items() if value is not None]
         given += [] if self.start == StartConfig("teacher") else ["start"]
         if self.source is not None and given:
-            raise UserError(f"student: source={self.source!r} has its own sizes; leave out {', '.join(given)}.")
+            raise UserError(
+                f"student: source={self.source!r} has its own sizes; leave out {', '.join(given)} (as options: None)."
+            )
         if self.start.layers and self.layers not in (None, len(self.start.layers)):
             raise UserError(f"student: layers={self.layers} and start.layers={self.start.layers}; give one of them.")
         if self.source is None and not (any(sizes.values()) or self.start.layers or self.start.factors):
