@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +250,7 @@ def evaluate(
     for term in terms:
         _check_needs(term, view)
         value = term.value(view)
+        _check_value(term, value, student_logits)
         values[term.name] = value if view.weights is None or not value.ndim else view.weights * value
         total = total + term.weight * values[term.name]
     if student_logits is not None and teacher_logits is not None:
@@ -269,12 +270,26 @@ def _check_needs(term: Term, view: View) -> None:
         raise UserError(f"the term {term.name!r} needs a teacher; give the step one, or a batch with targets.")
 
 
+def _check_value(term: Term, value: Any, student_logits: Logits | None) -> None:
+    """Refuses what is neither one number per position nor a scalar."""
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        raise UserError(f"the term {term.name!r}: value gives a {type(value).__name__}; expected an array of nats.")
+    if term.needs.head and student_logits is not None and shape not in ((), student_logits.shape[:-1]):
+        raise UserError(
+            f"the term {term.name!r}: value gives an array {shape} of logits {student_logits.shape}; expected one "
+            f"number per position, {student_logits.shape[:-1]}, such as a sum over the last axis, or a scalar."
+        )
+
+
 def check_terms(terms: Sequence[Term]) -> None:
-    """Names that would be counted twice, or overwrite a metric.
+    """What is no term, and names that would be counted twice, or overwrite a metric.
 
     Raises:
-      UserError: no terms, two of one name, or a reserved name.
+      UserError: no terms, something else than a term, two of one name, or a reserved name.
     """
+    if isinstance(terms, Term) or not all(isinstance(term, Term) for term in terms):
+        raise UserError(f"make_train_step: terms={terms!r}; expected a list of Term, or a function that gives one.")
     if not terms:
         raise UserError("make_train_step: no terms; expected at least one, such as objective.task_term().")
     names = [term.name for term in terms]

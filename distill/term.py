@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from distill.batch import Batch
+from distill.errors import UserError
 from distill.models.output import Collect, Routing
 from distill.shapes import Array, Float, Labels, Logits, Nats, Params
 
@@ -99,6 +100,14 @@ class Term:
     needs: Needs
     value: Callable[[View], Nats]
     """``value(view) -> nats`` per position, or a scalar: this device's share of one number of the whole batch."""
+
+    def __post_init__(self):
+        if not isinstance(self.needs, Needs):
+            raise UserError(f"term {self.name!r}: needs={self.needs!r}; expected Needs(…), such as term.BOTH_LOGITS.")
+        if isinstance(self.weight, str) or not callable(self.value):
+            raise UserError(
+                f"term {self.name!r}: weight={self.weight!r}, value={self.value!r}; expected a number and a function."
+            )
 
 
 Terms = Sequence[Term] | Callable[[Array], Sequence[Term]]

@@ -276,6 +276,38 @@ def test_names_that_would_hide_a_metric_are_refused():
             make_train_step(GIVEN, [Term(name, 1.0, BOTH_LOGITS, lambda view: view.student_logits[..., 0])], KEEP)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Term("a", 1.0, frozenset({"student_logits"}), lambda view: 0), "needs=frozenset.*BOTH_LOGITS"),
+        (lambda: Term("a", "1.0", BOTH_LOGITS, lambda view: 0), "weight='1.0'.*expected a number"),
+        (lambda: Term("a", 1.0, BOTH_LOGITS, None), "value=None; expected a number and a function"),
+        (lambda: make_train_step(GIVEN, task_term(), KEEP), "expected a list of Term"),
+        (lambda: make_train_step(GIVEN, [lambda view: 0], KEEP), "expected a list of Term"),
+    ],
+)
+def test_what_is_no_term_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda view: view.student_logits - view.teacher_logits, r"the term 'a'.*expected one number per position"),
+        (
+            lambda view: view.student_logits[..., 0].mean(-1)[..., None],
+            r"the term 'a'.*expected one number per position",
+        ),
+        (lambda view: None, "the term 'a': value gives a NoneType"),
+    ],
+)
+def test_a_value_of_another_shape_is_refused(value, message):
+    student, teacher, batch = case()
+    with pytest.raises(UserError, match=message):
+        pairs_of([Term("a", 1.0, BOTH_LOGITS, value)], student, teacher, batch)
+
+
 NAMES = st.lists(st.sampled_from(["a", "b", "c", "kl", "loss", "agreement", "tokens", "skipped"]), max_size=4)
 
 

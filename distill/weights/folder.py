@@ -159,7 +159,7 @@ def located(path: str | Path) -> Path:
     if (path / "checkpoints").is_dir() and not (path / STUDENT).is_dir():
         raise UserError(
             f"{path}: a run folder without {STUDENT}, which is written when its training ends; give the command that "
-            "made it again."
+            "made it again. distill.fit writes none: distill.save(folder, model, params) of what it returns does."
         )
     return path / STUDENT if (path / STUDENT).is_dir() else path
 
