@@ -100,7 +100,8 @@ def _own_file(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        frames, own = traceback.extract_tb(error.__traceback__), Path(name).resolve()
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == own]
         place = f", line {lines[-1]}" if lines else ""
         raise UserError(f"--config {name}{place}: {type(error).__name__}: {error}") from error
 

@@ -152,8 +152,9 @@ def test_what_an_override_leaves_unread_of_a_configuration_goes_back_to_its_defa
         ("import distill\n\ndef get_config():\n    return distill.TrainingConfig(steps=0)\n", "^training: steps=0"),
     ],
 )
-def test_a_mistake_in_the_users_own_file_is_the_users(text, message, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(text)
-    with pytest.raises(UserError, match=message):
-        load_config(str(file))
+def test_a_mistake_in_the_users_own_file_is_the_users(text, message, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py", str(tmp_path / "mine.py")):
+        with pytest.raises(UserError, match=message):
+            load_config(name)
