@@ -34,6 +34,7 @@ parity: $(VENV)/.parity
 	$(BIN)/python tests/parity/encoders.py
 	$(BIN)/python -m pytest -n 0 tests/parity/families.py tests/parity/encoders.py tests/parity/students.py -W default
 	$(BIN)/python tests/parity/readers.py transformers $(BIN)/python
+	$(BIN)/python tests/parity/precision.py
 
 # What save writes, read by the oldest transformers whose files people still have, in an environment of its own.
 parity-oldest: $(VENV)/.dev $(VENV)-oldest/.installed

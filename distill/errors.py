@@ -72,7 +72,7 @@ def _expected(hint: Any) -> str:
 
 
 Read = Callable[[], Mapping[str, tuple[bool, str]]]
-"""Field → (whether anything reads it, beside which other fields)."""
+"""Field → (whether anything reads it, what it takes to be read)."""
 
 
 _OVERRIDDEN = contextvars.ContextVar[tuple[Any, ...]]("overridden", default=())
@@ -120,14 +120,14 @@ def check_fields(config: Any, name: str, read: Read = dict) -> None:
       ...     exponent: float = 2.0
       ...
       ...     def __post_init__(self):
-      ...         check_fields(self, "pool", lambda: {"exponent": (self.kind == "power", f"kind={self.kind!r}")})
+      ...         check_fields(self, "pool", lambda: {"exponent": (self.kind == "power", "kind='power'")})
       >>> for given in ({"kind": "max"}, {"exponent": 3.0}):
       ...     try:
       ...         Pool(**given)
       ...     except UserError as error:
       ...         print(error)
       pool: kind='max'; expected one of mean, power.
-      pool: exponent=3.0 is not read with kind='mean'; leave it out (default: 2.0).
+      pool: exponent=3.0 is read only with kind='power'; set that, or leave it out (default: 2.0).
     """
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
@@ -137,12 +137,11 @@ def check_fields(config: Any, name: str, read: Read = dict) -> None:
             meant = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{name}: {field.name}={value!r}; expected {_expected(hint)}.{meant}")
     known, defaults = read(), {field.name: field.default for field in dataclasses.fields(config)}
-    for field, (used, beside) in known.items():
+    for field, (used, condition) in known.items():
         value, default = getattr(config, field), defaults[field]
         if not used and value != default:
             if any(type(one) is type(config) and getattr(one, field) == value for one in _OVERRIDDEN.get()):
                 object.__setattr__(config, field, default)
                 continue
-            raise UserError(
-                f"{name}: {field}={value!r} is not read with {beside}; leave it out (default: {default!r})."
-            )
+            advice = f"set that, or leave it out (default: {default!r})"
+            raise UserError(f"{name}: {field}={value!r} is read only with {condition}; {advice}.")

@@ -58,8 +58,8 @@ class FeatureConfig:
     def _read(self) -> dict[str, tuple[bool, str]]:
         """Hyperparameter → whether a term with a weight above 0 reads it."""
         weights = {name: vars(self)[name] for name in ("hidden_weight", "attention_weight", "relation_weight")}
-        hidden, maps, relations = ((weight > 0.0, f"{name}={weight}") for name, weight in weights.items())
-        matched = (hidden[0] or maps[0], f"{hidden[1]}, {maps[1]}")
+        hidden, maps, relations = ((weight > 0.0, f"a {name} above 0") for name, weight in weights.items())
+        matched = (hidden[0] or maps[0], "a hidden_weight or attention_weight above 0")
         read = {"hidden_loss": hidden, "embeddings": hidden, "average_heads": maps, "layers": matched}
         return read | {"relation_heads": relations, "relation_layer": relations}
 

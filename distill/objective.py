@@ -114,11 +114,13 @@ class ObjectiveConfig:
 
     def _read(self) -> dict[str, tuple[bool, str]]:
         """Hyperparameter → whether the divergence, or a schedule, reads it."""
-        known = inspect.signature(DIVERGENCES[self.divergence]).parameters
-        beside = f"divergence={self.divergence!r}"
-        read = {name: (name in known, beside) for name in ("temperature", "alpha", "beta", "mu", "interpolation")}
+        read = {}
+        for name in ("temperature", "alpha", "beta", "mu", "interpolation"):
+            readers = [key for key, function in DIVERGENCES.items() if name in inspect.signature(function).parameters]
+            read[name] = self.divergence in readers, f"divergence {' or '.join(readers)}"
         read |= {f"final_{name}": read[name] for name in ("temperature", "interpolation")}
-        return read | {"schedule_steps": (self.scheduled, "no final value")}
+        finals = "final_temperature, final_kd_weight or final_interpolation"
+        return read | {"schedule_steps": (self.scheduled, finals)}
 
     @property
     def scheduled(self) -> bool:

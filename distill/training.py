@@ -61,7 +61,7 @@ class TrainingConfig:
         return max(n for n in range(1, DISPATCHED + 1) if common % n == 0)
 
     def __post_init__(self):
-        check_fields(self, "training", lambda: {"skips_in_a_row": (self.on_nan == "skip", f"on_nan={self.on_nan!r}")})
+        check_fields(self, "training", lambda: {"skips_in_a_row": (self.on_nan == "skip", "on_nan='skip'")})
         counts = ("steps", "batch_size", "micro_batches", "evaluate_every", "save_every", "skips_in_a_row")
         values = {name: vars(self)[name] for name in (*counts, "steps_per_dispatch")}
         for name, value in values.items():

@@ -252,6 +252,7 @@ def test_an_experiment_starts_from_its_teacher(tmp_path):
     config = experiment()
     teacher = Trained(network(config.teacher.model), random_params(network(config.teacher.model)))
     sides = addition.load(config.data)
+    sides |= addition.split_heldout(config.data, sides["test"])
 
     def distil(config, run):
         return runner.train(student_arm(World(config, tmp_path / run, sides), teacher), config)

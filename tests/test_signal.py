@@ -142,6 +142,7 @@ def test_a_configuration_trains_on_stored_tokens_as_the_loss_by_hand(tmp_path, c
     teacher = network(asked.teacher.model)
     teacher = Trained(teacher, random_params(teacher, 3))
     sides = addition.load(asked.data)
+    sides |= addition.split_heldout(asked.data, sides["test"])
     work = distillation(World(asked, tmp_path, sides), teacher, lambda: started(asked, teacher, sides["train"]))
     assert type(work.task.examples.targets).__name__ in ("SparseTargets", "SampledTargets")
     got = fit(tmp_path, work.task, work.training, parallel_config=asked.parallel, log=asked.log)
@@ -198,9 +199,9 @@ def test_the_head_alone_costs_its_product(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 3}, "k=3 is not read with kind='live'"),
-        ({"kind": "stored", "draws": 3}, "draws=3 is not read"),
-        ({"targets": "top_k"}, "targets='top_k' is not read with kind='live'"),
+        ({"k": 3}, "k=3 is read only with kind stored and targets top_k"),
+        ({"kind": "stored", "draws": 3}, "draws=3 is read only with kind stored and targets sampled"),
+        ({"targets": "top_k"}, "targets='top_k' is read only with kind stored"),
         ({"kind": "stored", "targets": "top_k", "k": 0}, "k=0.*at least 1"),
     ],
 )

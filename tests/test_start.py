@@ -68,7 +68,7 @@ def test_chosen_layers_are_copied():
     ("student", "options", "message"),
     [
         (SMALL, {"kind": "teacher", "layers": (1,)}, r"layers=\(1,\) are 1; the student has 2"),
-        (SMALL, {"kind": "random", "rank": 4}, "rank=4 is not read with kind='random'"),
+        (SMALL, {"kind": "random", "rank": 4}, "rank=4 is read only with kind low_rank or lora"),
         (SMALL, {"kind": "lora", "alpha": 0.0}, "expected rank ≥ 1 and alpha > 0"),
         (tiny(width=4, head_dim=2), {"kind": "embeddings"}, "can be shared where width"),
         (tiny(feed_forward=6, head_dim=2), {"kind": "teacher"}, "needs a Calibration"),

@@ -26,6 +26,9 @@ class Tensors(dict):
     def names(self):
         return set(self)
 
+    def shape(self, name):
+        return self[name].shape
+
     def get(self, name):
         self.read += 1
         return self[name]
@@ -159,3 +162,13 @@ def test_parameters_of_another_decoder_are_refused(case):
         dict(disassemble(shapes_of(wider), table, params))
     with pytest.raises(ValueError, match="no parameter head"):
         dict(disassemble(shapes_of(config), table, {name: leaf for name, leaf in params.items() if name != "head"}))
+
+
+def test_a_tensor_of_another_shape_is_refused_before_it_is_read(case):
+    config, table, _, tensors = case
+    wrong = Tensors(
+        {"embedding": np.zeros((7, 3), np.float32)} | {n: a for n, a in tensors.items() if n != "embedding"}
+    )
+    with pytest.raises(ValueError, match=r"embedding: shape \(7, 3\); expected"):
+        assemble(shapes_of(config), {("embedding",): table["embedding",]} | table, wrong)
+    assert wrong.read == 0

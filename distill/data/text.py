@@ -66,8 +66,7 @@ class TextDataConfig:
     end is kept."""
 
     def __post_init__(self):
-        beside = f"heldout_source={self.heldout_source!r}, heldout_split={self.heldout_split!r}"
-        drawn = (not self.separate, beside)
+        drawn = (not self.separate, "neither heldout_source nor heldout_split")
         check_fields(self, "data", lambda: {"heldout_fraction": drawn, "split_seed": drawn})
         if self.length < 1:
             raise UserError(f"data: length={self.length}; expected at least 1.")

@@ -86,7 +86,7 @@ class RopeScaling:
         kinds |= dict.fromkeys(("beta_fast", "beta_slow", "truncate"), ("yarn",))
         kinds |= dict.fromkeys(("short_factors", "long_factors"), ("longrope",))
         kinds |= {"attention_factor": ("yarn", "longrope")}
-        return {name: (self.kind in readers, f"kind={self.kind!r}") for name, readers in kinds.items()}
+        return {name: (self.kind in readers, f"kind {' or '.join(readers)}") for name, readers in kinds.items()}
 
     @property
     def magnitude(self) -> float:

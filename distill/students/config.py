@@ -33,10 +33,10 @@ class StartConfig:
             raise UserError(f"student_start: rank={self.rank}, alpha={self.alpha}; expected rank ≥ 1 and alpha > 0.")
 
     def _read(self) -> dict[str, tuple[bool, str]]:
-        read = {"choice": self.cut, "layers": self.cut, "rank": self.factors, "kernels": self.factors}
-        read |= {"alpha": self.kind == "lora", "weighted": self.kind == "low_rank"}
-        read |= {"share_embeddings": self.kind != "lora"}
-        return {name: (used, f"kind={self.kind!r}") for name, used in read.items()}
+        cut, factors = (self.cut, "kind teacher, low_rank or lora"), (self.factors, "kind low_rank or lora")
+        read = {"choice": cut, "layers": cut, "rank": factors, "kernels": factors}
+        read |= {"alpha": (self.kind == "lora", "kind lora"), "weighted": (self.kind == "low_rank", "kind low_rank")}
+        return read | {"share_embeddings": (self.kind != "lora", "another kind than lora, which shares all")}
 
     @property
     def cut(self) -> bool:

@@ -50,10 +50,9 @@ class SignalConfig:
             raise UserError(f"signal: k={self.k}, draws={self.draws}; expected at least 1.")
 
     def _read(self) -> dict[str, tuple[bool, str]]:
-        beside = f"kind={self.kind!r}, targets={self.targets!r}"
-        read = {"k": self.stores("top_k"), "draws": self.stores("sampled")}
-        named = {name: (used, beside) for name, used in read.items()}
-        return named | {"targets": (self.kind == "stored", f"kind={self.kind!r} (--signal.kind stored reads it)")}
+        read = {"targets": (self.kind == "stored", "kind stored")}
+        read |= {"k": (self.stores("top_k"), "kind stored and targets top_k")}
+        return read | {"draws": (self.stores("sampled"), "kind stored and targets sampled")}
 
     def stores(self, targets: str) -> bool:
         """Are these targets stored?"""

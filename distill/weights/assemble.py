@@ -154,13 +154,14 @@ def _read(names: list, one: Callable[[str, Shape], np.ndarray], shape: Shape, dt
 
 def _one(row: Row, source: Source, path: ParameterPath, beside: list[Shape], name: str, shape: Shape) -> np.ndarray:
     """One parameter (of one layer) from a tensor that holds parameters of the shapes ``beside``."""
-    array, expected = source.get(name), tuple(beside[0])
+    found, expected = tuple(source.shape(name)), tuple(beside[0])
     if row.part is not None:
         sizes = [other[row.part.axis] for other in beside]
         along = row.part.axis % len(expected)
         expected = tuple(sum(sizes) if n == along else size for n, size in enumerate(expected))
-    if tuple(array.shape) != expected:
-        raise UserError(f"{name}: shape {tuple(array.shape)}; expected {expected} for {'/'.join(path)} {tuple(shape)}.")
+    if found != expected:  # before it is read: that of a damaged header may be astronomical
+        raise UserError(f"{name}: shape {found}; expected {expected} for {'/'.join(path)} {tuple(shape)}.")
+    array = source.get(name)
     return row.transform.read(array if row.part is None else row.part.take(array, sizes), shape)
 
 

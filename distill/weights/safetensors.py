@@ -81,6 +81,10 @@ class SafetensorsSource:
     def _place(self, name: str) -> tuple[str, tuple[int, ...], int]:
         return self._headers[self._where[name]][name]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, by the header."""
+        return self._place(name)[1]
+
     def get(self, name: str) -> np.ndarray:
         """One tensor, read now, in the file's type; the file is not mapped, so the rest of it is not in memory.
 

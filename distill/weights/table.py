@@ -25,6 +25,10 @@ class Source(Protocol):
         """Every tensor's name."""
         ...
 
+    def shape(self, name: str) -> Shape:
+        """A tensor's shape, as ``get`` returns it; nothing is read."""
+        ...
+
     def get(self, name: str) -> np.ndarray:
         """One tensor, read now."""
         ...
@@ -47,6 +51,10 @@ class Renamed:
     def names(self) -> set[str]:
         """The names of the table."""
         return set(self.where)
+
+    def shape(self, name: str) -> Shape:
+        """Its shape."""
+        return self.source.shape(self.where[name])
 
     def get(self, name: str) -> np.ndarray:
         """The tensor of that name."""
@@ -72,6 +80,10 @@ class Completed:
     def names(self) -> set[str]:
         """Names of the source and of what is added."""
         return self.source.names() | self.added.keys()
+
+    def shape(self, name: str) -> Shape:
+        """Its shape."""
+        return self.added[name].shape if name in self.added else self.source.shape(name)
 
     def get(self, name: str) -> np.ndarray:
         """The tensor of that name."""

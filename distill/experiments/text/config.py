@@ -57,7 +57,7 @@ class StudentConfig:
 
     def _read(self) -> dict[str, tuple[bool, str]]:
         measured = any((self.kv_heads, self.feed_forward, self.width, self.start.weighted))
-        return {"calibration_batches": (measured, "no kv_heads, feed_forward, width or weighted start")}
+        return {"calibration_batches": (measured, "kv_heads, feed_forward, width or a weighted start")}
 
 
 @dataclasses.dataclass(frozen=True)
