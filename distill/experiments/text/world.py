@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from distill.tokenizer import TextTokenizer
 from distill.vocab import align
 from distill.weights import published
 from distill.weights.published import Published
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,10 +106,19 @@ def prepare(config: TextConfig, run: Path) -> World:
     if not config.student.start.plain:
         plain = decoder(plain.config).with_vocabulary(plain.vocab_size)
     learner(config.objective, begin.model, network.model)
+    for name, model in (("teacher", network.model), ("student", plain)):
+        _check_length(name, model, config.data.length)
     heldout = heldout.take(slice(config.heldout_rows))
     train = loader.examples if isinstance(loader, Loader) else _own_part(config, loader).batch
     kept = Heldout(*network, heldout.batch(), _mesh(config))
     return World(config, run, network, tokenizer, begin, plain, train, kept, _prompts(config, heldout))
+
+
+def _check_length(name: str, model: Model, length: int) -> None:
+    """Logs rows that are longer than the texts a model was trained on."""
+    most = model.config.max_length
+    if most is not None and length > most:
+        log.warning("data.length=%d, but the %s was made for texts of at most %d tokens.", length, name, most)
 
 
 def _mesh(config: TextConfig) -> jax.sharding.Mesh | None:
