@@ -3,6 +3,7 @@
 import collections
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -18,7 +19,7 @@ from distill.data.packing import Rows, Summary, best_fit, cut, pack
 from distill.data.prepared import prepare
 from distill.data.readers import Document, Fields, Part, files_of, read
 from distill.data.text import Encoded, TextDataConfig, documents, encode
-from distill.errors import UserError
+from distill.errors import MissingFile, UserError
 from distill.tokenizer import TextTokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -158,6 +159,50 @@ def test_files_that_are_left_out_are_named(tmp_path, warned):
     assert (
         "split 'train' is read, 1 files (train travel.txt …); 2 files are left out: history.txt, physics.txt" in splits
     )
+
+
+def arrow_file(path: Path, texts: list[str]) -> None:
+    table = pyarrow.table({"text": texts})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+
+
+def test_tables_that_map_keeps_beside_a_saved_data_set_are_not_read(tmp_path, warned):
+    names = ["train/data-00000-of-00002.arrow", "train/data-00001-of-00002.arrow", "train/cache-1f2e3d.arrow"]
+    for name in names:
+        arrow_file(tmp_path / name, ["one"])
+    own = [{"filename": Path(name).name} for name in names[:2]]
+    (tmp_path / "train" / "state.json").write_text(json.dumps({"_data_files": own, "_split": "train"}))
+    assert [str(file.relative_to(tmp_path)) for file in files_of(tmp_path)] == names[:2]
+    (line,) = warned()
+    assert "1 files are left out: train/cache-1f2e3d.arrow; state.json does not name them" in line
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(MissingFile, match="data-00001-of-00002.arrow: missing; state.json names it"):
+        files_of(tmp_path)
+    (tmp_path / "train" / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="state.json: expected the names of the tables"):
+        files_of(tmp_path)
+
+
+def test_links_to_folders_are_followed_each_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts" / "round").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts" / "twice").symlink_to(tmp_path / "elsewhere")
+    assert [str(p.relative_to(tmp_path / "texts")) for p in files_of(tmp_path / "texts")] == ["a.txt", "more/b.txt"]
+
+
+def test_a_split_in_several_folders_is_logged(tmp_path, warned):
+    for subset in ("all", "everyday"):
+        (tmp_path / "data" / subset).mkdir(parents=True)
+        (tmp_path / "data" / subset / "train-00000-of-00001.jsonl").write_text('{"text": "a"}')
+    assert len(files_of(tmp_path)) == 2
+    (line,) = warned()
+    assert "split 'train' is read from 2 folders" in line and "data/all, data/everyday" in line
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -450,6 +495,23 @@ def test_the_fingerprint_follows_the_content_that_is_read(tmp_path):
     assert prepared.fingerprint(TextDataConfig(source=str(path), length=99), TOKENIZER) != first
     write_lines(path, RECORDS[1:])
     assert prepared.fingerprint(config, TOKENIZER) != first
+
+
+def test_the_fingerprint_follows_a_file_that_is_held_out_now(tmp_path):
+    for name in ("train/a", "train/b", "held/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": name}])
+    config = TextDataConfig(source=str(tmp_path / "train"), heldout_source=str(tmp_path / "held"))
+    first = prepared.fingerprint(config, TOKENIZER)
+    (tmp_path / "train" / "b.jsonl").rename(tmp_path / "held" / "b.jsonl")
+    assert prepared.fingerprint(config, TOKENIZER) != first
+
+
+def test_files_that_are_trained_on_and_held_out_are_logged(tmp_path, warned):
+    write_lines(tmp_path / "a.jsonl", RECORDS)
+    held = write_lines(tmp_path / "b.jsonl", RECORDS)
+    prepare(TextDataConfig(source=str(tmp_path), heldout_source=str(held)), TOKENIZER, tmp_path / "tfds")
+    assert any("heldout: 1 files are trained on too, such as" in line and str(held) in line for line in warned())
 
 
 def test_a_side_without_documents_is_refused(tmp_path):

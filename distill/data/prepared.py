@@ -94,10 +94,10 @@ def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
 def ready(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
     """The builder with its rows prepared: by process 0, or by each process where they share no folder."""
     made = once.prepared(lambda: builder(config, tokenizer, data_dir))
-    _report(
-        made.builder_config.name,
-        tuple(line for side in SIDES for line in _lines(Summary(**made.info.metadata[side]), side)),
-    )
+    lines = [line for side in SIDES for line in _lines(Summary(**made.info.metadata[side]), side)]
+    if both := text.shared_files(config):
+        lines.append(f"heldout: {len(both)} files are trained on too, such as {both[0]}: measures are of text seen")
+    _report(made.builder_config.name, tuple(lines))
     return made
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,10 +83,12 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
         (``train-00000-of-00002.parquet``, ``test/data-00000-of-00001.arrow``). Without such names all files are read.
 
     Raises:
-      MissingFile: no such path.
+      MissingFile: no such path, or a file that ``state.json`` names.
       UserError: a file of another kind, a folder without files, or without this split.
 
-    Files of the folder that are not read are logged once, by their names.
+    Links to folders are followed. Of a folder that ``datasets`` saved, the files in its ``state.json`` are read: tables
+    that its ``map`` keeps beside them hold the same rows again. Files of the folder that are not read are logged once,
+    by their names, and so are the folders of a split that lies in several, which may be subsets.
     """
     path = Path(path)
     if not path.exists():
@@ -94,9 +97,10 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
         if path.suffix not in SUFFIXES:
             raise UserError(f"{path}: files {path.suffix or 'without suffix'} are not read; {', '.join(SUFFIXES)} are.")
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not _hidden(p.relative_to(path)))
-    found = [p for p in found if p.name != "README.md"]
-    _log_other_kinds(path, tuple(sorted(p.name for p in path.rglob("*") if _other(p, path))))
+    below = sorted(_below(path))
+    found = [p for p in below if p.suffix in SUFFIXES and not _hidden(p.relative_to(path)) and p.name != "README.md"]
+    _log_other_kinds(path, tuple(sorted(p.name for p in below if _other(p, path))))
+    found = _as_saved(path, found)
     if not found:
         raise UserError(f"{path}: no files to read in this folder; expected {', '.join(SUFFIXES)}.")
     splits = {p: _split_of(p.relative_to(path)) for p in found}
@@ -107,7 +111,41 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
         there = sorted({name for name in splits.values() if name})
         raise UserError(f"{path}: no files of a split {split!r}; the folder has {', '.join(there)}.")
     _log_other_splits(path, split, tuple(str(p.relative_to(path)) for p in chosen), tuple(map(str, found)))
+    _log_subsets(path, split, tuple(dict.fromkeys(str(p.parent.relative_to(path)) for p in chosen)))
     return chosen
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files below a folder; links to folders are followed, each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in names)
+
+
+def _as_saved(path: Path, found: list[Path]) -> list[Path]:
+    """The files without the tables that ``datasets`` keeps beside those of a saved data set."""
+    own: dict[Path, set[str]] = {}
+    for folder in {p.parent for p in found if p.suffix == ".arrow"}:
+        if (state := folder / "state.json").is_file():
+            own[folder] = _named_by(state)
+            for name in sorted(own[folder] - {p.name for p in found if p.parent == folder}):
+                raise MissingFile(f"{folder / name}: missing; state.json names it. Was the copy cut off?")
+    kept = [p for p in found if p.suffix != ".arrow" or p.name in own.get(p.parent, {p.name})]
+    _log_cached(path, tuple(str(p.relative_to(path)) for p in found if p not in kept))
+    return kept
+
+
+def _named_by(state: Path) -> set[str]:
+    """The tables in a ``state.json`` of ``datasets``."""
+    try:
+        return {entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{state}: expected the names of the tables beside it, '_data_files' ({error!r}).") from error
 
 
 def _other(file: Path, folder: Path) -> bool:
@@ -133,6 +171,24 @@ def _log_other_splits(folder: Path, split: str, chosen: tuple[str, ...], found: 
     rest = tuple(name for file in found if (name := str(Path(file).relative_to(folder))) not in chosen)
     if rest:
         log.warning("%s: split %r is read, %d files (%s …); %s", folder, split, len(chosen), chosen[0], _files(rest))
+
+
+@functools.lru_cache
+def _log_cached(folder: Path, names: tuple[str, ...]) -> None:
+    if names:
+        log.warning("%s: %s; state.json does not name them", folder, _files(names))
+
+
+@functools.lru_cache
+def _log_subsets(folder: Path, split: str, places: tuple[str, ...]) -> None:
+    if len(places) > 1:
+        log.warning(
+            "%s: split %r is read from %d folders, perhaps subsets with the same texts: %s; for one, give its path",
+            folder,
+            split,
+            len(places),
+            ", ".join(places[:5]),
+        )
 
 
 def _files(names: tuple[str, ...]) -> str:

@@ -165,7 +165,8 @@ def source_hash(config: TextDataConfig) -> str:
     from distill import fetch
 
     total = hashlib.sha256()
-    for source, split in dict.fromkeys(_source_of(config, side) for side in SIDES):
+    for number, (source, split) in enumerate(dict.fromkeys(_source_of(config, side) for side in SIDES)):
+        total.update(b"\n" * number)  # a file that moves from one source to the other gives other rows
         if source == "pydoc":
             total.update(json.dumps([document.parts for document in _pydoc()]).encode())
         elif source == "chitchat":
@@ -174,6 +175,16 @@ def source_hash(config: TextDataConfig) -> str:
             for file in readers.files_of(source, split):
                 total.update(f"{file.name} {fetch.sha256_of(file)}\n".encode())
     return total.hexdigest()[:16]
+
+
+def shared_files(config: TextDataConfig) -> tuple[str, ...]:
+    """Files that are trained on and held out: the model is then judged by text that it has seen."""
+    if not config.separate:
+        return ()
+    sources = [_source_of(config, side) for side in SIDES]
+    sides = [set() if name in BUILT_IN else set(readers.files_of(name, split)) for name, split in sources]
+    train, heldout = ({file.resolve(): str(file) for file in side} for side in sides)
+    return tuple(sorted(name for file, name in heldout.items() if file in train))
 
 
 def encode(
