@@ -412,6 +412,20 @@ def test_every_token_of_a_long_document_is_predicted_once():
     assert summary.lost == 0 and summary.counted == len(labels)
 
 
+@pytest.mark.parametrize("start", [(), (0,)])
+def test_tokens_left_out_are_those_in_no_row(start):
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        size = 40 + number
+        ids = np.concatenate([np.zeros(len(start), int), np.arange(1, size)])  # each token once
+        counts = rng.random(len(ids)) < 0.05
+        counts[-1] = True
+        summary = Summary()
+        rows = joined(pack([Encoded(ids, counts)], 5, start=start, summary=summary))
+        there = np.unique(rows.tokens[rows.segments > 0])
+        assert summary.lost == len(np.unique(ids)) - len(there)
+
+
 @pytest.mark.parametrize("window", [3, 1000])
 def test_every_row_and_segment_of_a_tokenizer_with_bos_begins_with_it(window):
     found = [

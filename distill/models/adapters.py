@@ -48,9 +48,9 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
       >>> model.logits(model.init(jax.random.key(0)), jnp.array([[1, 2]])).shape
       (1, 2, 14)
     """
-    _check_signature("from_linen", type(module))
     tokens, others = _inputs()
-    specification = jax.eval_shape(lambda key: module.init(key, tokens, **others), jax.random.key(0)).get("params", {})
+    taken = {name: value for name, value in others.items() if _takes(type(module), name)}
+    specification = jax.eval_shape(lambda key: module.init(key, tokens, **taken), jax.random.key(0)).get("params", {})
     boxes = jax.tree.leaves(specification, is_leaf=lambda leaf: isinstance(leaf, Parameter))
     if boxes and all(isinstance(box, Parameter) for box in boxes):
         init, axes = _declared(specification)
@@ -98,6 +98,7 @@ def _declared(specification: Params) -> tuple[Callable[[Array], Params], Params]
 def _ordinary(module: nn.Module, vocab_size: int) -> Callable[[Array], Params]:
     """``init`` of a module with initialisers of its own, after a trial on shapes."""
     name, (tokens, further) = type(module).__name__, _inputs()
+    _check_signature("from_linen", type(module))
 
     def logits(module: nn.Module) -> Array:
         return module.unembed(_as_output(module(tokens, **further)).hidden)
@@ -140,11 +141,15 @@ def _filled(kind: type, tokens: Array, inputs: dict[str, Any]) -> dict[str, Any]
     return inputs | {name: usual[name]() for name in needed}
 
 
+def _takes(kind: type, name: str) -> bool:
+    inputs = inspect.signature(kind.__call__).parameters
+    return name in inputs or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in inputs.values())
+
+
 def _check_signature(adapter: str, kind: type) -> None:
     """Raises UserError for a module that takes no positions and segments, or has no head."""
     inputs = inspect.signature(kind.__call__).parameters
-    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in inputs.values())
-    if not anything and not {"positions", "segments"} <= inputs.keys():
+    if not (_takes(kind, "positions") and _takes(kind, "segments")):
         raise UserError(
             f"{adapter}: {kind.__name__}.__call__ takes {', '.join(list(inputs)[1:])}; expected tokens, positions and "
             "segments, so that packed documents do not see each other."
