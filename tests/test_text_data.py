@@ -521,6 +521,40 @@ def test_the_fingerprint_follows_a_file_that_is_held_out_now(tmp_path):
     assert prepared.fingerprint(config, TOKENIZER) != first
 
 
+def test_a_split_that_a_source_has_not_is_refused(tmp_path):
+    file = write_lines(tmp_path / "train.jsonl", RECORDS)
+    (tmp_path / "texts").mkdir()
+    write_lines(tmp_path / "texts" / "a.jsonl", RECORDS)
+    for source, message in (
+        (file, "one file, no split 'test'"),
+        (tmp_path / "texts", "no split 'test': no file is named after a split, such as test-0.jsonl"),
+        ("pydoc", "split 'test' of pydoc, which has none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(documents(TextDataConfig(source=str(source), heldout_split="test"), "heldout"))
+        if source != "pydoc":
+            with pytest.raises(UserError, match="no split 'dev'"):
+                list(documents(TextDataConfig(source=str(source), split="dev"), "train"))
+    assert files_of(write_lines(tmp_path / "my_test.jsonl", RECORDS), "test") == [tmp_path / "my_test.jsonl"]
+
+
+def test_what_plain_text_and_records_do_not_read_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one two")
+    records = write_lines(tmp_path / "b.jsonl", RECORDS)
+    for form in ("prompt", "messages"):
+        config = TextDataConfig(source=str(tmp_path / "a.txt"), format=form)
+        with pytest.raises(UserError, match=f"a.txt: plain text; format='{form}' is of records"):
+            list(documents(config, "train"))
+    for source in (str(records), "pydoc"):
+        with pytest.raises(UserError, match=r"separator='\\n' cuts plain text \(.txt, .md\), and .* has none"):
+            prepared.fingerprint(TextDataConfig(source=source, separator="\n"), TOKENIZER)
+    left_out = collections.Counter()
+    config = TextDataConfig(source=str(tmp_path / "a.txt"), heldout_source=str(records), separator="\\n")
+    prepared.fingerprint(config, TOKENIZER)
+    assert [d.text() for d in documents(config, "train", left_out)] == ["one two"]
+    assert +left_out == {r"files in which the separator '\\n' does not occur: each is one document": 1}
+
+
 def test_files_that_are_trained_on_and_held_out_are_logged(tmp_path, warned):
     write_lines(tmp_path / "a.jsonl", RECORDS)
     held = write_lines(tmp_path / "b.jsonl", RECORDS)

@@ -19,7 +19,9 @@ from distill.data.messages import check_messages, well_formed, without_nulls
 from distill.errors import MissingFile, UserError, check_fields
 
 Format = Literal["auto", "text", "prompt", "messages"]
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".arrow")
+PLAIN = (".txt", ".md")
+"""Suffixes of plain text."""
+SUFFIXES = (*PLAIN, ".jsonl", ".parquet", ".arrow")
 """Suffixes of the files that are read."""
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -96,6 +98,8 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"{path}: files {path.suffix or 'without suffix'} are not read; {', '.join(SUFFIXES)} are.")
+        if split not in ("train", _split_of(Path(path.name))):
+            raise UserError(f"{path}: one file, no split {split!r}; expected a folder with files named after splits.")
         return [path]
     below = sorted(_below(path))
     found = [p for p in below if p.suffix in SUFFIXES and not _hidden(p.relative_to(path)) and p.name != "README.md"]
@@ -105,6 +109,8 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
         raise UserError(f"{path}: no files to read in this folder; expected {', '.join(SUFFIXES)}.")
     splits = {p: _split_of(p.relative_to(path)) for p in found}
     if not any(splits.values()):
+        if split != "train":
+            raise UserError(f"{path}: no split {split!r}: no file is named after a split, such as {split}-0.jsonl.")
         return found
     chosen = [p for p in found if splits[p] == split]
     if not chosen:
@@ -223,7 +229,11 @@ def read(
       UserError: what cannot be read, with file and line (or row) number.
     """
     left_out = collections.Counter() if left_out is None else left_out
-    if path.suffix in (".txt", ".md"):
+    if path.suffix in PLAIN:
+        if form not in ("auto", "text"):
+            raise UserError(
+                f"{path}: plain text; format={form!r} is of records in {', '.join(SUFFIXES[len(PLAIN) :])}."
+            )
         yield from _read_text(path, separator, left_out)
         return
     records = {".jsonl": _json_lines, ".parquet": _parquet, ".arrow": _arrow}[path.suffix](path)
@@ -315,6 +325,9 @@ def _read_text(path: Path, separator: str, left_out: LeftOut[str]) -> Iterator[D
         raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start} of the file); convert it.") from error
     line = 1
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as files opened as text are read
+    left_out[f"files in which the separator {separator!r} does not occur: each is one document"] += (
+        separator not in text  # the empty one is in every text
+    )
     for piece in text.split(separator) if separator else [text]:
         if piece.strip():
             yield Document((Part(piece, True),), where=f"{path}:{line}")

@@ -126,6 +126,8 @@ def _source_of(config: TextDataConfig, side: Side) -> tuple[str, str]:
 
 def _all(config: TextDataConfig, side: Side, left_out: LeftOut[str] | None = None) -> Iterator[Document]:
     source, split = _source_of(config, side)
+    if source in BUILT_IN and split != "train":
+        raise UserError(f"data: split {split!r} of {source}, which has none; expected heldout_split=None.")
     if source == "pydoc":
         yield from _pydoc()
     elif source == "chitchat":
@@ -160,10 +162,11 @@ def source_hash(config: TextDataConfig) -> str:
 
     Raises:
       MissingFile: no such source.
-      UserError: a folder without readable files.
+      UserError: a folder without readable files, or a separator without plain text.
     """
     from distill import fetch
 
+    _check_separator(config)
     total = hashlib.sha256()
     for number, (source, split) in enumerate(dict.fromkeys(_source_of(config, side) for side in SIDES)):
         total.update(b"\n" * number)  # a file that moves from one source to the other gives other rows
@@ -181,10 +184,23 @@ def shared_files(config: TextDataConfig) -> tuple[str, ...]:
     """Files that are trained on and held out: the model is then judged by text that it has seen."""
     if not config.separate:
         return ()
-    sources = [_source_of(config, side) for side in SIDES]
-    sides = [set() if name in BUILT_IN else set(readers.files_of(name, split)) for name, split in sources]
-    train, heldout = ({file.resolve(): str(file) for file in side} for side in sides)
+    train, heldout = ({file.resolve(): str(file) for file in _files(config, side)} for side in SIDES)
     return tuple(sorted(name for file, name in heldout.items() if file in train))
+
+
+def _files(config: TextDataConfig, side: Side) -> list[Path]:
+    """Files of a side; of a corpus without files its name."""
+    source, split = _source_of(config, side)
+    return [Path(source)] if source in BUILT_IN else readers.files_of(source, split)
+
+
+def _check_separator(config: TextDataConfig) -> None:
+    """Raises UserError for a separator that cuts nothing: records and the built-in corpora have none."""
+    if config.separator and not any(f.suffix in readers.PLAIN for side in SIDES for f in _files(config, side)):
+        raise UserError(
+            f"data: separator={config.separator!r} cuts plain text ({', '.join(readers.PLAIN)}), and {config.source} "
+            "has none; expected an empty one."
+        )
 
 
 def encode(
