@@ -1,6 +1,8 @@
 """Readers, sides and rows of text: masks, ends of documents, refusals."""
 
 import collections
+import datetime
+import decimal
 import json
 import logging
 from pathlib import Path
@@ -233,6 +235,26 @@ def test_fields_that_are_not_read_are_counted(tmp_path):
     assert len(list(read(write_lines(tmp_path / "a.jsonl", records), "auto", Fields(), "", left_out))) == 2
     fields = "records with fields that are not read"
     assert +left_out == {f"{fields} (id, weight)": 1, f"{fields} (id)": 1}
+
+
+def test_empty_texts_of_records_are_left_out_and_counted(tmp_path):
+    left_out = collections.Counter()
+    file = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in ("", "one", " \n", "two")])
+    assert [document.text() for document in read(file, "auto", Fields(), left_out=left_out)] == ["one", "two"]
+    assert left_out["empty documents"] == 2
+
+
+def test_dates_and_decimals_in_a_conversation_are_named(tmp_path):
+    for value in (datetime.datetime(2020, 1, 1), decimal.Decimal("1.5"), b"bytes"):
+        table = pyarrow.Table.from_pylist([{"messages": CHAT, "tools": [{"name": "t", "since": value}]}])
+        parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=r"a.parquet:1: .* is not JSON serializable; expected text, numbers"):
+            list(read(tmp_path / "a.parquet", "auto", Fields()))
+
+
+def test_tools_written_as_null_are_none(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": tools} for tools in ("null", "[]", "", None)])
+    assert [document.tools for document in read(file, "auto", Fields())] == [()] * 4
 
 
 def test_keys_that_arrow_adds_are_no_part_of_a_conversation(tmp_path):

@@ -21,7 +21,7 @@ from distill.data.text import SIDES, Side, TextDataConfig
 from distill.errors import UserError
 from distill.tokenizer import TextTokenizer
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 """Version of the preparation; data of another version are prepared again."""
 
 log = logging.getLogger(__name__)

@@ -249,7 +249,11 @@ def read(
             left_out["records with half of a surrogate pair, which is read as U+FFFD"] += _broken(record)
         if unread := [str(name) for name in sorted(set(clean) - _read_by(form, fields)) if clean[name] is not None]:
             left_out[f"records with fields that are not read ({', '.join(unread[:8])})"] += 1
-        yield document_of(clean, form, fields, where)
+        document = document_of(clean, form, fields, where)
+        if form == "text" and not document.text().strip():  # as in plain text; wikitext has thousands of them
+            left_out["empty documents"] += 1
+            continue
+        yield document
 
 
 def guess(record: Mapping[str, Any], fields: Fields, where: str) -> Format:
@@ -285,9 +289,13 @@ def document_of(record: Mapping[str, Any], form: Format, fields: Fields, where: 
     if form == "prompt":
         return Document((Part(text(fields.prompt), False), Part(text(fields.completion), True)), where=where)
     messages = check_messages(record.get(fields.messages), where)
-    tools = _from_json(record.get(fields.tools) or ())
+    tools = _from_json(record.get(fields.tools)) or ()
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise UserError(f"{where}: field {fields.tools!r} is a {type(tools).__name__}; expected a list.")
+    try:
+        json.dumps([messages, tools])
+    except (TypeError, ValueError) as error:  # tables hold dates, bytes and decimals too
+        raise UserError(f"{where}: {error}; expected text, numbers, lists and objects in a conversation.") from error
     return Document(messages=messages, tools=tuple(tools), where=where)
 
 
