@@ -557,6 +557,9 @@ def test_a_split_that_a_source_has_not_is_refused(tmp_path):
         if source != "pydoc":
             with pytest.raises(UserError, match="no split 'dev'"):
                 list(documents(TextDataConfig(source=str(source), split="dev"), "train"))
+    write_lines(tmp_path / "dev.jsonl", RECORDS[:3])
+    config = TextDataConfig(source=str(tmp_path), split="dev", heldout_source=str(tmp_path / "texts" / "a.jsonl"))
+    assert [len(list(documents(config, side))) for side in text.SIDES] == [3, len(RECORDS)]
     assert files_of(write_lines(tmp_path / "my_test.jsonl", RECORDS), "test") == [tmp_path / "my_test.jsonl"]
 
 

@@ -110,7 +110,10 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
     splits = {p: _split_of(p.relative_to(path)) for p in found}
     if not any(splits.values()):
         if split != "train":
-            raise UserError(f"{path}: no split {split!r}: no file is named after a split, such as {split}-0.jsonl.")
+            raise UserError(
+                f"{path}: no split {split!r}: no file is named after a split, such as {split}-0.jsonl; all are of "
+                "the split 'train'."
+            )
         return found
     chosen = [p for p in found if splits[p] == split]
     if not chosen:

@@ -120,7 +120,9 @@ def _draw(document: Document, seed: int) -> float:
 def _source_of(config: TextDataConfig, side: Side) -> tuple[str, str]:
     """Source and split of a side."""
     if side == "heldout" and config.separate:
-        return config.heldout_source or config.source, config.heldout_split or config.split
+        source = config.heldout_source or config.source
+        usual = config.split if Path(source).is_dir() else "train"  # one file has no splits
+        return source, config.heldout_split or usual
     return config.source, config.split
 
 
