@@ -124,6 +124,15 @@ def test_the_date_of_a_template_is_fixed():
         "{{ '%0999999999d' % 1 }}",
         "{{ '{:999999999}'.format(1) }}",
         "{{ '%0999999999d' | format(1) }}",
+        "{{ '%*d' % (999999999, 1) }}",
+        "{{ '%.*f' % (999999999, 1) }}",
+        "{{ '{:{w}}'.format(1, w=999999999) }}",
+        "{{ '{x:{w}}'.format_map({'x': 1, 'w': 999999999}) }}",
+        "{{ 7 | center(999999999) }}",
+        "{{ (7).to_bytes(999999999, 'big') }}",
+        "{{ 7 | round(-999999999) }}",
+        "{{ ['a'] | map('center', 999999999) | join }}",
+        "{{ {'a': 1} | tojson(indent=999999999) }}",
         "{{ 'a' | center(999999999) }}",
         "{{ 'a'.ljust(999999999) }}",
         "{{ ('\n' * 99999) | indent(99999) }}",
@@ -145,6 +154,23 @@ def test_a_template_that_does_not_end_or_fails_is_an_error(source):
     with pytest.raises(UserError, match="the chat template fails: "):
         tiny_tokenizer(chat_template=source).chat(CHAT)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ VALUE | string }}",
+        "{{ VALUE | tojson }}",
+        "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(VALUE) }}",
+        "{{ nothing | default(VALUE) }}",
+        "{{ {}.get('a', VALUE) }}",
+        "{{ [{'a': VALUE}] | selectattr('a', 'equalto', VALUE) | map(attribute='a') | first }}",
+    ],
+)
+def test_a_number_that_is_no_length_may_be_large(source):
+    source = source.replace("VALUE", "1700000000")
+    (theirs,), _ = render_jinja_template([CHAT], chat_template=source)
+    assert tiny_tokenizer(chat_template=source).chat(CHAT) == theirs == "1700000000"
 
 
 def test_the_line_of_a_template_is_named():
@@ -294,6 +320,15 @@ def test_no_word_none_is_written_for_a_call_without_content():
         "ARGUMENTS", "c.function.arguments | tojson"
     )
     assert turns(source, messages) == ["<call>add {}</call><|im_end|>"]
+
+
+@pytest.mark.parametrize("given", [{}, {"content": None}, {"content": ""}])
+@pytest.mark.parametrize("content", ["m.content.strip()", "(m.content if m.content is string else m.content | join)"])
+def test_a_template_that_fails_over_no_content_gets_an_empty_one(given, content):
+    call = {"function": {"name": "add", "arguments": {"a": 1700000000}}}
+    messages = [TALK[0], {"role": "assistant", "tool_calls": [call], **given}]
+    source = CALLS.replace("(m.content or '')", content).replace("ARGUMENTS", "c.function.arguments | tojson")
+    assert turns(source, messages) == ['<call>add {"a": 1700000000}</call><|im_end|>']
 
 
 # ---- marks of the data

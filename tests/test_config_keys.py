@@ -16,6 +16,7 @@ from distill.models import DecoderConfig, EncoderConfig, RopeScaling
 from distill.weights import read_config
 from distill.weights.families import FAMILIES, from_json, to_json
 from distill.weights.families.keys import KINDS, Keys, shown
+from distill.weights.safetensors import SafetensorsSource
 
 DATA = Path(__file__).resolve().parent / "data"
 FOLDERS = {}
@@ -29,6 +30,67 @@ def values_of(kind: str) -> dict:
 
 
 # ---- read
+
+
+PUBLISHED = {
+    "Qwen2.5-0.5B": ("qwen2", {"use_mrope": False}),
+    "Phi-4-mini": ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
+    "gpt2-medium": ("gpt2", {"n_special": 0, "predict_special_tokens": True}),
+    "gpt2-xl": ("gpt2", {"output_past": True}),
+    "distilgpt2": ("gpt2", {"_num_labels": 1, "task_specific_params": {"text-generation": {"do_sample": True}}}),
+    "gpt-neox-20b": ("gpt_neox", {"attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0}),
+    "vicuna-7b": ("llama", {"max_sequence_length": 2048}),
+    "distilbert-base-multilingual": ("distilbert", {"output_past": True}),
+    "TinyBERT_General_4L_312D": (
+        "bert",
+        {"cell": {}, "emb_size": 312, "pre_trained": "", "structure": [], "training": ""},
+    ),
+    "ms-marco-MiniLM": ("bert", {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}),
+}
+"""Published models: family, and keys of their config.json that change no logit."""
+EVERYWHERE = {
+    "_attn_implementation_autoset": True,
+    "pruned_heads": {},
+    "torchscript": False,
+    "num_beams": 1,
+    "top_k": 50,
+}
+EVERYWHERE |= {"add_cross_attention": False, "cross_attention_hidden_size": None, "temperature": 1.0, "prefix": None}
+EVERYWHERE |= {"tokenizer_class": "PreTrainedTokenizerFast", "use_bfloat16": False, "finetuning_task": None}
+"""Some of the keys that transformers 4 writes for every model."""
+
+
+def read_as(kind: str, keys: dict):
+    tensors = SafetensorsSource(FOLDERS[kind]).names()
+    return from_json(values_of(kind) | keys, lambda: tensors)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_of_published_models_that_change_no_logit_are_read(name):
+    kind, keys = PUBLISHED[name]
+    assert read_as(kind, keys) == read_as(kind, {})
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_what_older_releases_write_for_every_model_is_read(kind):
+    assert read_as(kind, EVERYWHERE) == read_as(kind, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("qwen2", {"use_mrope": True}),
+        ("phi3", {"lm_head_bias": True}),
+        ("phi3", {"full_attn_mod": 2}),
+        ("gpt2", {"n_special": 3}),
+        ("llama", {"pruned_heads": {"0": [1]}}),
+        ("bert", {"pruned_heads": {"0": [1]}}),
+        ("mistral", {"add_cross_attention": True}),
+    ],
+)
+def test_the_same_keys_with_values_that_change_logits_are_refused(kind, keys):
+    with pytest.raises(UserError, match=next(iter(keys))):
+        from_json(values_of(kind) | keys)
 
 
 def test_every_key_that_a_family_reads_has_a_kind(monkeypatch):

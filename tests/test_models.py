@@ -13,6 +13,7 @@ from builders import VOCAB, Recurrent, nnx_model, random_params, tiny, tiny_deco
 from flax import nnx
 
 from distill.batch import shift
+from distill.errors import UserError
 from distill.models import DecoderConfig, Output, RopeScaling, decoder, from_linen, from_nnx
 from distill.models.layers import rms_norm
 from distill.models.rope import rotate, turns_of
@@ -516,6 +517,62 @@ class Headless(nn.Module):
 def test_what_a_linen_module_must_not_hold_is_refused_by_name(module, message):
     with pytest.raises(ValueError, match=message):
         from_linen(module, VOCAB)
+
+
+class Required(nn.Module):
+    """Positions and segments without defaults."""
+
+    @nn.compact
+    def __call__(self, tokens, positions, segments):
+        return nn.Embed(VOCAB, VOCAB)(tokens) + positions[..., None] + 100 * segments[..., None]
+
+    def unembed(self, hidden):
+        return hidden
+
+
+class RequiredNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.table = nnx.Embed(VOCAB, VOCAB, rngs=rngs)
+
+    def __call__(self, tokens, positions, segments):
+        return self.table(tokens) + positions[..., None] + 100 * segments[..., None]
+
+    def unembed(self, hidden):
+        return hidden
+
+
+@pytest.mark.parametrize("model", [from_linen(Required(), VOCAB), from_nnx(RequiredNnx, VOCAB)], ids=["linen", "nnx"])
+def test_positions_and_segments_may_be_required(model):
+    params, tokens = model.init(jax.random.key(0)), tokens_of(2, 3)
+    given = {"positions": jnp.arange(3)[None].repeat(2, 0), "segments": jnp.ones((2, 3), jnp.int32)}
+    plain = model.logits(params, tokens)
+    np.testing.assert_array_equal(plain, model.logits(params, tokens, **given))
+    np.testing.assert_allclose(plain[:, 1:] - plain[:, :-1], 1.0 + jnp.diff(_rows(params)[tokens], axis=1), atol=1e-4)
+
+
+def _rows(params):
+    return jax.tree.leaves(params)[0]
+
+
+class UnawareNnx(RequiredNnx):
+    def __call__(self, tokens):
+        return self.table(tokens)
+
+
+class HeadlessNnx(RequiredNnx):
+    unembed = None
+
+
+@pytest.mark.parametrize(
+    ("construct", "message"),
+    [
+        (UnawareNnx, "from_nnx: UnawareNnx.__call__ takes tokens; expected tokens, positions and segments"),
+        (HeadlessNnx, "from_nnx: HeadlessNnx has no unembed"),
+    ],
+)
+def test_an_nnx_module_that_cannot_be_a_model_is_refused_by_name(construct, message):
+    with pytest.raises(UserError, match=message):
+        from_nnx(construct, VOCAB)
 
 
 def test_another_vocabulary_of_a_linen_module_is_refused():

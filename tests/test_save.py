@@ -141,6 +141,21 @@ def test_a_kill_between_the_renames_leaves_the_old_model(old, params, monkeypatc
     jax.tree.map(np.testing.assert_array_equal, distill.load(old)[1], twice(params))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_without_a_token_are_not_saved(tied, tmp_path):
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    whole = tiny_decoder(vocab_size=24, tied=tied)
+    params, tokens = random_params(whole), np.array([[1, 2, 3]])
+    model = whole.with_vocabulary(14)
+    distill.save(tmp_path / "model", model, params)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 14
+    read, theirs = distill.load(tmp_path / "model")
+    np.testing.assert_array_equal(read.logits(theirs, tokens), model.logits(params, tokens))
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    logits = opened(torch.tensor(tokens)).logits.detach().numpy()
+    np.testing.assert_allclose(logits, model.logits(params, tokens), atol=1e-4)
+
+
 @pytest.mark.parametrize("arguments", [{"family": "gpt2"}, {"family": "gtp"}, {"tokenizer": "nowhere"}], ids=str)
 def test_a_model_that_cannot_be_saved_leaves_the_folder_as_it_was(old, params, arguments):
     before = contents(old)

@@ -12,6 +12,7 @@ from scipy import stats
 
 import distill
 from distill import losses
+from distill.errors import MissingFile, UserError
 from distill.experiments import runner
 from distill.experiments.folder import read_config
 from distill.experiments.kinds import report_in
@@ -198,6 +199,21 @@ def test_invalid_configurations_are_refused(options, message):
 def test_unsuitable_teachers_are_refused(given, tmp_path):
     with pytest.raises(ValueError, match="length=13; the teacher has 12 positions"):
         experiment.prepare(dataclasses.replace(given, length=13), tmp_path)
+
+
+def test_a_teacher_without_a_tokenizer_that_can_be_read_is_named(tmp_path):
+    config = SentenceConfig(teacher=str(tmp_path))
+    with pytest.raises(MissingFile, match=r"tokenizer.json: missing; .* AutoTokenizer"):
+        corpus.sentences(config)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer.json: no tokenizer that the library tokenizers reads"):
+        corpus.sentences(config)
+
+
+def test_the_folder_of_a_run_is_that_of_its_student(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "student_hf").mkdir()
+    assert corpus.teacher_folder(SentenceConfig(teacher=str(tmp_path))) == tmp_path / "student_hf"
 
 
 def test_every_token_of_a_sentence_counts_whatever_its_id(given):

@@ -1,8 +1,11 @@
 """Readers, sides and rows of text: masks, ends of documents, refusals."""
 
 import collections
+import datetime
+import decimal
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -18,7 +21,7 @@ from distill.data.packing import Rows, Summary, best_fit, cut, pack
 from distill.data.prepared import prepare
 from distill.data.readers import Document, Fields, Part, files_of, read
 from distill.data.text import Encoded, TextDataConfig, documents, encode
-from distill.errors import UserError
+from distill.errors import MissingFile, UserError
 from distill.tokenizer import TextTokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -160,6 +163,50 @@ def test_files_that_are_left_out_are_named(tmp_path, warned):
     )
 
 
+def arrow_file(path: Path, texts: list[str]) -> None:
+    table = pyarrow.table({"text": texts})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+
+
+def test_tables_that_map_keeps_beside_a_saved_data_set_are_not_read(tmp_path, warned):
+    names = ["train/data-00000-of-00002.arrow", "train/data-00001-of-00002.arrow", "train/cache-1f2e3d.arrow"]
+    for name in names:
+        arrow_file(tmp_path / name, ["one"])
+    own = [{"filename": Path(name).name} for name in names[:2]]
+    (tmp_path / "train" / "state.json").write_text(json.dumps({"_data_files": own, "_split": "train"}))
+    assert [str(file.relative_to(tmp_path)) for file in files_of(tmp_path)] == names[:2]
+    (line,) = warned()
+    assert "1 files are left out: train/cache-1f2e3d.arrow; state.json does not name them" in line
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(MissingFile, match="data-00001-of-00002.arrow: missing; state.json names it"):
+        files_of(tmp_path)
+    (tmp_path / "train" / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="state.json: expected the names of the tables"):
+        files_of(tmp_path)
+
+
+def test_links_to_folders_are_followed_each_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts" / "round").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts" / "twice").symlink_to(tmp_path / "elsewhere")
+    assert [str(p.relative_to(tmp_path / "texts")) for p in files_of(tmp_path / "texts")] == ["a.txt", "more/b.txt"]
+
+
+def test_a_split_in_several_folders_is_logged(tmp_path, warned):
+    for subset in ("all", "everyday"):
+        (tmp_path / "data" / subset).mkdir(parents=True)
+        (tmp_path / "data" / subset / "train-00000-of-00001.jsonl").write_text('{"text": "a"}')
+    assert len(files_of(tmp_path)) == 2
+    (line,) = warned()
+    assert "split 'train' is read from 2 folders" in line and "data/all, data/everyday" in line
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_byte_order_mark_is_no_text(tmp_path, name):
     text = "fox" if name == "a.txt" else '{"text": "fox"}\n{"text": "\\ufefffox"}'
@@ -188,6 +235,26 @@ def test_fields_that_are_not_read_are_counted(tmp_path):
     assert len(list(read(write_lines(tmp_path / "a.jsonl", records), "auto", Fields(), "", left_out))) == 2
     fields = "records with fields that are not read"
     assert +left_out == {f"{fields} (id, weight)": 1, f"{fields} (id)": 1}
+
+
+def test_empty_texts_of_records_are_left_out_and_counted(tmp_path):
+    left_out = collections.Counter()
+    file = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in ("", "one", " \n", "two")])
+    assert [document.text() for document in read(file, "auto", Fields(), left_out=left_out)] == ["one", "two"]
+    assert left_out["empty documents"] == 2
+
+
+def test_dates_and_decimals_in_a_conversation_are_named(tmp_path):
+    for value in (datetime.datetime(2020, 1, 1), decimal.Decimal("1.5"), b"bytes"):
+        table = pyarrow.Table.from_pylist([{"messages": CHAT, "tools": [{"name": "t", "since": value}]}])
+        parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=r"a.parquet:1: .* is not JSON serializable; expected text, numbers"):
+            list(read(tmp_path / "a.parquet", "auto", Fields()))
+
+
+def test_tools_written_as_null_are_none(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": tools} for tools in ("null", "[]", "", None)])
+    assert [document.tools for document in read(file, "auto", Fields())] == [()] * 4
 
 
 def test_keys_that_arrow_adds_are_no_part_of_a_conversation(tmp_path):
@@ -367,6 +434,20 @@ def test_every_token_of_a_long_document_is_predicted_once():
     assert summary.lost == 0 and summary.counted == len(labels)
 
 
+@pytest.mark.parametrize("start", [(), (0,)])
+def test_tokens_left_out_are_those_in_no_row(start):
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        size = 40 + number
+        ids = np.concatenate([np.zeros(len(start), int), np.arange(1, size)])  # each token once
+        counts = rng.random(len(ids)) < 0.05
+        counts[-1] = True
+        summary = Summary()
+        rows = joined(pack([Encoded(ids, counts)], 5, start=start, summary=summary))
+        there = np.unique(rows.tokens[rows.segments > 0])
+        assert summary.lost == len(np.unique(ids)) - len(there)
+
+
 @pytest.mark.parametrize("window", [3, 1000])
 def test_every_row_and_segment_of_a_tokenizer_with_bos_begins_with_it(window):
     found = [
@@ -450,6 +531,60 @@ def test_the_fingerprint_follows_the_content_that_is_read(tmp_path):
     assert prepared.fingerprint(TextDataConfig(source=str(path), length=99), TOKENIZER) != first
     write_lines(path, RECORDS[1:])
     assert prepared.fingerprint(config, TOKENIZER) != first
+
+
+def test_the_fingerprint_follows_a_file_that_is_held_out_now(tmp_path):
+    for name in ("train/a", "train/b", "held/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": name}])
+    config = TextDataConfig(source=str(tmp_path / "train"), heldout_source=str(tmp_path / "held"))
+    first = prepared.fingerprint(config, TOKENIZER)
+    (tmp_path / "train" / "b.jsonl").rename(tmp_path / "held" / "b.jsonl")
+    assert prepared.fingerprint(config, TOKENIZER) != first
+
+
+def test_a_split_that_a_source_has_not_is_refused(tmp_path):
+    file = write_lines(tmp_path / "train.jsonl", RECORDS)
+    (tmp_path / "texts").mkdir()
+    write_lines(tmp_path / "texts" / "a.jsonl", RECORDS)
+    for source, message in (
+        (file, "one file, no split 'test'"),
+        (tmp_path / "texts", "no split 'test': no file is named after a split, such as test-0.jsonl"),
+        ("pydoc", "split 'test' of pydoc, which has none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(documents(TextDataConfig(source=str(source), heldout_split="test"), "heldout"))
+        if source != "pydoc":
+            with pytest.raises(UserError, match="no split 'dev'"):
+                list(documents(TextDataConfig(source=str(source), split="dev"), "train"))
+    write_lines(tmp_path / "dev.jsonl", RECORDS[:3])
+    config = TextDataConfig(source=str(tmp_path), split="dev", heldout_source=str(tmp_path / "texts" / "a.jsonl"))
+    assert [len(list(documents(config, side))) for side in text.SIDES] == [3, len(RECORDS)]
+    assert files_of(write_lines(tmp_path / "my_test.jsonl", RECORDS), "test") == [tmp_path / "my_test.jsonl"]
+
+
+def test_what_plain_text_and_records_do_not_read_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one two")
+    records = write_lines(tmp_path / "b.jsonl", RECORDS)
+    for form in ("prompt", "messages"):
+        config = TextDataConfig(source=str(tmp_path / "a.txt"), format=form)
+        with pytest.raises(UserError, match=f"a.txt: plain text; format='{form}' is of records"):
+            list(documents(config, "train"))
+    for source in (str(records), "pydoc"):
+        with pytest.raises(UserError, match=r"separator='\\n' cuts plain text \(.txt, .md\), and .* has none"):
+            prepared.fingerprint(TextDataConfig(source=source, separator="\n"), TOKENIZER)
+    left_out = collections.Counter()
+    config = TextDataConfig(source=str(tmp_path / "a.txt"), heldout_source=str(records), separator="\\n")
+    prepared.fingerprint(config, TOKENIZER)
+    assert [d.text() for d in documents(config, "train", left_out)] == ["one two"]
+    assert +left_out == {r"files in which the separator '\\n' does not occur: each is one document": 1}
+
+
+def test_files_that_are_trained_on_and_held_out_are_logged(tmp_path, warned):
+    write_lines(tmp_path / "a.jsonl", RECORDS)
+    held = write_lines(tmp_path / "b.jsonl", RECORDS)
+    prepare(TextDataConfig(source=str(tmp_path), heldout_source=str(held)), TOKENIZER, tmp_path / "tfds")
+    assert any("heldout: 1 files are trained on too, such as" in line and str(held) in line for line in warned())
 
 
 def test_a_side_without_documents_is_refused(tmp_path):

@@ -4,6 +4,7 @@ Data have arguments as an object or as JSON text (OpenAI's form), and templates 
 is seen in what it writes.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,8 +26,8 @@ def written(
     if not calls:
         return messages, *tokenizer.chat_with_marks(messages, tools)
     failed: UserError | None = None
-    for as_object in (True, False):
-        formed = [_with_arguments(message, as_object) for message in messages]
+    for as_object, given in itertools.product((True, False), _contents(messages)):
+        formed = [_with_arguments(message, as_object) for message in given]
         try:
             text, generated = tokenizer.chat_with_marks(formed, tools)
         except UserError as error:  # some templates take one form only
@@ -44,13 +45,19 @@ def written(
     )
 
 
+def _contents(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The messages, and with empty content for calls without one, for templates that fail over none."""
+    filled = [message | {"content": message.get("content") or ""} for message in messages]
+    return [messages] if filled == messages else [messages, filled]
+
+
 def _without_none(
     tokenizer: TextTokenizer, messages: list[dict[str, Any]], tools: Sequence[Any], text: str, generated: list[Span]
 ) -> tuple[list[dict[str, Any]], str, list[Span]]:
     """The same, with empty content for calls without one, where the template would write ``None`` for it."""
     if all(message.get("content") is not None for message in messages):
         return messages, text, generated
-    filled = [message | {"content": message.get("content") or ""} for message in messages]
+    filled = _contents(messages)[-1]
     try:
         other, marks = tokenizer.chat_with_marks(filled, tools)
     except UserError:

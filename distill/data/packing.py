@@ -5,6 +5,7 @@ A document longer than a row is cut according to the configuration.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
@@ -152,15 +153,18 @@ def pack(
     pieces: list[Encoded] = []
     used = 0
     for document in found:
-        parts = [part for part in cut(document, length, overflow, start) if part.counts[1:].any()]
+        whole = cut(document, length, overflow, start)
+        kept = [bool(part.counts[1:].any()) for part in whole]
+        parts = [part for part, there in zip(whole, kept, strict=True) if there]
         summary.documents += 1
         summary.tokens += len(document.ids)
         summary.cut += len(document.ids) > length + 1
         summary.empty += not parts
-        # Each piece after the first repeats tokens, which must not hide a lost one.
-        inside, again = sum(len(part.ids) for part in parts), 1 + len(_begin(document, start))
+        # A piece repeats the last token of the one before it, and its first ones, which must not hide a lost one.
+        inside, begin = sum(len(part.ids) for part in parts), len(_begin(document, start))
+        again = sum(map(all, itertools.pairwise(kept))) + begin * max(len(parts) - 1, 0)
         used += inside
-        summary.lost += max(len(document.ids) - inside + again * max(len(parts) - 1, 0), 0)
+        summary.lost += len(document.ids) - inside + again
         pieces += parts
         if len(pieces) >= window:
             yield _fill(pieces, length, pad_id, summary)

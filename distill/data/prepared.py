@@ -21,7 +21,7 @@ from distill.data.text import SIDES, Side, TextDataConfig
 from distill.errors import UserError
 from distill.tokenizer import TextTokenizer
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 """Version of the preparation; data of another version are prepared again."""
 
 log = logging.getLogger(__name__)
@@ -94,10 +94,10 @@ def builder(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Pa
 def ready(config: TextDataConfig, tokenizer: TextTokenizer, data_dir: str | Path | None = None) -> Any:
     """The builder with its rows prepared: by process 0, or by each process where they share no folder."""
     made = once.prepared(lambda: builder(config, tokenizer, data_dir))
-    _report(
-        made.builder_config.name,
-        tuple(line for side in SIDES for line in _lines(Summary(**made.info.metadata[side]), side)),
-    )
+    lines = [line for side in SIDES for line in _lines(Summary(**made.info.metadata[side]), side)]
+    if both := text.shared_files(config):
+        lines.append(f"heldout: {len(both)} files are trained on too, such as {both[0]}: measures are of text seen")
+    _report(made.builder_config.name, tuple(lines))
     return made
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from distill.data.messages import check_messages, well_formed, without_nulls
 from distill.errors import MissingFile, UserError, check_fields
 
 Format = Literal["auto", "text", "prompt", "messages"]
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".arrow")
+PLAIN = (".txt", ".md")
+"""Suffixes of plain text."""
+SUFFIXES = (*PLAIN, ".jsonl", ".parquet", ".arrow")
 """Suffixes of the files that are read."""
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -82,10 +85,12 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
         (``train-00000-of-00002.parquet``, ``test/data-00000-of-00001.arrow``). Without such names all files are read.
 
     Raises:
-      MissingFile: no such path.
+      MissingFile: no such path, or a file that ``state.json`` names.
       UserError: a file of another kind, a folder without files, or without this split.
 
-    Files of the folder that are not read are logged once, by their names.
+    Links to folders are followed. Of a folder that ``datasets`` saved, the files in its ``state.json`` are read: tables
+    that its ``map`` keeps beside them hold the same rows again. Files of the folder that are not read are logged once,
+    by their names, and so are the folders of a split that lies in several, which may be subsets.
     """
     path = Path(path)
     if not path.exists():
@@ -93,21 +98,63 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"{path}: files {path.suffix or 'without suffix'} are not read; {', '.join(SUFFIXES)} are.")
+        if split not in ("train", _split_of(Path(path.name))):
+            raise UserError(f"{path}: one file, no split {split!r}; expected a folder with files named after splits.")
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not _hidden(p.relative_to(path)))
-    found = [p for p in found if p.name != "README.md"]
-    _log_other_kinds(path, tuple(sorted(p.name for p in path.rglob("*") if _other(p, path))))
+    below = sorted(_below(path))
+    found = [p for p in below if p.suffix in SUFFIXES and not _hidden(p.relative_to(path)) and p.name != "README.md"]
+    _log_other_kinds(path, tuple(sorted(p.name for p in below if _other(p, path))))
+    found = _as_saved(path, found)
     if not found:
         raise UserError(f"{path}: no files to read in this folder; expected {', '.join(SUFFIXES)}.")
     splits = {p: _split_of(p.relative_to(path)) for p in found}
     if not any(splits.values()):
+        if split != "train":
+            raise UserError(
+                f"{path}: no split {split!r}: no file is named after a split, such as {split}-0.jsonl; all are of "
+                "the split 'train'."
+            )
         return found
     chosen = [p for p in found if splits[p] == split]
     if not chosen:
         there = sorted({name for name in splits.values() if name})
         raise UserError(f"{path}: no files of a split {split!r}; the folder has {', '.join(there)}.")
     _log_other_splits(path, split, tuple(str(p.relative_to(path)) for p in chosen), tuple(map(str, found)))
+    _log_subsets(path, split, tuple(dict.fromkeys(str(p.parent.relative_to(path)) for p in chosen)))
     return chosen
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files below a folder; links to folders are followed, each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in names)
+
+
+def _as_saved(path: Path, found: list[Path]) -> list[Path]:
+    """The files without the tables that ``datasets`` keeps beside those of a saved data set."""
+    own: dict[Path, set[str]] = {}
+    for folder in {p.parent for p in found if p.suffix == ".arrow"}:
+        if (state := folder / "state.json").is_file():
+            own[folder] = _named_by(state)
+            for name in sorted(own[folder] - {p.name for p in found if p.parent == folder}):
+                raise MissingFile(f"{folder / name}: missing; state.json names it. Was the copy cut off?")
+    kept = [p for p in found if p.suffix != ".arrow" or p.name in own.get(p.parent, {p.name})]
+    _log_cached(path, tuple(str(p.relative_to(path)) for p in found if p not in kept))
+    return kept
+
+
+def _named_by(state: Path) -> set[str]:
+    """The tables in a ``state.json`` of ``datasets``."""
+    try:
+        return {entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{state}: expected the names of the tables beside it, '_data_files' ({error!r}).") from error
 
 
 def _other(file: Path, folder: Path) -> bool:
@@ -133,6 +180,24 @@ def _log_other_splits(folder: Path, split: str, chosen: tuple[str, ...], found: 
     rest = tuple(name for file in found if (name := str(Path(file).relative_to(folder))) not in chosen)
     if rest:
         log.warning("%s: split %r is read, %d files (%s …); %s", folder, split, len(chosen), chosen[0], _files(rest))
+
+
+@functools.lru_cache
+def _log_cached(folder: Path, names: tuple[str, ...]) -> None:
+    if names:
+        log.warning("%s: %s; state.json does not name them", folder, _files(names))
+
+
+@functools.lru_cache
+def _log_subsets(folder: Path, split: str, places: tuple[str, ...]) -> None:
+    if len(places) > 1:
+        log.warning(
+            "%s: split %r is read from %d folders, perhaps subsets with the same texts: %s; for one, give its path",
+            folder,
+            split,
+            len(places),
+            ", ".join(places[:5]),
+        )
 
 
 def _files(names: tuple[str, ...]) -> str:
@@ -167,7 +232,11 @@ def read(
       UserError: what cannot be read, with file and line (or row) number.
     """
     left_out = collections.Counter() if left_out is None else left_out
-    if path.suffix in (".txt", ".md"):
+    if path.suffix in PLAIN:
+        if form not in ("auto", "text"):
+            raise UserError(
+                f"{path}: plain text; format={form!r} is of records in {', '.join(SUFFIXES[len(PLAIN) :])}."
+            )
         yield from _read_text(path, separator, left_out)
         return
     records = {".jsonl": _json_lines, ".parquet": _parquet, ".arrow": _arrow}[path.suffix](path)
@@ -183,7 +252,11 @@ def read(
             left_out["records with half of a surrogate pair, which is read as U+FFFD"] += _broken(record)
         if unread := [str(name) for name in sorted(set(clean) - _read_by(form, fields)) if clean[name] is not None]:
             left_out[f"records with fields that are not read ({', '.join(unread[:8])})"] += 1
-        yield document_of(clean, form, fields, where)
+        document = document_of(clean, form, fields, where)
+        if form == "text" and not document.text().strip():  # as in plain text; wikitext has thousands of them
+            left_out["empty documents"] += 1
+            continue
+        yield document
 
 
 def guess(record: Mapping[str, Any], fields: Fields, where: str) -> Format:
@@ -219,9 +292,13 @@ def document_of(record: Mapping[str, Any], form: Format, fields: Fields, where: 
     if form == "prompt":
         return Document((Part(text(fields.prompt), False), Part(text(fields.completion), True)), where=where)
     messages = check_messages(record.get(fields.messages), where)
-    tools = _from_json(record.get(fields.tools) or ())
+    tools = _from_json(record.get(fields.tools)) or ()
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise UserError(f"{where}: field {fields.tools!r} is a {type(tools).__name__}; expected a list.")
+    try:
+        json.dumps([messages, tools])
+    except (TypeError, ValueError) as error:  # tables hold dates, bytes and decimals too
+        raise UserError(f"{where}: {error}; expected text, numbers, lists and objects in a conversation.") from error
     return Document(messages=messages, tools=tuple(tools), where=where)
 
 
@@ -259,6 +336,9 @@ def _read_text(path: Path, separator: str, left_out: LeftOut[str]) -> Iterator[D
         raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start} of the file); convert it.") from error
     line = 1
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as files opened as text are read
+    left_out[f"files in which the separator {separator!r} does not occur: each is one document"] += (
+        separator not in text  # the empty one is in every text
+    )
     for piece in text.split(separator) if separator else [text]:
         if piece.strip():
             yield Document((Part(piece, True),), where=f"{path}:{line}")

@@ -119,12 +119,16 @@ def _draw(document: Document, seed: int) -> float:
 def _source_of(config: TextDataConfig, side: Side) -> tuple[str, str]:
     """Source and split of a side."""
     if side == "heldout" and config.separate:
-        return config.heldout_source or config.source, config.heldout_split or config.split
+        source = config.heldout_source or config.source
+        usual = config.split if Path(source).is_dir() else "train"  # one file has no splits
+        return source, config.heldout_split or usual
     return config.source, config.split
 
 
 def _all(config: TextDataConfig, side: Side, left_out: LeftOut[str] | None = None) -> Iterator[Document]:
     source, split = _source_of(config, side)
+    if source in BUILT_IN and split != "train":
+        raise UserError(f"data: split {split!r} of {source}, which has none; expected heldout_split=None.")
     if source == "pydoc":
         yield from _pydoc()
     elif source == "chitchat":
@@ -159,12 +163,14 @@ def source_hash(config: TextDataConfig) -> str:
 
     Raises:
       MissingFile: no such source.
-      UserError: a folder without readable files.
+      UserError: a folder without readable files, or a separator without plain text.
     """
     from distill import fetch
 
+    _check_separator(config)
     total = hashlib.sha256()
-    for source, split in dict.fromkeys(_source_of(config, side) for side in SIDES):
+    for number, (source, split) in enumerate(dict.fromkeys(_source_of(config, side) for side in SIDES)):
+        total.update(b"\n" * number)  # a file that moves from one source to the other gives other rows
         if source == "pydoc":
             total.update(json.dumps([document.parts for document in _pydoc()]).encode())
         elif source == "chitchat":
@@ -173,6 +179,29 @@ def source_hash(config: TextDataConfig) -> str:
             for file in readers.files_of(source, split):
                 total.update(f"{file.name} {fetch.sha256_of(file)}\n".encode())
     return total.hexdigest()[:16]
+
+
+def shared_files(config: TextDataConfig) -> tuple[str, ...]:
+    """Files that are trained on and held out: the model is then judged by text that it has seen."""
+    if not config.separate:
+        return ()
+    train, heldout = ({file.resolve(): str(file) for file in _files(config, side)} for side in SIDES)
+    return tuple(sorted(name for file, name in heldout.items() if file in train))
+
+
+def _files(config: TextDataConfig, side: Side) -> list[Path]:
+    """Files of a side; of a corpus without files its name."""
+    source, split = _source_of(config, side)
+    return [Path(source)] if source in BUILT_IN else readers.files_of(source, split)
+
+
+def _check_separator(config: TextDataConfig) -> None:
+    """Raises UserError for a separator that cuts nothing: records and the built-in corpora have none."""
+    if config.separator and not any(f.suffix in readers.PLAIN for side in SIDES for f in _files(config, side)):
+        raise UserError(
+            f"data: separator={config.separator!r} cuts plain text ({', '.join(readers.PLAIN)}), and {config.source} "
+            "has none; expected an empty one."
+        )
 
 
 def encode(

@@ -48,7 +48,9 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
       >>> model.logits(model.init(jax.random.key(0)), jnp.array([[1, 2]])).shape
       (1, 2, 14)
     """
-    specification = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(TOKENS, jnp.int32)).get("params", {})
+    tokens, others = _inputs()
+    taken = {name: value for name, value in others.items() if _takes(type(module), name)}
+    specification = jax.eval_shape(lambda key: module.init(key, tokens, **taken), jax.random.key(0)).get("params", {})
     boxes = jax.tree.leaves(specification, is_leaf=lambda leaf: isinstance(leaf, Parameter))
     if boxes and all(isinstance(box, Parameter) for box in boxes):
         init, axes = _declared(specification)
@@ -67,7 +69,7 @@ def from_linen(module: nn.Module, vocab_size: int, **fields: Any) -> Model:
             if not collects:
                 raise _cannot_collect(type(module).__name__)
             inputs["collect"] = collect
-        return _as_output(network.apply({"params": params}, tokens, **inputs))
+        return _as_output(network.apply({"params": params}, tokens, **_filled(type(module), tokens, inputs)))
 
     def unembed(params: Params, hidden: Array) -> Array:
         return jnp.asarray(module.apply({"params": params}, hidden, method="unembed"), jnp.float32)
@@ -95,22 +97,13 @@ def _declared(specification: Params) -> tuple[Callable[[Array], Params], Params]
 
 def _ordinary(module: nn.Module, vocab_size: int) -> Callable[[Array], Params]:
     """``init`` of a module with initialisers of its own, after a trial on shapes."""
-    name, inputs = type(module).__name__, inspect.signature(type(module).__call__).parameters
-    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in inputs.values())
-    if not anything and not {"positions", "segments"} <= inputs.keys():
-        raise UserError(
-            f"from_linen: {name}.__call__ takes {', '.join(list(inputs)[1:])}; expected tokens, positions and "
-            "segments, so that packed documents do not see each other."
-        )
-    if "unembed" not in dir(module):
-        raise UserError(f"from_linen: {name} has no unembed; expected unembed(hidden) -> logits.")
+    name, (tokens, further) = type(module).__name__, _inputs()
+    _check_signature("from_linen", type(module))
 
-    def logits(module: nn.Module, tokens: Array) -> Array:
-        return module.unembed(_as_output(module(tokens)).hidden)
+    def logits(module: nn.Module) -> Array:
+        return module.unembed(_as_output(module(tokens, **further)).hidden)
 
-    shape, variables = jax.eval_shape(
-        lambda key: module.init_with_output(key, jnp.zeros(TOKENS, jnp.int32), method=logits), jax.random.key(0)
-    )
+    shape, variables = jax.eval_shape(lambda key: module.init_with_output(key, method=logits), jax.random.key(0))
     others = sorted(variables.keys() - {"params"})
     if others:
         raise UserError(
@@ -120,17 +113,49 @@ def _ordinary(module: nn.Module, vocab_size: int) -> Callable[[Array], Params]:
     _check_vocabulary("from_linen", name, shape, vocab_size)
     params = nn.meta.unbox(variables["params"])
     try:
-        jax.eval_shape(
-            lambda params: module.apply({"params": params}, jnp.zeros(TOKENS, jnp.int32), method=logits), params
-        )
+        jax.eval_shape(lambda params: module.apply({"params": params}, method=logits), params)
     except flax.errors.InvalidRngError as error:
         raise _draws("from_linen", name) from error
 
     @jax.jit
     def init(key: Array) -> Params:
-        return nn.meta.unbox(module.init(key, jnp.zeros(TOKENS, jnp.int32), method=logits)["params"])
+        return nn.meta.unbox(module.init(key, method=logits)["params"])
 
     return init
+
+
+def _inputs() -> tuple[Array, dict[str, Array]]:
+    """What a module is tried on, as every batch has it: tokens, positions and segments."""
+    zeros = jnp.zeros(TOKENS, jnp.int32)
+    return zeros, {"positions": zeros, "segments": zeros}
+
+
+def _filled(kind: type, tokens: Array, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, with positions and segments of rows of one text where a module has no default for them."""
+    usual = {
+        "positions": lambda: jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+        "segments": lambda: jnp.ones_like(tokens),
+    }
+    taken = inspect.signature(kind.__call__).parameters
+    needed = [n for n in usual if n in taken and taken[n].default is inspect.Parameter.empty and inputs.get(n) is None]
+    return inputs | {name: usual[name]() for name in needed}
+
+
+def _takes(kind: type, name: str) -> bool:
+    inputs = inspect.signature(kind.__call__).parameters
+    return name in inputs or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in inputs.values())
+
+
+def _check_signature(adapter: str, kind: type) -> None:
+    """Raises UserError for a module that takes no positions and segments, or has no head."""
+    inputs = inspect.signature(kind.__call__).parameters
+    if not (_takes(kind, "positions") and _takes(kind, "segments")):
+        raise UserError(
+            f"{adapter}: {kind.__name__}.__call__ takes {', '.join(list(inputs)[1:])}; expected tokens, positions and "
+            "segments, so that packed documents do not see each other."
+        )
+    if not callable(getattr(kind, "unembed", None)):
+        raise UserError(f"{adapter}: {kind.__name__} has no unembed; expected unembed(hidden) -> logits.")
 
 
 def _as_output(result: Any) -> Output:
@@ -169,7 +194,8 @@ def from_nnx(construct: Callable[..., nnx.Module], vocab_size: int) -> Model:
 
     Raises:
       UserError: state beside the parameters (``BatchStat``, ``Cache``, …), random numbers in the forward pass (dropout
-        that is not deterministic), or another vocabulary.
+        that is not deterministic), a ``__call__`` without positions and segments, no ``unembed``, or another
+        vocabulary.
 
     Example:
       >>> class Bigram(nnx.Module):
@@ -185,6 +211,7 @@ def from_nnx(construct: Callable[..., nnx.Module], vocab_size: int) -> Model:
     """
     abstract_module = nnx.eval_shape(lambda: construct(rngs=nnx.Rngs(0)))
     name = type(abstract_module).__name__
+    _check_signature("from_nnx", type(abstract_module))
     graph, abstract, keys = _parts(abstract_module)
 
     def rebuild(params: Params) -> nnx.Module:
@@ -198,7 +225,7 @@ def from_nnx(construct: Callable[..., nnx.Module], vocab_size: int) -> Model:
     def apply(params: Params, tokens: Array, *, collect: Collect | None = None, **inputs: Any) -> Output:
         if collect is not None:
             raise _cannot_collect(name)
-        return Output(rebuild(params)(tokens, **inputs))
+        return Output(rebuild(params)(tokens, **_filled(type(abstract_module), tokens, inputs)))
 
     def unembed(params: Params, hidden: Array) -> Array:
         return rebuild(params).unembed(hidden).astype(jnp.float32)
@@ -233,7 +260,8 @@ def _tried(name: str, graph: Any, params: Any, keys: Any) -> Array:
         return {path: value.get_value() for path, value in nnx.to_flat_state(nnx.state(module, nnx.RngState))}
 
     before = random_state()
-    logits = module.unembed(module(jnp.zeros(TOKENS, jnp.int32)))
+    tokens, others = _inputs()
+    logits = module.unembed(module(tokens, **others))
     if any(value is not before[path] for path, value in random_state().items()):
         raise _draws("from_nnx", name)
     return logits

@@ -9,6 +9,7 @@ import datetime
 import functools
 import json
 import re
+import string
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,8 @@ SECONDS, STEPS, CHARACTERS, NUMBER = 10.0, 2_000_000, 16_000_000, 100_000
 
 _START, _END = "\ufdd0", "\ufdd1"  # noncharacters: in no text that is exchanged
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_NO_SIZES = ("d", "default", "map", "reject", "rejectattr", "select", "selectattr", "sum")
+"""Filters of whose arguments none is a length: numbers as large as a date in seconds are usual there."""
 
 
 class Rendered(NamedTuple):
@@ -57,8 +60,8 @@ class _Budget:
         return value
 
     def pattern(self, text: str) -> None:
-        """Refuses a format whose width alone is enormous, such as ``%999999999d``."""
-        if re.search(r"\d{6}", text):
+        """Refuses a format whose width alone is enormous, such as ``%999999999d``, or that takes it from a value."""
+        if re.search(r"\d{6}|%[-+ #0\d.]*\*", text):
             raise UserError(f"it writes with a width above {NUMBER} characters")
 
     def arguments(self, name: str, values: list[Any]) -> None:
@@ -236,8 +239,9 @@ def _limited(name: str, function: Callable) -> Callable:
     def inner(*values, **options):
         budget = _budget.get()
         budget.step()
-        given = [value for value in values if isinstance(value, str | bytes | int | list | tuple)]
-        budget.arguments(name, [*given, *options.values()])
+        written = values[1:] if values and isinstance(values[0], int) else values  # not the number that it writes
+        given = [value for value in written if isinstance(value, str | bytes | int | list | tuple)]
+        budget.arguments(name, [*given, *options.values()] if name not in _NO_SIZES else [])
         return budget.size(function(*values, **options))
 
     return inner
@@ -266,6 +270,7 @@ def _counted() -> type:
 def _environment() -> Any:
     """The sandbox, with the filters and functions that transformers gives chat templates."""
     import jinja2.ext
+    import jinja2.runtime
     import jinja2.sandbox
     import jinja2.utils
     from jinja2 import nodes
@@ -291,6 +296,8 @@ def _environment() -> Any:
             method = isinstance(function, type("".join)) and isinstance(function.__self__, str)
             if method and function.__name__ in ("format", "format_map"):
                 _budget.get().pattern(function.__self__)
+                if any("{" in (spec or "") for _, _, spec, _ in string.Formatter().parse(function.__self__)):
+                    raise UserError("it takes the width of a format from a value")
             return super().wrap_str_format(function)
 
         def call(self, context, function, /, *values, **options):
@@ -298,10 +305,11 @@ def _environment() -> Any:
             budget.step()
             owner = (function.__self__,) if isinstance(function, type("".join)) else ()  # a method of a text or list
             name = function.__name__ if owner else "a function"
-            given = [value for value in (*owner, *values) if isinstance(value, str | bytes | int | list | tuple)]
-            budget.arguments(
-                name, given[::-1] if name == "join" else given
-            )  # ", ".join(texts): texts first, as a filter
+            written = values if owner and isinstance(owner[0], int) else (*owner, *values)
+            given = [value for value in written if isinstance(value, str | bytes | int | list | tuple)]
+            makes_nothing = isinstance(function, jinja2.runtime.Macro) or any(isinstance(o, dict | list) for o in owner)
+            if not makes_nothing:  # ", ".join(texts): texts first, as a filter
+                budget.arguments(name, given[::-1] if name == "join" else given)
             return budget.size(super().call(context, function, *values, **options))
 
     class Dict:

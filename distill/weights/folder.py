@@ -238,11 +238,13 @@ def save(
     """Writes a folder that transformers opens: ``config.json``, safetensors, and the tokenizer's files.
 
     ``config.json`` has the older names of its keys too, for transformers 4, mlx-lm and llama.cpp's converter.
-    Tensors keep their types: ``load(folder, dtype=None)`` returns the same bits. Every process must call it; the first
-    one writes. Files of an earlier save are replaced together once everything is written; other files stay. A save that
-    fails or is killed leaves the folder unchanged: the new files are written to ``.NAME.partial`` beside it. A kill
-    between the two renames at the end leaves the old files in ``.NAME.before``, where ``load(folder)`` and the next
-    ``save`` find them.
+    Tensors keep their types: ``load(folder, dtype=None)`` returns the same bits. Rows of the embedding and the head
+    beyond the vocabulary (``Model.with_vocabulary``) are left out: other readers would give them logits.
+
+    Every process must call it; the first one writes. Files of an earlier save are replaced together once everything is
+    written; other files stay. A save that fails or is killed leaves the folder unchanged: the new files are written to
+    ``.NAME.partial`` beside it. A kill between the two renames at the end leaves the old files in ``.NAME.before``,
+    where ``load(folder)`` and the next ``save`` find them.
 
     Args:
       folder: made if there is none.
@@ -266,6 +268,7 @@ def save(
     dtype = str(np.dtype(params["embedding"].dtype)) if "embedding" in params else "float32"
     params = processes.fetch(params) if processes.count() > 1 else params
     params = params if model.merge is None else model.merge(params)
+    config, params = _without_padding(config, model.vocab_size, params)
     values = to_json(config, family, dtype)
     written = tensors(config, values["model_type"], params)
     stale = {"config.json"} | (set() if tokenizer is None else {*TOKENIZER_FILES, TEMPLATES})
@@ -280,6 +283,15 @@ def save(
             (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
     processes.from_first(write_all)
+
+
+def _without_padding(config: NetworkConfig, size: int, params: Params) -> tuple[NetworkConfig, Params]:
+    """The network without rows beyond its vocabulary, which no loss has seen: other readers give each a logit."""
+    if size == config.vocab_size:
+        return config, params
+    rows = {"embedding": (slice(size),), "head": (..., slice(size)), "head_bias": (slice(size),)}
+    cut = {name: params[name][own] for name, own in rows.items() if name in params}
+    return dataclasses.replace(config, vocab_size=size), {**params, **cut}
 
 
 def _special_ids(saved: Path, tokenizer: Any) -> dict[str, Any]:

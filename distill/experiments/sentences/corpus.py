@@ -3,14 +3,18 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from distill import fetch
 from distill.batch import Batch
-from distill.errors import UserError
+from distill.errors import MissingFile, UserError
 from distill.experiments.sentences.config import SentenceConfig
+from distill.weights.folder import located
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 HELD_OUT_DIALOGUES = 700
 SHORTEST = 6
@@ -28,8 +32,8 @@ class Sentences(NamedTuple):
 
 
 def teacher_folder(config: SentenceConfig) -> Path:
-    """The folder of the teacher, fetched where none is given."""
-    return fetch.fetch_folder(fetch.MINILM) if config.teacher is None else Path(config.teacher)
+    """The folder of the teacher, fetched where none is given; of a run, that of its student."""
+    return fetch.fetch_folder(fetch.MINILM) if config.teacher is None else located(config.teacher)
 
 
 def sentences(config: SentenceConfig) -> dict[str, Sentences]:
@@ -39,11 +43,10 @@ def sentences(config: SentenceConfig) -> dict[str, Sentences]:
     not by ``TextTokenizer``, which is of language models.
 
     Raises:
-      UserError: fewer sentences than asked for.
+      MissingFile: no tokenizer.json.
+      UserError: one that cannot be read, or fewer sentences than asked for.
     """
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(teacher_folder(config) / "tokenizer.json"))
+    tokenizer = _tokenizer(teacher_folder(config) / "tokenizer.json")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     dialogues = list(json.loads(fetch.fetch(fetch.CHITCHAT).read_text()).values())
@@ -60,6 +63,20 @@ def sentences(config: SentenceConfig) -> dict[str, Sentences]:
         sides[name] = Sentences(*padded([encoded[i] for i in chosen], config.length), [texts[i] for i in chosen])
         known.update(texts)
     return sides
+
+
+def _tokenizer(file: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    if not file.is_file():
+        raise MissingFile(
+            f"{file}: missing; of a folder with vocab.txt alone, transformers makes one: "
+            "AutoTokenizer.from_pretrained(A).save_pretrained(B)."
+        )
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{file}: no tokenizer that the library tokenizers reads ({error}).") from error
 
 
 def padded(encoded: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,8 @@ _NEUTRAL = {
     "is_encoder_decoder": (False,),
     "tie_word_embeddings": (True,),
     "tie_encoder_decoder": (False,),
-    "use_bfloat16": (False, True),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
 }
 _ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 _POST_NORM = {
@@ -259,6 +260,8 @@ FAMILIES: dict[str, Family] = {
                 "pooler_num_fc_layers",
                 "pooler_size_per_head",
                 "pooler_type",
+                "sbert_ce_default_activation_function",
+                *("cell", "emb_size", "pre_trained", "structure", "training"),  # of TinyBERT
             }
         ),
         sizes=_BERT_SIZES,

@@ -67,7 +67,9 @@ class Family:
 
 HARMLESS = {
     "_attn_implementation",
+    "_attn_implementation_autoset",
     "_name_or_path",
+    "_num_labels",
     "architectures",
     "attention_dropout",
     "bos_token_id",
@@ -80,15 +82,20 @@ HARMLESS = {
     "initializer_range",
     "is_llama_config",
     "label2id",
+    "max_sequence_length",
     "max_window_layers",
+    "num_labels",
     "output_attentions",
     "output_hidden_states",
+    "output_past",
     "pad_token_id",
     "pretraining_tp",
     "problem_type",
     "quantization",
     "quantization_config",
     "return_dict",
+    "sentence_transformers",
+    "task_specific_params",
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
@@ -98,17 +105,30 @@ HARMLESS = {
 }
 """Keys that change no logit: of training, of sampling, or of the program that wrote the file; or null, where quantised
 weights are refused."""
+HARMLESS |= {
+    *("bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample"),
+    *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task"),
+    *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length", "num_beam_groups"),
+    *("no_repeat_ngram_size", "num_beams", "num_return_sequences", "output_scores", "prefix", "remove_invalid_values"),
+    *("repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "temperature"),
+    *("tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16"),
+}
+"""What transformers 4 and older write for every model: of writing, of tokenizers, of the program."""
 
 NEUTRAL = {
+    "add_cross_attention": (False,),
     "attention_bias": (False,),
+    "cross_attention_hidden_size": (None,),
     "hidden_act": ("silu",),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1.0, None),
+    "pruned_heads": ({}, None),
     "rope_interleaved": (False,),
     "sliding_window": (None,),
     "tie_encoder_decoder": (False,),
+    "use_mrope": (False,),
     "use_sliding_window": (False,),
 }
 """Keys that change nothing at these values and something at any other, unless a family reads them."""

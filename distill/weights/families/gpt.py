@@ -43,7 +43,14 @@ _GPT2_NAMES = {
     "layers/mlp/down": "mlp.c_proj",
 }
 
-_GPT2_HARMLESS = {"attn_pdrop", "embd_pdrop", "resid_pdrop", "gradient_checkpointing", "n_ctx", "task_specific_params"}
+_GPT2_HARMLESS = {
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "gradient_checkpointing",
+    "n_ctx",
+    "predict_special_tokens",
+}
 _GPT2_HARMLESS |= {"summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type"}
 _GPT2_HARMLESS |= {"summary_use_proj"}
 
@@ -57,7 +64,7 @@ def _gpt2(keys: Keys) -> Json:
     keys.neutral("scale_attn_weights", True)
     keys.neutral("scale_attn_by_inverse_layer_idx", False)
     keys.neutral("reorder_and_upcast_attn", False, True)  # the same in another order
-    keys.neutral("add_cross_attention", False)
+    keys.neutral("n_special", 0)
     kind = activation("activation_function", keys.get("activation_function"))
     inner = keys.get("n_inner")
     wide = 4 * keys.get("n_embd") if inner is None else inner
@@ -169,6 +176,8 @@ FAMILIES: dict[str, Family] = {
         prefix="gpt_neox.",
         rename=lambda name: name.replace("lm_head.", "embed_out.") if name.startswith("lm_head.") else name,
         copies={"embed_out.weight": "gpt_neox.embed_in.weight"},
-        harmless=frozenset({"classifier_dropout", "hidden_dropout"}),
+        harmless=frozenset(
+            {"attention_probs_dropout_prob", "classifier_dropout", "hidden_dropout", "hidden_dropout_prob"}
+        ),
     ),
 }

@@ -20,6 +20,8 @@ _PHI3_NAMES |= {"layers/mlp/gate": "mlp.gate_up_proj", "layers/mlp/up": "mlp.gat
 
 def _phi3(keys: Keys) -> Json:
     fields = rotary(keys, fraction="partial_rotary_factor", usual=1.0)
+    for key, value in {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False}.items():  # of Phi-4-mini
+        keys.neutral(key, value)
     kind = fields["rope_scaling"].kind
     if kind not in ("none", "longrope"):
         raise UserError(f"config.json: rope_type={kind!r} of model_type 'phi3' is not supported; expected longrope.")
