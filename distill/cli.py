@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.devices import processes
-from distill.errors import UserError
+from distill.errors import UserError, overriding
 
 _LOST = (
     "\nIf another process ended, its log says why. The same command goes on from the last checkpoint, on another "
@@ -62,7 +62,8 @@ def parse_config(doc: str, argv: Sequence[str], **extra: Any) -> tuple[argparse.
     overrides = ["--log.profile" if one == "--profile" else one for one in overrides]
     if known.config_help:
         overrides = ["--help"]
-    config = tyro.cli(type(config), default=config, args=overrides, prog="overrides", description="Configuration")
+    with overriding(config):
+        config = tyro.cli(type(config), default=config, args=overrides, prog="overrides", description="Configuration")
     known.run = known.run or Path("runs") / Path(known.config).stem
     return known, config
 

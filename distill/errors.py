@@ -5,13 +5,15 @@ exit code 2 and the message alone for them, and with 1 for every other exception
 the machine (``distill/cli.py``).
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 
@@ -69,6 +71,39 @@ def _expected(hint: Any) -> str:
     return names.get(hint) or f"a {hint.__name__}"
 
 
+Said = tuple[type, str, Any]
+_overridden: contextvars.ContextVar[tuple[Said, ...]] = contextvars.ContextVar("overridden", default=())
+"""Type, field and value of all that a configuration says which is being overridden."""
+
+
+@contextlib.contextmanager
+def overriding(config: Any) -> Iterator[None]:
+    """In the block, values of ``config`` that an override leaves unread go back to their defaults.
+
+    Who turns a loss off on the command line has not asked for its hyperparameters, which the configuration gave it. A
+    value that the configuration does not say is refused as ever.
+
+    Example:
+      >>> from distill.features import FeatureConfig
+      >>> with overriding(FeatureConfig(hidden_weight=2.0, hidden_loss="cosine")):
+      ...     FeatureConfig(hidden_weight=0.0, hidden_loss="cosine").hidden_loss
+      'projected_mse'
+    """
+    token = _overridden.set(tuple(_said(config)))
+    try:
+        yield
+    finally:
+        _overridden.reset(token)
+
+
+def _said(config: Any) -> Iterator[Said]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        yield type(config), field.name, value
+        if dataclasses.is_dataclass(value):
+            yield from _said(value)
+
+
 Read = Callable[[], Mapping[str, tuple[bool, str]]]
 """Field → (whether anything reads it, beside which other fields)."""
 
@@ -111,6 +146,9 @@ def check_fields(config: Any, name: str, read: Read = dict) -> None:
     for field, (used, beside) in known.items():
         value, default = getattr(config, field), defaults[field]
         if not used and value != default:
+            if (type(config), field, value) in _overridden.get():
+                object.__setattr__(config, field, default)
+                continue
             raise UserError(
                 f"{name}: {field}={value!r} is not read with {beside}; leave it out (default: {default!r})."
             )

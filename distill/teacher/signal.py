@@ -80,12 +80,12 @@ def check(config: SignalConfig, objective: ObjectiveConfig) -> None:
             f"objective: final_temperature={objective.final_temperature}, but {config.targets} targets hold for one "
             "temperature alone; leave it out, or set --signal.targets hidden."
         )
-    if config.stores("sampled") and objective.kd_weight and objective.divergence != "forward_kl":
+    if config.stores("sampled") and objective.distils and objective.divergence != "forward_kl":
         raise UserError(
             f"objective: divergence={objective.divergence!r} has no unbiased estimate from draws; use forward_kl, or "
             "set --signal.targets top_k."
         )
-    if config.stores("top_k") and objective.kd_weight and objective.divergence in ("logit_mse", "pearson"):
+    if config.stores("top_k") and objective.distils and objective.divergence in ("logit_mse", "pearson"):
         raise UserError(
             f"objective: divergence={objective.divergence!r} compares logits, which the top k do not hold; set "
             "--signal.targets dense or hidden."
