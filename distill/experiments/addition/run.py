@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill import parallel
 from distill.checkpoint import Checkpoints
 from distill.data import addition
 from distill.data.addition import TOKENIZER, Examples
@@ -70,7 +71,7 @@ def arms(world: World, trained: dict[str, Trained]) -> Iterator[Arm]:
         yield alone(world, config.teacher, run / "teacher", "teacher")
     else:
         folder, model = Path(config.teacher_run), network(config.teacher.model)
-        read = Work(None, learn=lambda: restore(model, folder).params)
+        read = Work(None, learn=lambda: parallel.everywhere(restore(model, folder).params, config.parallel))
         yield Arm("teacher", "teacher training", folder, learns=model, work=lambda: read, model=model)
     yield student_arm(world, trained["teacher"])
     title, folder = f"baseline sweep ({config.baseline.runs} runs)", run / "baseline"
