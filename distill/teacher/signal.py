@@ -21,7 +21,7 @@ import numpy as np
 
 from distill import losses
 from distill.batch import Batch
-from distill.devices import processes
+from distill.devices import backend, processes
 from distill.errors import UserError, check_fields
 from distill.models.model import Model
 from distill.objective import ObjectiveConfig
@@ -140,7 +140,8 @@ def signal(
       seed: of the draws.
 
     Raises:
-      UserError: stored targets of examples that are read while the model trains; k above the vocabulary.
+      UserError: stored targets of examples that are read while the model trains; k above the vocabulary; more bytes
+        than a device has.
     """
     if config.kind == "live":
         return Signal(examples, teacher, params)
@@ -174,6 +175,7 @@ def _targets(config: SignalConfig, teacher: Model, params: Params, examples: Bat
         key = jax.random.fold_in(jax.random.key(seed), first)
         return losses.sample_targets(key, logits, config.draws, temperature=temperature)
 
+    _check_room(config, jax.eval_shape(of_rows, params, jax.tree.map(lambda x: x[:size], examples), 0), rows / size)
     compiled, parts = jax.jit(of_rows), []
     for first in range(0, rows, size):
         place = np.minimum(np.arange(first, first + size), rows - 1)  # one shape: the last part repeats its last row
@@ -181,6 +183,25 @@ def _targets(config: SignalConfig, teacher: Model, params: Params, examples: Bat
         kept = min(size, rows - first)
         parts.append(jax.tree.map(lambda x, kept=kept: processes.fetch(x)[:kept], compiled(params, batch, first)))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def _check_room(config: SignalConfig, part: Any, parts: float) -> None:
+    """Refuses targets that no device of this kind can hold; they lie whole on each, beside the examples.
+
+    Raises:
+      UserError: more bytes than the device has.
+    """
+    need, there = (placed / 2**30 for placed in (parts * _bytes(part), backend.device_bytes()))
+    if 0.0 < there < need:
+        smaller = " or ".join(kind for kind in ("hidden", "top_k", "sampled") if kind != config.targets)
+        raise UserError(
+            f"signal: targets={config.targets!r} of all examples take {need:.0f} GiB, and a device has {there:.0f} "
+            f"GiB; set --signal.targets {smaller}, or --signal.kind live."
+        )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def head_alone(model: Model, params: Params) -> tuple[Model, Params]:
