@@ -93,7 +93,7 @@ def alone(world: World, recipe: Recipe, folder: Path, role: str) -> Arm:
             evaluate=_curve(model, world),
             identity=measure.identity_of(config, "data", role),
         )
-        return Work(student.training_flops(recipe, config), task, recipe.training)
+        return Work(student.training_flops(model, recipe.training, config), task, recipe.training)
 
     return Arm(role, f"{role} training", folder, learns=model, work=work, model=model)
 
@@ -126,7 +126,7 @@ def distillation(world: World, teacher: Trained, begin: Callable[[], Start]) -> 
     model, terms = learner(config.objective, begin().model, teacher.model)
     examples = student.transfer_set(config, sides, teacher).batch(config.data)
     reads = len(examples.inputs) if stored else training.steps * training.batch_size
-    flops = student.training_flops(config.student, config)
+    flops = student.training_flops(begin().model, training, config)
     flops += reads * measure.row_flops(config.teacher.model, config.data)
     given = signal(config.signal, *teacher, examples, temperature=config.objective.temperature, seed=training.seed)
     parts = ("data", "student", "objective", "answers", "signal", "student_start")
