@@ -82,6 +82,9 @@ _OVERRIDDEN = contextvars.ContextVar[tuple[Any, ...]]("overridden", default=())
 def overriding(config: Any) -> Iterator[None]:
     """Inside, a field that ``config`` has set and an override has left unread goes back to its default.
 
+    Who turns a loss off on the command line has not asked for its hyperparameters, which the configuration gave it. A
+    value that the configuration does not hold is refused as ever.
+
     Example:
       >>> from distill.features import FeatureConfig
       >>> with overriding(FeatureConfig(hidden_weight=1.0, hidden_loss="cosine")):

@@ -123,6 +123,11 @@ class ObjectiveConfig:
         return read | {"schedule_steps": (self.scheduled, finals)}
 
     @property
+    def distils(self) -> bool:
+        """Does the soft term count, at any step?"""
+        return self.kd_weight > 0.0 or bool(self.final_kd_weight)
+
+    @property
     def scheduled(self) -> bool:
         """Does anything change with the step?"""
         finals = (self.final_temperature, self.final_kd_weight, self.final_interpolation)

@@ -54,7 +54,11 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def decay_mask(params: Params) -> Params:
     """True where weight decay applies: kernels and tables, not norm scales and biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+
+    def name(path: tuple) -> object:  # of dicts, of dataclasses; places in lists have none
+        return getattr(path[-1], "key", getattr(path[-1], "name", None)) if path else None
+
+    return jax.tree_util.tree_map_with_path(lambda path, _: name(path) not in ("scale", "bias"), params)
 
 
 def optimizer(

@@ -423,6 +423,13 @@ def uses_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     return config.backend == "mesh" or (config.backend == "auto" and several)
 
 
+def everywhere(tree: Any, config: ParallelConfig) -> Any:
+    """Arrays as they are, or whole on every device of the run's mesh: beside what was trained there."""
+    if not uses_mesh(config):
+        return tree
+    return processes.spread(tree, NamedSharding(make_mesh(config), PartitionSpec()))
+
+
 def wrap(
     config: ParallelConfig,
     make_step: Callable[..., TrainStep],

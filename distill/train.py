@@ -83,9 +83,9 @@ class Task:
         """The second argument of the step."""
         return self.teacher_params if self.base_params is None else Frozen(self.teacher_params, self.base_params)
 
-    def measure(self, learnt: Params) -> dict[str, float]:
-        """``evaluate`` from what is learnt."""
-        return self.evaluate(learnt if self.base_params is None else joined(self.base_params, learnt))
+    def measure(self, learnt: Params, base: Params | None = None) -> dict[str, float]:
+        """``evaluate`` from what is learnt, and from what is not, where the steps hold it."""
+        return self.evaluate(learnt if base is None else joined(base, learnt))
 
 
 def fit(
@@ -267,8 +267,9 @@ class _Run:
         """The state after the last step."""
         training = self.training
         frozen = None if self.task.frozen is None else self.wrapping.place_params(self.task.frozen)
+        base = self.wrapping.fetch_state(frozen.student) if isinstance(frozen, Frozen) else None
         if self.step == 0:
-            self.evaluate()
+            self.evaluate(base)
         while self.step < training.steps:
             batches = self.read()  # while the device computes what was sent before
             if batches is not None:
@@ -280,7 +281,7 @@ class _Run:
                 self.profile.after(self.state, due, training.dispatch)
                 if due:
                     self.recorder.record()
-                    self.evaluate()
+                    self.evaluate(base)
             if at_end or self.step % training.save_every == 0 or self.stop["now"]:
                 self.save()
             if self.stop["now"] and not at_end:
@@ -306,9 +307,9 @@ class _Run:
         self.recorder.dispatched(self.step, self.wrapping.fetch_metrics(metrics))
         self.step += self.training.dispatch
 
-    def evaluate(self) -> None:
+    def evaluate(self, base: Params | None) -> None:
         """A point of the learning curve."""
-        self.recorder.evaluated(self.step, self.task.measure(self.wrapping.fetch_state(self.state).params))
+        self.recorder.evaluated(self.step, self.task.measure(self.wrapping.fetch_state(self.state).params, base))
 
     def save(self) -> None:
         """Starts to write a checkpoint; a state whose loss is not finite is never saved."""

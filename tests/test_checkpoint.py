@@ -152,7 +152,7 @@ def test_a_refused_configuration_does_not_overwrite_that_of_the_run(tmp_path):
             assert read_config(tmp_path, SentenceConfig).length == 9 + seed
             if error:
                 raise error
-        assert read_config(tmp_path, SentenceConfig).length == 9 + min(seed, 2)
+        assert read_config(tmp_path, SentenceConfig).length == 9 + min(seed, 1)
     with contextlib.suppress(ValueError), configured(tmp_path, SentenceConfig(length=20)):
         (tmp_path / "checkpoints" / "5").mkdir(parents=True)  # something was saved: it is the run's configuration now
         raise ValueError
@@ -160,3 +160,13 @@ def test_a_refused_configuration_does_not_overwrite_that_of_the_run(tmp_path):
     with contextlib.suppress(Refused), configured(tmp_path / "new", SentenceConfig()):
         raise Refused
     assert read_config(tmp_path / "new", SentenceConfig) == SentenceConfig()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_command_that_ends_before_it_saves_leaves_the_configuration_of_the_run(tmp_path, error):
+    """Ctrl-C while models and text are read is such an end."""
+    with configured(tmp_path, SentenceConfig(length=9)):
+        (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    with contextlib.suppress(error), configured(tmp_path, SentenceConfig(length=20)):
+        raise error
+    assert read_config(tmp_path, SentenceConfig).length == 9

@@ -158,3 +158,32 @@ def test_a_mistake_in_the_users_own_file_is_the_users(text, message, tmp_path, m
     for name in ("mine.py", str(tmp_path / "mine.py")):
         with pytest.raises(UserError, match=message):
             load_config(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("smollm2_text", ["--objective.features.hidden-weight", "0"]),
+        ("smollm2_text", ["--data.heldout-source", "b.txt"]),
+        ("smollm2_text", ["--student.source", "a/b"]),
+        ("minilm", ["--features.relation-weight", "0"]),
+    ],
+)
+def test_what_an_override_turns_off_takes_its_hyperparameters_along(name, overrides):
+    """The user has not asked for them: the shipped configuration says them."""
+    cli.parse_config("", ["--config", name, *overrides])
+
+
+def test_a_hyperparameter_that_an_override_says_is_still_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.parse_config("", ["--config", "smollm2_text", "--objective.features.relation-heads", "2"])
+    assert ended.value.code == 2 and "is read only with" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_soft_term_that_begins_at_0_and_grows_is_one():
+    """Its weight follows a schedule."""
+    objective = ObjectiveConfig(kd_weight=0.0, final_kd_weight=1.0, schedule_steps=10, task_weight=1.0)
+    assert TextConfig(objective=objective).objective == objective
+    with pytest.raises(UserError, match="no unbiased estimate from draws"):
+        wrong = dataclasses.replace(objective, divergence="reverse_kl")
+        TextConfig(objective=wrong, signal=SignalConfig("stored", "sampled"))

@@ -27,6 +27,7 @@ from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import ParallelConfig
 from distill.state import init_state
 from distill.step import make_train_step
+from distill.students.lora import freeze
 from distill.train import Stopped, Task, fit
 from distill.training import LogConfig, TrainingConfig
 
@@ -263,6 +264,9 @@ def test_flops_count_the_teacher_forward_only(loader, straight, monkeypatch):
     assert speed.flops_per_token(MODEL, MODEL, length) == 4 * each
     frozen = dataclasses.replace(MODEL, base=MODEL)
     assert speed.flops_per_token(frozen, None, length) == 2 * each
+    shared = freeze(MODEL, ("embedding", "head"))  # its layers are learnt: only the head spares a gradient
+    head = 2 * MODEL.config.width * MODEL.config.vocab_size
+    assert speed.flops_per_token(shared, None, length) == 3 * each - head
     assert speed.flops_per_token(dataclasses.replace(MODEL, config=None), None, length) is None
     line = [line for line in read_metrics(straight[1]) if line["kind"] == "train"][-1]
     np.testing.assert_allclose(line["flops_per_second"], 3 * each * line["tokens_per_second"])

@@ -139,3 +139,10 @@ def counts(state):
 def test_invalid_optimizers_are_refused(options):
     with pytest.raises(ValueError, match=f"optimizer: .*{next(iter(options))}"):
         OptimizerConfig(**options)
+
+
+def test_parameters_may_be_any_tree():
+    """Of lists and bare arrays too: a ``Model`` is what its author makes of it."""
+    tree = {"blocks": [jnp.ones((2, 2)), {"kernel": jnp.ones(2), "scale": jnp.ones(2)}]}
+    assert decay_mask(tree) == {"blocks": [True, {"kernel": True, "scale": False}]}
+    assert decay_mask(jnp.ones(2)) is True

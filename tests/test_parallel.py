@@ -14,12 +14,15 @@ from distill.checkpoint import Checkpoints
 from distill.devices import backend
 from distill.features import with_projectors
 from distill.models import Model, Output
-from distill.objective import ObjectiveConfig, terms_of
+from distill.objective import ObjectiveConfig, task_term, terms_of
 from distill.optim import OptimizerConfig, optimizer
 from distill.parallel import MESH_AXES, RULES, ParallelConfig, make_mesh, param_shardings, state_shardings
 from distill.state import Frozen, init_state
 from distill.step import make_train_step
 from distill.students.factors import factored
+from distill.students.lora import lora
+from distill.train import Task, fit
+from distill.training import LogConfig, TrainingConfig
 
 STEPS, BATCH = 20, 16
 TERMS = terms_of(ObjectiveConfig(temperature=2.0, kd_weight=0.7, task_weight=0.3))
@@ -378,3 +381,26 @@ def test_the_optimization_level_of_the_user_overrides_ours(monkeypatch):
     assert ours and jax.jit(lambda x: x + 1, compiler_options=ours)(1) == 2
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     assert backend.compiler_options() is None
+
+
+@pytest.mark.parametrize("config", [EIGHT, CUBE, ParallelConfig(backend="pmap"), ParallelConfig(backend="one_device")])
+def test_a_student_with_a_frozen_part_is_evaluated_where_it_learns(config, tmp_path):
+    """The frozen part was given on one device; its evaluation is a program over all of them."""
+    student, batch, base, seen = lora(TEACHER, 2), uneven_batch(BATCH, 6), random_params(TEACHER), []
+
+    def evaluate(params):
+        seen.append(jax.jit(student.logits)(params, batch.inputs))
+        return {}
+
+    task = Task(student, [task_term()], batch, base_params=base, evaluate=evaluate)
+    training = TrainingConfig(steps=1, batch_size=BATCH, evaluate_every=1, save_every=1)
+    fit(tmp_path, task, training, parallel_config=config, log=LogConfig(progress=False))
+    np.testing.assert_allclose(seen[0], TEACHER.logits(base, batch.inputs), rtol=0, atol=2e-5)
+    assert len(seen) == 2 and not (seen[0] == seen[1]).all()
+
+
+def test_a_teacher_read_from_another_run_lies_beside_its_student():
+    teacher_params = random_params(TEACHER)
+    there = parallel.everywhere(teacher_params, CUBE)
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(there))
+    assert parallel.everywhere(teacher_params, ParallelConfig(backend="pmap")) is teacher_params

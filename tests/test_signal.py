@@ -12,7 +12,9 @@ from builders import VOCAB, on_device, random_params, tiny_decoder, uneven_batch
 from distill import losses
 from distill.data import addition
 from distill.data.loader import Loader
+from distill.devices import backend
 from distill.devices.speed import flops_per_token
+from distill.errors import UserError
 from distill.experiments.addition.config import Config, Recipe
 from distill.experiments.addition.measure import network
 from distill.experiments.addition.run import World, distillation
@@ -235,3 +237,12 @@ def test_two_sources_of_logits_and_hidden_states_without_a_head_are_refused(case
             step(init_state(params, SGD), teacher_params, targets)
     with pytest.raises(ValueError, match="read from the disk"):
         signal(SignalConfig("stored"), TEACHER, teacher_params, lambda k: batch)
+
+
+def test_targets_that_no_device_can_hold_are_refused_before_the_teacher_reads(case, monkeypatch):
+    """All logits of a large vocabulary are soon hundreds of gigabytes."""
+    _, teacher_params, batch = case
+    monkeypatch.setattr(backend, "device_bytes", lambda: batch.inputs.size * TEACHER.vocab_size * 4 - 1)
+    with pytest.raises(UserError, match="targets='dense' of all examples take .* set --signal.targets hidden"):
+        signal(SignalConfig("stored"), TEACHER, teacher_params, batch)
+    signal(SignalConfig("stored", "top_k", k=1), TEACHER, teacher_params, batch)

@@ -254,8 +254,8 @@ def test_impossible_experiments_are_refused_before_training(config, tmp_path, mo
     ("make", "message"),
     [
         (lambda: StudentConfig(), "as large as the teacher"),
-        (lambda: StudentConfig("a/b", layers=2), "has its own sizes; leave out layers"),
-        (lambda: StudentConfig("a/b", start=StartConfig()), "has its own sizes; leave out start"),
+        (lambda: StudentConfig("a/b", layers=2), "layers=2 is read only with no source, which has its own sizes"),
+        (lambda: StudentConfig("a/b", start=StartConfig()), "start=.* is read only with no source, which has"),
         (lambda: StudentConfig(layers=2, start=StartConfig("teacher", layers=(1,))), "give one of them"),
         (lambda: StudentConfig(layers=0), "layers=0; expected at least 1"),
         (lambda: TextConfig(arms=("equal_time", "equal_tokens")), "must come first"),

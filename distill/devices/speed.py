@@ -1,5 +1,7 @@
 """Training speed in floating-point operations that the models need, however a program computes them."""
 
+import math
+
 import jax
 
 from distill.devices.chips import CHIPS
@@ -32,18 +34,29 @@ def peak(kind: str) -> float | None:
 def flops_per_token(student: Model, teacher: Model | None, length: int) -> float | None:
     """FLOPs of a train step per token: three forward passes of the student, one of the teacher.
 
-    A student with a frozen part (``Model.base``) has no gradients for it and counts two forward passes. Rematerialised
-    operations count once. None for networks whose configuration has no ``flops_per_token``.
+    A student whose layers are frozen (``Model.base``) has no gradients of their weights and counts two forward passes;
+    one that shares a frozen head counts three, less the gradient of the head. Rematerialised operations count once.
+    None for networks whose configuration has no ``flops_per_token``.
 
     Args:
       student: the model that is trained.
       teacher: where it is evaluated in the step.
       length: tokens of a row.
     """
-    sides = [(student, 3.0 if student.base is None else 2.0)] + ([(teacher, 1.0)] if teacher is not None else [])
-    if not all(hasattr(model.config, "flops_per_token") for model, _ in sides):
+    models = [student] if teacher is None else [student, teacher]
+    if not all(hasattr(model.config, "flops_per_token") for model in models):
         return None
-    return sum(factor * model.config.flops_per_token(length) for model, factor in sides)
+    of_student, *of_teacher = (float(model.config.flops_per_token(length)) for model in models)
+    return 3.0 * of_student - _spared(student, of_student) + sum(of_teacher)
+
+
+def _spared(student: Model, forward: float) -> float:
+    """FLOPs of the gradients of weights that are not learnt; ``forward``: of a forward pass."""
+    if student.base is None:
+        return 0.0
+    shapes = jax.eval_shape(student.base.init, jax.random.key(0))
+    table = shapes.get("head", shapes.get("embedding"))  # the head, or the embedding that is one
+    return forward if table is None or "layers" in shapes else 2.0 * math.prod(table.shape)
 
 
 def utilisation(flops_per_second: float, devices: int) -> dict[str, float]:

@@ -55,7 +55,7 @@ def configured(run: Path, config: Any) -> Iterator[None]:
     write_config(run, config)
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too
         if before is not None and (isinstance(error, Refused) or _checkpoints(run) == saved):
             write_json(file, before)
         raise

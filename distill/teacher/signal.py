@@ -21,7 +21,7 @@ import numpy as np
 
 from distill import losses
 from distill.batch import Batch
-from distill.devices import processes
+from distill.devices import backend, processes
 from distill.errors import UserError, check_fields
 from distill.models.model import Model
 from distill.objective import ObjectiveConfig
@@ -81,12 +81,12 @@ def check(config: SignalConfig, objective: ObjectiveConfig) -> None:
             f"objective: final_temperature={objective.final_temperature}, but {config.targets} targets hold for one "
             "temperature alone; leave it out, or set --signal.targets hidden."
         )
-    if config.stores("sampled") and objective.kd_weight and objective.divergence != "forward_kl":
+    if config.stores("sampled") and objective.distils and objective.divergence != "forward_kl":
         raise UserError(
             f"objective: divergence={objective.divergence!r} has no unbiased estimate from draws; use forward_kl, or "
             "set --signal.targets top_k."
         )
-    if config.stores("top_k") and objective.kd_weight and objective.divergence in ("logit_mse", "pearson"):
+    if config.stores("top_k") and objective.distils and objective.divergence in ("logit_mse", "pearson"):
         raise UserError(
             f"objective: divergence={objective.divergence!r} compares logits, which the top k do not hold; set "
             "--signal.targets dense or hidden."
@@ -141,7 +141,8 @@ def signal(
       seed: of the draws.
 
     Raises:
-      UserError: stored targets of examples that are read while the model trains; k above the vocabulary.
+      UserError: stored targets of examples that are read while the model trains; k above the vocabulary; more bytes
+        than a device has.
     """
     if config.kind == "live":
         return Signal(examples, teacher, params)
@@ -175,6 +176,7 @@ def _targets(config: SignalConfig, teacher: Model, params: Params, examples: Bat
         key = jax.random.fold_in(jax.random.key(seed), first)
         return losses.sample_targets(key, logits, config.draws, temperature=temperature)
 
+    _check_room(config, jax.eval_shape(of_rows, params, jax.tree.map(lambda x: x[:size], examples), 0), rows / size)
     compiled, parts = jax.jit(of_rows), []
     for first in range(0, rows, size):
         place = np.minimum(np.arange(first, first + size), rows - 1)  # one shape: the last part repeats its last row
@@ -182,6 +184,25 @@ def _targets(config: SignalConfig, teacher: Model, params: Params, examples: Bat
         kept = min(size, rows - first)
         parts.append(jax.tree.map(lambda x, kept=kept: processes.fetch(x)[:kept], compiled(params, batch, first)))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def _check_room(config: SignalConfig, part: Any, parts: float) -> None:
+    """Refuses targets that no device of this kind can hold; they lie whole on each, beside the examples.
+
+    Raises:
+      UserError: more bytes than the device has.
+    """
+    need, there = (placed / 2**30 for placed in (parts * _bytes(part), backend.device_bytes()))
+    if 0.0 < there < need:
+        smaller = " or ".join(kind for kind in ("hidden", "top_k", "sampled") if kind != config.targets)
+        raise UserError(
+            f"signal: targets={config.targets!r} of all examples take {need:.0f} GiB, and a device has {there:.0f} "
+            f"GiB; set --signal.targets {smaller}, or --signal.kind live."
+        )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def head_alone(model: Model, params: Params) -> tuple[Model, Params]:

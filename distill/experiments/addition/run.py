@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill import parallel
 from distill.checkpoint import Checkpoints
 from distill.data import addition
 from distill.data.addition import TOKENIZER, Examples
@@ -70,7 +71,7 @@ def arms(world: World, trained: dict[str, Trained]) -> Iterator[Arm]:
         yield alone(world, config.teacher, run / "teacher", "teacher")
     else:
         folder, model = Path(config.teacher_run), network(config.teacher.model)
-        read = Work(None, learn=lambda: restore(model, folder).params)
+        read = Work(None, learn=lambda: parallel.everywhere(restore(model, folder).params, config.parallel))
         yield Arm("teacher", "teacher training", folder, learns=model, work=lambda: read, model=model)
     yield student_arm(world, trained["teacher"])
     title, folder = f"baseline sweep ({config.baseline.runs} runs)", run / "baseline"
@@ -92,7 +93,7 @@ def alone(world: World, recipe: Recipe, folder: Path, role: str) -> Arm:
             evaluate=_curve(model, world),
             identity=measure.identity_of(config, "data", role),
         )
-        return Work(student.training_flops(recipe, config), task, recipe.training)
+        return Work(student.training_flops(model, recipe.training, config), task, recipe.training)
 
     return Arm(role, f"{role} training", folder, learns=model, work=work, model=model)
 
@@ -125,7 +126,7 @@ def distillation(world: World, teacher: Trained, begin: Callable[[], Start]) -> 
     model, terms = learner(config.objective, begin().model, teacher.model)
     examples = student.transfer_set(config, sides, teacher).batch(config.data)
     reads = len(examples.inputs) if stored else training.steps * training.batch_size
-    flops = student.training_flops(config.student, config)
+    flops = student.training_flops(begin().model, training, config)
     flops += reads * measure.row_flops(config.teacher.model, config.data)
     given = signal(config.signal, *teacher, examples, temperature=config.objective.temperature, seed=training.seed)
     parts = ("data", "student", "objective", "answers", "signal", "student_start")

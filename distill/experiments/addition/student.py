@@ -8,12 +8,14 @@ import numpy as np
 from distill import losses
 from distill.batch import Batch
 from distill.data.addition import Examples
+from distill.devices.speed import flops_per_token
 from distill.experiments.addition import measure
-from distill.experiments.addition.config import Config, Recipe
+from distill.experiments.addition.config import Config
 from distill.experiments.folder import Trained
 from distill.models.model import Model
 from distill.shapes import Params
 from distill.students.start import Calibration, Start, start
+from distill.training import TrainingConfig
 
 
 def started(config: Config, teacher: Trained, train: Examples) -> Start:
@@ -39,7 +41,7 @@ def transfer_set(config: Config, sides: dict[str, Examples], teacher: Trained) -
     return sides["train"].with_answers(config.data, written)
 
 
-def training_flops(recipe: Recipe, config: Config) -> float:
+def training_flops(model: Model, training: TrainingConfig, config: Config) -> float:
     """FLOPs of a training on true answers."""
-    training = recipe.training
-    return 3 * training.steps * training.batch_size * measure.row_flops(recipe.model, config.data)
+    length = measure.row_length(config.data)
+    return training.steps * training.batch_size * length * flops_per_token(model, None, length)

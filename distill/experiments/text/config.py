@@ -14,6 +14,9 @@ from distill.training import LogConfig, TrainingConfig
 
 Arm = Literal["equal_tokens", "equal_time"]
 
+SIZES = ("layers", "kv_heads", "feed_forward", "width")
+"""Fields of ``StudentConfig``: sizes of a student that is cut out of its teacher."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
@@ -36,17 +39,11 @@ class StudentConfig:
 
     def __post_init__(self):
         check_fields(self, "student", self._read)
-        for name in ("layers", "kv_heads", "feed_forward", "width", "calibration_batches"):
+        for name in (*SIZES, "calibration_batches"):
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise UserError(f"student: {name}={value}; expected at least 1.")
-        sizes = {name: vars(self)[name] for name in ("layers", "kv_heads", "feed_forward", "width")}
-        given = [name for name, value in sizes.items() if value is not None]
-        given += [] if self.start == StartConfig("teacher") else ["start"]
-        if self.source is not None and given:
-            raise UserError(
-                f"student: source={self.source!r} has its own sizes; leave out {', '.join(given)} (as options: None)."
-            )
+        sizes = {name: vars(self)[name] for name in SIZES}
         if self.start.layers and self.layers not in (None, len(self.start.layers)):
             raise UserError(f"student: layers={self.layers} and start.layers={self.start.layers}; give one of them.")
         if self.source is None and not (any(sizes.values()) or self.start.layers or self.start.factors):
@@ -56,8 +53,10 @@ class StudentConfig:
             )
 
     def _read(self) -> dict[str, tuple[bool, str]]:
-        measured = any((self.kv_heads, self.feed_forward, self.width, self.start.weighted))
-        return {"calibration_batches": (measured, "kv_heads, feed_forward, width or a weighted start")}
+        cut = self.source is None, "no source, which has its own sizes"
+        measured = cut[0] and any((self.kv_heads, self.feed_forward, self.width, self.start.weighted))
+        read = dict.fromkeys((*SIZES, "start"), cut)
+        return read | {"calibration_batches": (measured, "kv_heads, feed_forward, width or a weighted start")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +114,7 @@ class TextConfig:
             raise UserError(f"arms={self.arms}; expected each at most once.")
         if self.arms[:1] == ("equal_time",):
             raise UserError(f"arms={self.arms}; equal_time is timed by equal_tokens, which must come first.")
-        if not (self.objective.kd_weight or self.objective.features.used):
+        if not (self.objective.distils or self.objective.features.used):
             raise UserError("objective: nothing of the teacher in it; the arms train without one.")
         check(self.signal, self.objective)
         if self.signal.kind == "stored" and self.streaming:
