@@ -13,7 +13,6 @@ import distill
 from distill.config import load_config
 from distill.experiments import kinds, runner
 from distill.experiments.addition.config import Config
-from distill.experiments.addition.run import exported
 from distill.experiments.folder import Trained, read_config, write_config
 from distill.experiments.sentences.config import SentenceConfig
 
@@ -72,7 +71,7 @@ def test_a_student_without_a_family_is_reported_and_skipped(tmp_path, capsys):
 def test_a_student_is_exported_without_padded_rows(tmp_path, capsys, monkeypatch):
     model = tiny_decoder(vocab_size=16, tied=True).with_vocabulary(11)
     params = random_params(model)
-    runner.export(tmp_path, *exported(Trained(model, params)))
+    runner.export(tmp_path, *Trained(model, params))
     small, loaded = distill.load(tmp_path)
     want = params | {"embedding": params["embedding"][:11]}
     assert small.vocab_size == 11 and capsys.readouterr().err == ""
@@ -80,7 +79,7 @@ def test_a_student_is_exported_without_padded_rows(tmp_path, capsys, monkeypatch
     # A full disk must not pass as a decoder without a family: the run ends with the error.
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(ValueError, match="not written .*the disk is full.*as it was"):
-        runner.export(tmp_path, *exported(Trained(model, jax.tree.map(lambda leaf: 2 * leaf, params))))
+        runner.export(tmp_path, *Trained(model, jax.tree.map(lambda leaf: 2 * leaf, params)))
     jax.tree.map(np.testing.assert_array_equal, distill.load(tmp_path)[1], want)
 
 

@@ -90,7 +90,8 @@ def test_an_unstarted_control_is_left_out_and_a_missing_student_is_an_error(fini
 
 def test_seconds_of_two_starts_add_up_and_only_a_cpu_has_joules(tmp_path, monkeypatch):
     for session in (1, 2):
-        with cost.training_cost(tmp_path, 7.0):
+        with cost.training_cost(tmp_path) as about:
+            about["flops"] = 7.0
             (tmp_path / "metrics.jsonl").write_text("x" * session)
         spent = json.loads((tmp_path / "cost.json").read_text())
         if session == 1:
@@ -99,7 +100,7 @@ def test_seconds_of_two_starts_add_up_and_only_a_cpu_has_joules(tmp_path, monkey
     (row,) = cost.ledger({"training": tmp_path, "nothing": tmp_path / "none"})["rows"]
     assert row["joules"] == 10.0 * spent["cpu_seconds"] and row["what"] == "training"
     monkeypatch.setattr(cost.jax, "default_backend", lambda: "gpu")
-    with cost.training_cost(tmp_path / "fast", 7.0):
+    with cost.training_cost(tmp_path / "fast"):
         (tmp_path / "fast").mkdir()
         (tmp_path / "fast" / "metrics.jsonl").write_text("x")
     monkeypatch.undo()
@@ -108,11 +109,11 @@ def test_seconds_of_two_starts_add_up_and_only_a_cpu_has_joules(tmp_path, monkey
 
 
 def test_a_failed_training_records_its_seconds_and_a_refused_one_none(tmp_path):
-    with pytest.raises(FloatingPointError), cost.training_cost(tmp_path, 1.0):
+    with pytest.raises(FloatingPointError), cost.training_cost(tmp_path):
         (tmp_path / "metrics.jsonl").write_text("x")
         raise FloatingPointError
     assert json.loads((tmp_path / "cost.json").read_text())["seconds"] > 0
-    with pytest.raises(ValueError), cost.training_cost(tmp_path / "refused", 1.0):
+    with pytest.raises(ValueError), cost.training_cost(tmp_path / "refused"):
         raise ValueError
     assert not (tmp_path / "refused").exists()
 

@@ -16,21 +16,21 @@ WATTS_PER_CORE = 10.0
 
 
 @contextlib.contextmanager
-def training_cost(folder: Path, flops: float | None) -> Iterator[None]:
-    """Adds what the block spends to FOLDER/cost.json, if it trained at all.
+def training_cost(folder: Path) -> Iterator[dict[str, Any]]:
+    """Adds what the block spends to FOLDER/cost.json, if it trained at all; the block fills in ``flops``.
 
     A finished training that is run again writes no metrics and changes nothing. A session that is killed loses its
     seconds.
     """
-    before, started = _changed(folder), _clocks()
+    before, started, about = _changed(folder), _clocks(), {"flops": None}
     try:
-        yield
+        yield about
     finally:
         if _changed(folder) != before:
             file = folder / "cost.json"
             spent = json.loads(file.read_text()) if file.exists() else {}
             now = _spent(started)
-            write_json(file, {"flops": flops} | now | {key: now[key] + spent.get(key, 0.0) for key in _CLOCKS})
+            write_json(file, about | now | {key: now[key] + spent.get(key, 0.0) for key in _CLOCKS})
 
 
 @contextlib.contextmanager

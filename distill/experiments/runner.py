@@ -119,10 +119,11 @@ def train(arm: Arm, config: Any) -> Trained:
       arm: what is trained.
       config: of the experiment, for its ``parallel`` and ``log``.
     """
-    work = arm.work()
-    if work.look is not None and not (arm.folder / "checkpoints").exists():
-        look_before(arm, work, config)
-    with training_cost(arm.folder, work.flops):
+    with training_cost(arm.folder) as spent:
+        work = arm.work()  # may run the teacher: to store its targets, or to write the student's answers
+        spent["flops"] = work.flops
+        if work.look is not None and not (arm.folder / "checkpoints").exists():
+            look_before(arm, work, config)
         if work.learn is not None:
             learnt = work.learn()
         else:

@@ -34,7 +34,6 @@ from distill.models.model import Model
 from distill.objective import router_terms, task_term
 from distill.shapes import Params
 from distill.students.start import Start, outline
-from distill.students.vocabulary import prune_model
 from distill.teacher.signal import signal
 from distill.train import Evaluate, Task
 from distill.vocab import align
@@ -110,13 +109,8 @@ def student_arm(world: World, teacher: Trained) -> Arm:
         return learnt if config.student_start.plain else begin().plain(learnt)
 
     work = functools.partial(distillation, world, teacher, begin)
-    student_of = {"learns": outlined, "model": model, "plain": plain, "export": exported}
+    student_of = {"learns": outlined, "model": model, "plain": plain, "export": tuple}
     return Arm("student", "student distillation", world.run, work=work, **student_of)
-
-
-def exported(trained: Trained) -> tuple[Model, Params]:
-    """The student without the rows of its embedding that are no token."""
-    return prune_model(*trained, np.arange(trained.model.vocab_size))
 
 
 def distillation(world: World, teacher: Trained, begin: Callable[[], Start]) -> Work:
