@@ -85,6 +85,20 @@ def pytest_collection_finish(session):
     gc.set_threshold(100_000, 20, 10)
 
 
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000
+"""Every compiled program maps memory some times. Linux allows a process 65 530 maps; XLA crashes beyond them."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_maps():
+    """Drops compiled programs after a module where there are many."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
 # From here on shapes and types of the losses are checked at every call.
 jaxtyping.install_import_hook("distill.losses", "beartype.beartype")
 
