@@ -13,7 +13,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 
@@ -33,6 +33,28 @@ class UserError(ValueError):
 
 class MissingFile(UserError, FileNotFoundError):
     """A file or folder that is needed and not there."""
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value in a message, cut to ``most`` characters.
+
+    Example:
+      >>> shown({"bits": 4}), shown("a" * 100, 12)
+      ("{'bits': 4}", "'aaaaaaaa...")
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def some(values: Iterable[str], most: int = 5) -> str:
+    """The first few of many names, and how many more there are.
+
+    Example:
+      >>> some("abcdefg")
+      'a, b, c, d, e and 2 more'
+    """
+    values = list(values)
+    return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 @functools.cache

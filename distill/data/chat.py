@@ -22,9 +22,8 @@ from distill.data.messages import (
     counts,
     for_template,
     function_of,
-    short,
 )
-from distill.errors import UserError
+from distill.errors import UserError, shown
 from distill.tokenizer import TextTokenizer
 from distill.tokenizer.template import is_marked
 
@@ -224,7 +223,7 @@ def _not_written(one: _Text) -> str:
         else "Use a template that writes it, or remove it."
     )
     field = one.field + (", beside its arguments," if one.field.startswith("tool_calls") else "")
-    return f"message {one.message}: the chat template does not write {field} {short(one.text)}. {advice}"
+    return f"message {one.message}: the chat template does not write {field} {shown(one.text)}. {advice}"
 
 
 def _around(text: str, place: int, before: str, after: str) -> Span | None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.errors import UserError
+from distill.errors import UserError, shown
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -32,12 +32,12 @@ def check_messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
         is not in ``KEYS``; marks that contradict each other.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise UserError(f"{where}: messages are {short(value)}; expected a list of {{'role': …, 'content': …}}.")
+        raise UserError(f"{where}: messages are {shown(value)}; expected a list of {{'role': …, 'content': …}}.")
     checked = []
     for number, message in enumerate(value):
         here = f"{where}: message {number}"
         if not isinstance(message, Mapping):
-            raise UserError(f"{here} is {short(message)}; expected 'role' and 'content', both text.")
+            raise UserError(f"{here} is {shown(message)}; expected 'role' and 'content', both text.")
         message = {key: field for key, field in message.items() if field is not None}
         _check(message, here)
         checked.append(message)
@@ -55,17 +55,17 @@ def _check(message: Mapping[str, Any], here: str) -> None:
         )
     calls = message.get("tool_calls") or []
     if not isinstance(message.get("role"), str) or not isinstance(message.get("content", "" if calls else None), str):
-        raise UserError(f"{here} is {short(message)}; expected 'role' and 'content', both text.")
+        raise UserError(f"{here} is {shown(message)}; expected 'role' and 'content', both text.")
     for key in REASONING:
         if not isinstance(message.get(key, ""), str):
-            raise UserError(f"{here}: {key} is {short(message[key])}; expected text.")
+            raise UserError(f"{here}: {key} is {shown(message[key])}; expected text.")
     if len({message[key] for key in REASONING if key in message}) > 1:
         raise UserError(f"{here}: {', '.join(key for key in REASONING if key in message)} differ; give one of them.")
     if not isinstance(calls, list | tuple) or not all(isinstance(function_of(call), Mapping) for call in calls):
-        raise UserError(f"{here}: tool_calls are {short(calls)}; expected a list of objects with 'function'.")
+        raise UserError(f"{here}: tool_calls are {shown(calls)}; expected a list of objects with 'function'.")
     for call in calls:
         if not isinstance(function_of(call).get("name"), str):
-            raise UserError(f"{here}: a tool call is {short(call)}; expected 'function' with 'name' and 'arguments'.")
+            raise UserError(f"{here}: a tool call is {shown(call)}; expected 'function' with 'name' and 'arguments'.")
     counts(message, here)
 
 
@@ -88,7 +88,7 @@ def counts(message: Mapping[str, Any], here: str = "a message") -> bool:
     marks = {key: message[key] for key in MARKS if key in message}
     for key, mark in marks.items():
         if not isinstance(mark, bool | int | float) or mark not in (0, 1):
-            raise UserError(f"{here}: {key} is {short(mark)}; expected 0 or 1: a turn counts whole, or not at all.")
+            raise UserError(f"{here}: {key} is {shown(mark)}; expected 0 or 1: a turn counts whole, or not at all.")
     if len(set(map(bool, marks.values()))) > 1:
         raise UserError(f"{here}: {marks} contradict each other; give one of them.")
     wanted = all(map(bool, marks.values()))
@@ -136,9 +136,3 @@ def well_formed(value: Any, depth: int = 100) -> Any:
     if isinstance(value, Mapping):
         return {well_formed(key): well_formed(inner, depth - 1) for key, inner in value.items()}
     return [well_formed(inner, depth - 1) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def short(value: Any) -> str:
-    """A value for a message, cut to a readable length."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"

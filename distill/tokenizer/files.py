@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill.errors import MissingFile, UserError
+from distill.errors import MissingFile, UserError, shown
 
 SPECIAL = {"eos": "eos_token", "bos": "bos_token", "pad": "pad_token", "unknown": "unk_token"}
 """Field of ``TextTokenizer`` → key of the files."""
@@ -129,7 +129,7 @@ def _parsed(file: Path, text: str) -> dict[str, Any]:
     if not isinstance(added, list) or not all(
         isinstance(one, dict) and {"id", "content"} <= one.keys() for one in added
     ):
-        raise UserError(f"{file}: added_tokens is {short(added)}; expected a list of objects with 'id' and 'content'.")
+        raise UserError(f"{file}: added_tokens is {shown(added)}; expected a list of objects with 'id' and 'content'.")
     return value
 
 
@@ -142,7 +142,7 @@ def _content(file: Path, key: str, token: Any) -> str | None:
     if text is None and token is None:
         return None
     if not isinstance(text, str):
-        raise UserError(f"{file}: {key} is {short(token)}; expected a token's text, or an object with 'content'.")
+        raise UserError(f"{file}: {key} is {shown(token)}; expected a token's text, or an object with 'content'.")
     return text
 
 
@@ -154,7 +154,7 @@ def _tokens(folder: Path, config: dict, special: dict, given: set[str]) -> dict[
         other = _content(folder / "special_tokens_map.json", key, special.get(key))
         if name not in given and None not in (one, other) and one != other:
             raise UserError(
-                f"{folder}: {key} is {short(one)} in tokenizer_config.json and {short(other)} in "
+                f"{folder}: {key} is {shown(one)} in tokenizer_config.json and {shown(other)} in "
                 f"special_tokens_map.json; readers take one or the other. Remove the wrong one."
             )
         if (token := one if one is not None else other) is not None:
@@ -166,11 +166,11 @@ def _declared(folder: Path, config: dict) -> Iterator[_Added]:
     """Tokens with ids: ``added_tokens_decoder`` of the configuration, ``added_tokens.json``."""
     file, decoder = folder / "tokenizer_config.json", config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
-        raise UserError(f"{file}: added_tokens_decoder is {short(decoder)}; expected an object, id → token.")
+        raise UserError(f"{file}: added_tokens_decoder is {shown(decoder)}; expected an object, id → token.")
     for key, token in decoder.items():
         if not key.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise UserError(
-                f"{file}: added_tokens_decoder has {short(key)}: {short(token)}; expected an id and an object with "
+                f"{file}: added_tokens_decoder has {shown(key)}: {shown(token)}; expected an id and an object with "
                 "'content'."
             )
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": False} | token
@@ -179,7 +179,7 @@ def _declared(folder: Path, config: dict) -> Iterator[_Added]:
     file = folder / "added_tokens.json"
     for token, i in read_json(file).items():
         if not isinstance(i, int) or isinstance(i, bool):
-            raise UserError(f"{file}: token {short(token)} has the id {short(i)}; expected a number.")
+            raise UserError(f"{file}: token {shown(token)} has the id {shown(i)}; expected a number.")
         yield _Added(token, file, i)
 
 
@@ -193,7 +193,7 @@ def _specials(folder: Path, config: dict, special: dict, tokens: Mapping[str, st
             if key in ("extra_special_tokens", "additional_special_tokens"):
                 several = list(value.values()) if isinstance(value, dict) else value or []
                 if not isinstance(several, list):
-                    raise UserError(f"{file}: {key} is {short(value)}; expected a list of tokens.")
+                    raise UserError(f"{file}: {key} is {shown(value)}; expected a list of tokens.")
                 further += [_Added(_content(file, key, token) or "", file) for token in several]
             elif key.endswith("_token") and key not in SPECIAL.values() and isinstance(value, str | dict):
                 named[key] = _Added(_content(file, key, value) or "", file)
@@ -211,7 +211,7 @@ def _with_added(file: Path, text: str, parsed: dict, wanted: list[_Added]) -> st
     ids = _vocabulary(parsed) | {content: token["id"] for content, token in there.items()}
     for token, i in ids.items():
         if not isinstance(i, int) or not 0 <= i < 2**31:
-            raise UserError(f"{file}: token {short(token)} has the id {short(i)}; expected a number below 2³¹.")
+            raise UserError(f"{file}: token {shown(token)} has the id {shown(i)}; expected a number below 2³¹.")
     names = {i: token for token, i in ids.items()}
     special = {token.content for token in wanted if token.id is None}
     new: dict[str, _Added] = {}
@@ -219,11 +219,11 @@ def _with_added(file: Path, text: str, parsed: dict, wanted: list[_Added]) -> st
         known = ids.get(token.content)
         if token.id is not None and (known if known is not None else token.id) != token.id:
             raise UserError(
-                f"{token.file}: token {short(token.content)} has the id {token.id}, in {file.name} {known}."
+                f"{token.file}: token {shown(token.content)} has the id {token.id}, in {file.name} {known}."
             )
         if token.id is not None and names.get(token.id, token.content) != token.content:
             raise UserError(
-                f"{token.file}: id {token.id} is token {short(token.content)}, in {file.name} {short(names[token.id])}."
+                f"{token.file}: id {token.id} is token {shown(token.content)}, in {file.name} {shown(names[token.id])}."
             )
         old = there.get(token.content)
         usual = {name: False for name in _FLAGS} | {"special": token.content in special}
@@ -251,7 +251,7 @@ def _add(file: Path, text: str, parsed: dict, new: list[_Added]) -> str:
         got = backend.token_to_id(token.content)
         if token.id is not None and got != token.id:
             raise UserError(
-                f"{token.file}: token {short(token.content)} has the id {token.id}; {file.name} does not hold it, and "
+                f"{token.file}: token {shown(token.content)} has the id {token.id}; {file.name} does not hold it, and "
                 f"the next free id is {got}. Save the tokenizer again where it was made."
             )
         entries[token.content] = {"id": got, "content": token.content} | {k: bool(flags.get(k)) for k in _FLAGS}
@@ -278,7 +278,7 @@ def _check_vocabulary(folder: Path, parsed: dict) -> None:
     for token, i in read_json(folder / "vocab.json").items():
         if known.get(token) != i:
             raise UserError(
-                f"{folder / 'vocab.json'}: token {short(token)} has the id {i}, in tokenizer.json "
+                f"{folder / 'vocab.json'}: token {shown(token)} has the id {i}, in tokenizer.json "
                 f"{known.get(token, 'none')}; they belong to two tokenizers. Remove the wrong file."
             )
     file, merges = folder / "merges.txt", parsed["model"].get("merges")
@@ -395,7 +395,7 @@ def _named(file: Path, value: Any) -> list[tuple[str, str]]:
         pairs = [] if value is None else [(None, None)]
     if not all(isinstance(part, str) for pair in pairs for part in pair):
         raise UserError(
-            f"{file}: chat_template is {short(value)}; expected a text, an object of name → text, or a list of "
+            f"{file}: chat_template is {shown(value)}; expected a text, an object of name → text, or a list of "
             "{'name': …, 'template': …}."
         )
     return pairs
@@ -445,7 +445,7 @@ def _names(text: str) -> dict[int, str]:
 def _ids_of(file: Path, value: Any) -> list[int]:
     several = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in several):
-        raise UserError(f"{file}: eos_token_id is {short(value)}; expected an id or a list of ids.")
+        raise UserError(f"{file}: eos_token_id is {shown(value)}; expected an id or a list of ids.")
     return several
 
 
@@ -487,14 +487,3 @@ def write(
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def short(value: Any, length: int = 60) -> str:
-    """A value for a message, cut to a readable length.
-
-    Example:
-      >>> short("a" * 100, 10)
-      "'aaaaaaaa…"
-    """
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.errors import UserError
+from distill.errors import UserError, shown
 from distill.tokenizer import files, template
 
 if TYPE_CHECKING:
@@ -380,7 +380,7 @@ def _refusing(*texts: str) -> Iterator[None]:
             if isinstance(text, str) and (found := re.search("[\ud800-\udfff]", text)):
                 raise UserError(
                     f"a text holds half of a surrogate pair, U+{ord(found[0]):04X}, at character {found.start()} "
-                    f"({files.short(text[: found.start()][-20:])} before it); expected Unicode."
+                    f"({shown(text[: found.start()][-20:])} before it); expected Unicode."
                 ) from error
         raise
     except BaseException as error:
@@ -389,4 +389,4 @@ def _refusing(*texts: str) -> Iterator[None]:
         if type(error) is not Exception and type(error).__module__ != "pyo3_runtime":
             raise
         several = " and others" if len(texts) > 1 else ""
-        raise UserError(f"the tokenizer fails over {files.short(texts[0])}{several}: {error}") from error
+        raise UserError(f"the tokenizer fails over {shown(texts[0])}{several}: {error}") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.errors import UserError
+from distill.errors import UserError, some
 from distill.shapes import Params
 from distill.weights.place import Place
 from distill.weights.table import ParameterPath, Part, Row, Shape, Source, Table
@@ -105,7 +105,7 @@ def _wanted(table: Table, shapes: Shapes) -> list[str]:
     """The names a file must have. Raises UserError for a table that lacks a parameter or names a tensor twice."""
     if table.keys() != shapes.keys():
         wrong = sorted("/".join(path) for path in table.keys() ^ shapes.keys())
-        raise UserError(f"the name table does not fit this decoder; only one of them has {_some(wrong)}.")
+        raise UserError(f"the name table does not fit this decoder; only one of them has {some(wrong)}.")
     names = []
     for name, paths in _tensors(table, shapes).items():
         if ("{layer}" in name) != (paths[0][0] == "layers"):
@@ -129,14 +129,9 @@ def _check_names(wanted: set[str], there: set[str], ignored: Sequence[str]) -> N
     missing = sorted(wanted - there)
     left_over = sorted(n for n in there - wanted if not any(re.fullmatch(pattern, n) for pattern in ignored))
     complaints = {"missing": missing, "not understood": left_over}
-    complaints = [f"{what}: {_some(names)}" for what, names in complaints.items() if names]
+    complaints = [f"{what}: {some(names)}" for what, names in complaints.items() if names]
     if complaints:
         raise UserError(f"the tensors are not those of this model; {'; '.join(complaints)}.")
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _read(names: list, one: Callable[[str, Shape], np.ndarray], shape: Shape, dtype: Any, first: int, last: int):

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.errors import MissingFile, UserError
-from distill.weights.families.keys import shown, some
+from distill.errors import MissingFile, UserError, shown, some
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

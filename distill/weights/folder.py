@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.devices import processes
-from distill.errors import MissingFile, UserError
+from distill.errors import MissingFile, UserError, shown
 from distill.models.config import DecoderConfig, EncoderConfig, NetworkConfig
 from distill.models.int8 import int8, quantizer
 from distill.models.model import Model
@@ -28,7 +28,6 @@ from distill.weights.assemble import assemble
 from distill.weights.families import FAMILIES, from_json, left_out, name_in, to_json
 from distill.weights.families.family import Family
 from distill.weights.families.gemma import text_of
-from distill.weights.families.keys import shown
 from distill.weights.files import check, json_object
 from distill.weights.networks import network, shapes_of, table_of, tensors
 from distill.weights.place import Place

@@ -10,8 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from distill.errors import MissingFile, UserError
-from distill.weights.families.keys import shown
+from distill.errors import MissingFile, UserError, shown
 from distill.weights.files import INDEX, SINGLE, check_beside_index, json_object, only_file
 
 _SHARD = re.compile(r"[\w.-]+\.safetensors")

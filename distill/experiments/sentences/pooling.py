@@ -138,7 +138,7 @@ def _read(file: Path) -> Any:
 
 
 def _plain_files(width: int) -> tuple[tuple[str, str], ...]:
-    """The mean over tokens, said in so many words."""
+    """Names and contents of the files with which sentence-transformers takes the mean over tokens."""
     where = (("", "Transformer"), ("1_Pooling", "Pooling"))
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}

@@ -6,11 +6,11 @@ A key of ``config.json`` is used, or known not to matter, or an error with its v
 import re
 from collections.abc import Callable
 
-from distill.errors import UserError
+from distill.errors import UserError, shown, some
 from distill.models.config import DecoderConfig, EncoderConfig, NetworkConfig, changed
 from distill.weights.families import encoders, gemma, gpt, llama, moe, relatives
 from distill.weights.families.family import HARMLESS, Family, chosen
-from distill.weights.families.keys import Json, Keys, shown, some, written
+from distill.weights.families.keys import Json, Keys, written
 from distill.weights.table import Table
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | relatives.FAMILIES | moe.FAMILIES | gemma.FAMILIES | gpt.FAMILIES

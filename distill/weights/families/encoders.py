@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from distill.errors import UserError
+from distill.errors import UserError, shown
 from distill.models.config import EncoderConfig, RopeScaling
 from distill.weights.families.family import (
     Family,
@@ -24,7 +24,7 @@ from distill.weights.families.family import (
     row,
     windowed_layers,
 )
-from distill.weights.families.keys import Json, Keys, shown
+from distill.weights.families.keys import Json, Keys
 from distill.weights.families.rope_json import from_rope_json, to_rope_json
 from distill.weights.table import ParameterPath, Part, Row
 

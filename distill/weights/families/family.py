@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from distill.errors import UserError
+from distill.errors import UserError, shown, some
 from distill.models.config import DecoderConfig, NetworkConfig, changed
-from distill.weights.families.keys import OBJECT, Json, Keys, shown, some
+from distill.weights.families.keys import OBJECT, Json, Keys
 from distill.weights.families.rope_json import Beside, from_rope_json, to_older_json, to_rope_json
 from distill.weights.table import ParameterPath, Part, Row, Transform, flat, linear, same
 

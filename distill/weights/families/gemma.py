@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from distill.errors import UserError
+from distill.errors import UserError, shown, some
 from distill.models.config import DecoderConfig, RopeScaling
 from distill.weights.families import usual
 from distill.weights.families.family import (
@@ -22,7 +22,7 @@ from distill.weights.families.family import (
     row,
     windows,
 )
-from distill.weights.families.keys import Json, Keys, shown, some
+from distill.weights.families.keys import Json, Keys
 from distill.weights.families.rope_json import from_rope_json, to_older_json, to_rope_json
 from distill.weights.table import ParameterPath, Row
 

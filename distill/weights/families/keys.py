@@ -2,38 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from distill.errors import UserError
+from distill.errors import UserError, shown
 
 Json = dict[str, Any]
 
 _ABSENT = object()
 
 _NAMES = {"flag": "true or false", "text": "text", "object": "an object"}
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """A value in a message, cut to ``most`` characters.
-
-    Example:
-      >>> shown({"bits": 4}), shown("a" * 100, 12)
-      ("{'bits': 4}", "'aaaaaaaa...")
-    """
-    text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def some(values: Iterable[str], most: int = 5) -> str:
-    """The first few of many names, and how many more there are.
-
-    Example:
-      >>> some("abcdefg")
-      'a, b, c, d, e and 2 more'
-    """
-    values = list(values)
-    return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from distill.errors import UserError
+from distill.errors import UserError, shown
 from distill.models.config import DecoderConfig
 from distill.weights.families.family import Family, biases, only, rotary, rotary_keys, row
-from distill.weights.families.keys import Json, Keys, shown
+from distill.weights.families.keys import Json, Keys
 from distill.weights.families.usual import COPIES, DEFAULTS, IGNORED, LAYER, NAMES, PREFIX, SIZES
 from distill.weights.table import ParameterPath, Row
 

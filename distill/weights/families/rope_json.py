@@ -8,9 +8,9 @@ import dataclasses
 import math
 from typing import Any
 
-from distill.errors import UserError
+from distill.errors import UserError, shown, some
 from distill.models.config import RopeScaling
-from distill.weights.families.keys import FACTOR, FLAG, LENGTH, POSITIVE, TEXT, Json, Kind, shown, some
+from distill.weights.families.keys import FACTOR, FLAG, LENGTH, POSITIVE, TEXT, Json, Kind
 
 _FACTORS = Kind("list", most=2.0**16, of=POSITIVE)
 _SCALE = Kind("number", -1e6, 1e6)
